@@ -1,0 +1,1314 @@
+"""Serve one scikit-learn predictor over HTTP, through Flask or FastAPI, as `settings.toml` says.
+
+The path of a request, the same under both frameworks:
+
+1. the framework's route hands it to the binding, which makes a `Request` of it;
+2. `Service.respond` gives it an id, reads its body up to the limit and finds its `Operation`;
+3. the operation's endpoint turns bytes into an array, by the `Contract`;
+4. the `Predictor` turns the array into predictions;
+5. the `Response` goes back through the binding, byte for byte the same under each.
+
+Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or
+`uvicorn app:app --reload`; `python app.py` prints the settings in force. `app:app` is the framework's own object,
+`app:asgi` and `app:wsgi` are the same service behind either interface.
+
+Sections: errors, settings, logging, contract, predictor, endpoints, OpenAPI, Flask, FastAPI, bridges,
+factory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import difflib
+import functools
+import hmac
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import string
+import sys
+import threading
+import time
+import tomllib
+import urllib.parse
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+import jiter
+import joblib
+import numpy as np
+import skops.io
+import structlog
+from gunicorn.http.errors import ParseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    PrivateAttr,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import to_json
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as EnvironmentParseError
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.validation import check_is_fitted
+from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    import fastapi
+    import flask
+
+T = TypeVar("T")
+HERE = Path(__file__).resolve().parent
+log = structlog.get_logger()
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Say what `name` should have been: the one name close to it, or else all of `names`."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(map(repr, names))}"
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+class StartupError(Exception):
+    """A mistake of the operator's, found before the service listens; its text is the whole message."""
+
+
+class SettingsError(StartupError):
+    """The settings file or a `SERVING_…` variable is wrong."""
+
+
+class ModelError(StartupError):
+    """The artifact is missing, cannot be loaded, or is not a fitted predictor."""
+
+
+class ServingError(Exception):
+    """An answer other than success. `detail` is what the client reads, so it holds no internals."""
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: Any, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+class BadRequest(ServingError):
+    status = 400
+
+
+class BodyCutShort(BadRequest):
+    """The connection gave fewer bytes than it announced, or its chunks are malformed: the connection ends here."""
+
+    def __init__(self) -> None:
+        super().__init__("the body ended early or its chunks are malformed; send all of it", {"Connection": "close"})
+
+
+class Unauthorized(ServingError):
+    status = 401
+
+
+class NotFound(ServingError):
+    status = 404
+
+
+class MethodNotAllowed(ServingError):
+    status = 405
+
+
+class ContentTooLarge(ServingError):
+    status = 413
+
+
+class UnsupportedMediaType(ServingError):
+    status = 415
+
+
+class Unprocessable(ServingError):
+    """Well-formed input that the contract refuses; `detail` lists `{type, loc, msg, input}`, one for each bad cell."""
+
+    status = 422
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ServerSettings(Section):
+    """Gunicorn's own names and units; `gunicorn.conf.py` hands them on."""
+
+    worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
+    workers: PositiveInt | Literal["auto"] = "auto"
+    bind: str | list[str] = "127.0.0.1:8000"
+    backlog: PositiveInt = 2048
+    timeout: NonNegativeInt = 30
+    graceful_timeout: PositiveInt = 30
+    keepalive: PositiveInt = 5
+    max_requests: NonNegativeInt = 0
+    max_requests_jitter: NonNegativeInt = 0
+
+
+class ModelSettings(Section):
+    path: str = "model/iris.skops"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
+    trusted_types: list[str] = []
+
+
+class FeatureSettings(Section):
+    """What the estimator cannot say of one feature."""
+
+    type: Literal["float", "int", "bool"] = "float"
+    ge: float | None = None
+    le: float | None = None
+    missing: bool = False
+    unit: str | None = None
+    example: float | bool | None = None
+
+
+class LimitSettings(Section):
+    max_body_bytes: PositiveInt = 8_388_608
+    max_rows: PositiveInt = 10_000
+
+
+class LoggingSettings(Section):
+    level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+    access: bool = True
+
+
+class AuthSettings(Section):
+    api_keys: list[Annotated[SecretStr, Field(min_length=1)]] = []
+
+
+class Settings(Section):
+    """Every choice of the service, read once at the start by `load_settings`."""
+
+    framework: Literal["flask", "fastapi"] = "fastapi"
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    features: dict[str, FeatureSettings] = {}
+    limits: LimitSettings = LimitSettings()
+    logging: LoggingSettings = LoggingSettings()
+    auth: AuthSettings = AuthSettings()
+
+    _folder: Path = PrivateAttr(default=HERE)
+    _sources: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def model_path(self) -> Path:
+        """The artifact's place; `model.path` is relative to the settings file."""
+        return self._folder / self.model.path
+
+    @property
+    def worker_class(self) -> Literal["uvicorn", "gevent"]:
+        """The worker that `server.worker_class` means: by default the one of the framework's own interface."""
+        if self.server.worker_class == "auto":
+            return "uvicorn" if self.framework == "fastapi" else "gevent"
+        return self.server.worker_class
+
+    @property
+    def workers(self) -> int:
+        """How many workers `server.workers` means: by default the cores left by affinity and cgroup quota."""
+        return joblib.cpu_count() if self.server.workers == "auto" else self.server.workers
+
+
+class SettingsWithEnvironment(BaseSettings, Settings):
+    """`Settings` in which `SERVING_…` variables win over the values passed in, those of the file."""
+
+    model_config = SettingsConfigDict(env_prefix="SERVING_", env_nested_delimiter="__")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+
+def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Read the settings: the environment first, then the file, then defaults.
+
+    `path` is the file; without it `SERVING_SETTINGS`, and without that the `settings.toml` beside this module.
+    Raises `SettingsError` with every mistake: place, value seen, what is allowed.
+    """
+    file = Path(path or os.environ.get("SERVING_SETTINGS") or HERE / "settings.toml").absolute()
+    from_file = _read_toml(file)
+    from_environment = _read_environment()
+    try:
+        # TOML has types, so its values are held to them; a variable is text, which is parsed.
+        Settings.model_validate(from_file, strict=True)
+        settings = SettingsWithEnvironment(**from_file)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, file)) from None
+    settings._folder = file.parent
+    settings._sources = dict.fromkeys(_leaves(from_file), file.name)
+    settings._sources |= {key: f"environment {_variable(key)}" for key in _leaves(from_environment)}
+    return settings
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "set SERVING_SETTINGS to the path of a settings file"
+        raise SettingsError(f"settings file {str(file)!r} cannot be read: {error.strerror}; {hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
+
+
+def _read_environment() -> dict[str, Any]:
+    """Give the `SERVING_…` variables nested like the file; refuse those of no setting (pydantic-settings #985)."""
+    known = [_variable(key) for key in setting_keys()]
+    for variable in map(str.upper, os.environ):
+        section = variable.removeprefix("SERVING_").partition("__")[0].lower()
+        if variable.startswith("SERVING_") and variable != "SERVING_SETTINGS" and section not in Settings.model_fields:
+            raise SettingsError(f"environment: {variable} is not a setting; {nearest(variable, known)}")
+    try:
+        return EnvSettingsSource(SettingsWithEnvironment)()
+    except EnvironmentParseError as error:
+        variable = _variable(re.findall(r'"(\w+)"', str(error))[:1])
+        raise SettingsError(f"environment: {variable} is not valid JSON; it should be") from None
+
+
+def setting_keys(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Name every setting as its path of keys, such as `("server", "workers")`."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from setting_keys(info.annotation, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def _variable(key: Iterable[str]) -> str:
+    return "SERVING_" + "__".join(key).upper()
+
+
+def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def _explain(error: ValidationError, file: Path) -> str:
+    """Say each mistake in a line: place, value seen, what is allowed."""
+    allowed: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        key, seen = _locate(problem)
+        variables = (_variable(key[:end]) for end in range(len(key), 0, -1))
+        variable = next((name for name in variables if name in map(str.upper, os.environ)), None)
+        place = f"environment: {variable}" if variable else f"{file.name}: {'.'.join(key)}"
+        if problem["type"] == "extra_forbidden":
+            level = key[:-1]
+            names = [name[len(level)] for name in setting_keys() if name[: len(level)] == level]
+            names = list(FeatureSettings.model_fields) if key[0] == "features" else list(dict.fromkeys(names))
+            allowed[f"{place} is not a setting"] = [nearest(key[-1], names)]
+        else:
+            shown = "**********" if key[0] == "auth" else repr(seen)
+            table = problem["type"] in ("model_type", "dict_type")
+            message = "a table of keys" if table else problem["msg"].removeprefix("Input should be ")
+            allowed.setdefault(f"{place} is {shown}", []).append(message)
+    return "\n".join(f"{place}; {_use(options)}" for place, options in allowed.items())
+
+
+def _use(options: list[str]) -> str:
+    text = " or ".join(options)
+    return text if text.startswith(("did you", "use ")) else f"it should be {text}"
+
+
+def _locate(problem: Any) -> tuple[tuple[str, ...], Any]:
+    """Give the setting's key and the value seen; pydantic's `loc` goes on into the branches of a union."""
+    loc = [str(part) for part in problem["loc"]]
+    keys = {key: len(key) for key in setting_keys()}
+    length = next((keys[key] for key in keys if tuple(loc[: len(key)]) == key), len(loc))
+    return tuple(loc[: 3 if loc[0] == "features" else length]), problem["input"]
+
+
+# Logging --------------------------------------------------------------------------------------------------------------
+
+REQUEST_ID: ContextVar[str] = ContextVar("request_id")
+ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
+SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
+TOLD_BY_US = {"werkzeug": " - - [", "uvicorn.error": "Invalid HTTP request received."}  # logger: part of its message
+
+
+def configure_logging(settings: LoggingSettings) -> None:
+    """Send every event of the process, ours, the servers' and Python's warnings, to stderr as one line each."""
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
+    renderer = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if console
+        else structlog.processors.JSONRenderer()
+    )
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        _add_process_and_request,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    rendering = [renderer] if console else [structlog.processors.format_exc_info, renderer]
+    structlog.configure(
+        processors=[*shared, *rendering],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared, _fold_event],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
+        )
+    )
+    logging.captureWarnings(True)
+    logging.root.handlers = [handler]
+    logging.root.setLevel(level)
+    for name in SERVER_LOGGERS:
+        _take_over(name, [handler]).setLevel(level)
+    for name in SERVER_ACCESS_LOGGERS:
+        _take_over(name, [])
+    for name, text in TOLD_BY_US.items():
+        logging.getLogger(name).filters = [functools.partial(_lacks, text)]
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in str(record.msg)
+
+
+def _take_over(name: str, handlers: list[logging.Handler]) -> logging.Logger:
+    """Replace a logger's handlers. Without any it is silent: the access line is `Service.respond`'s alone."""
+    logger = logging.getLogger(name)
+    logger.handlers, logger.propagate = handlers, False
+    return logger
+
+
+def _add_process_and_request(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["pid"] = os.getpid()
+    request_id = REQUEST_ID.get(None)
+    if request_id is not None:
+        event["request_id"] = request_id
+    return event
+
+
+def _fold_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Put a message that brings its own lines and colours (werkzeug, warnings) on one plain line."""
+    event["event"] = " ".join(ANSI_STYLE.sub("", str(event["event"])).split())
+    return event
+
+
+# Contract -------------------------------------------------------------------------------------------------------------
+
+make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
+FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool}
+
+
+class Contract:
+    """The types of input: which features a row has, in the order in which the estimator takes them.
+
+    `names` come from the estimator; `settings.features` completes them. Raises `SettingsError` for a feature that
+    the estimator does not have.
+    """
+
+    def __init__(self, names: list[str], features: Mapping[str, FeatureSettings]) -> None:
+        for name in features.keys() - set(names):
+            raise SettingsError(f"features.{name} is not a feature of the model; {nearest(name, names)}")
+        self.names = names
+        self.features = {name: features.get(name, FeatureSettings()) for name in names}
+        row = make_typed_dict("Features", {name: _cell_type(self.features[name]) for name in names})
+        row.__pydantic_config__ = ConfigDict(extra="forbid")
+        self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row)
+        self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[row])  # type: ignore[valid-type]
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """One row as the settings' examples give it; the features without one are left out."""
+        return {name: cell.example for name, cell in self.features.items() if cell.example is not None}
+
+    def parse_query(self, query: str) -> list[dict[str, Any]]:
+        """Read one row from a query string, in which every value is text. Raises `BadRequest`, `Unprocessable`."""
+        try:
+            pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
+        except (UnicodeDecodeError, ValueError) as error:
+            raise BadRequest("the query is not percent-encoded UTF-8") from error
+        cells = dict(pairs)
+        if len(cells) < len(pairs):
+            given = {name: [value for key, value in pairs if key == name] for name in cells}
+            raise Unprocessable(
+                [
+                    {"type": "repeated", "loc": ["query", name], "msg": "Give this parameter once", "input": values}
+                    for name, values in given.items()
+                    if len(values) > 1
+                ]
+            )
+        with self._named("query"):
+            return [self.row.validate_strings(cells, strict=False)]
+
+    def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
+        """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
+        with self._named("body"):
+            if isinstance(payload, list):
+                return self.rows.validate_python(payload, strict=True)
+            return [self.row.validate_python(payload, strict=True)]
+
+    def to_array(self, rows: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
+        """Give checked rows as X, float64 of shape (len(rows), len(names)); a missing value is NaN."""
+        X = np.array([[row[name] for name in self.names] for row in rows], dtype=np.float64)
+        return X.reshape(len(rows), len(self.names))
+
+    @contextlib.contextmanager
+    def _named(self, place: str) -> Iterator[None]:
+        """Turn pydantic's errors into ours: `place` goes in front of each `loc`."""
+        try:
+            yield
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_context=False)
+            raise Unprocessable([self._problem(place, problem) for problem in problems]) from None
+
+    def _problem(self, place: str, problem: Any) -> dict[str, Any]:
+        loc = [place, *problem["loc"]]
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            message = f"Unknown feature; {nearest(str(loc[-1]), self.names)}"
+        elif problem["type"] == "dict_type":
+            message = "Input should be an object" + (" or an array of objects" if loc == ["body"] else "")
+        return {"type": problem["type"], "loc": loc, "msg": message, "input": problem["input"]}
+
+
+def _cell_type(feature: FeatureSettings) -> Any:
+    """Give the pydantic type of one feature's value."""
+    kind = FEATURE_TYPES[feature.type]
+    extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
+    cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
+    if kind is not bool:
+        cell |= {"ge": feature.ge, "le": feature.le}
+    if kind is float:
+        cell["allow_inf_nan"] = False
+    return Annotated[kind | None if feature.missing else kind, Field(**cell, json_schema_extra=extra)]
+
+
+# Predictor ------------------------------------------------------------------------------------------------------------
+
+
+class Predictor:
+    """A fitted estimator that answers arrays. Raises `ModelError` when it is not a fitted predictor."""
+
+    def __init__(self, estimator: Any) -> None:
+        if not callable(getattr(estimator, "predict", None)):
+            raise ModelError(f"holds a {type(estimator).__name__}, which has no predict(); save a fitted estimator")
+        try:
+            check_is_fitted(estimator)
+        except (NotFittedError, TypeError):
+            raise ModelError(f"holds a {type(estimator).__name__} that is not fitted; fit it, then save it") from None
+        self.estimator = estimator
+        self.feature_names: list[str] | None = list(map(str, getattr(estimator, "feature_names_in_", ()))) or None
+        self.n_features: int | None = getattr(estimator, "n_features_in_", None)
+        self.classes: list[Any] | None = np.asarray(getattr(estimator, "classes_", ())).tolist() or None
+        self.has_probabilities = self.classes is not None and hasattr(estimator, "predict_proba")
+        # The contract puts the columns in order, so X comes without names, of which scikit-learn would warn each time.
+        for part in (estimator, *getattr(estimator, "named_steps", {}).values()):
+            getattr(part, "__dict__", {}).pop("feature_names_in_", None)
+
+    def predict(self, X: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+        """Give one answer for each row of X, shape (n_samples, n_features), in their order."""
+        if not len(X):
+            return []
+        predictions = np.asarray(self.estimator.predict(X)).tolist()
+        if not self.has_probabilities:
+            return [{"prediction": prediction} for prediction in predictions]
+        labels = [str(label) for label in self.classes or ()]
+        probabilities = np.asarray(self.estimator.predict_proba(X)).tolist()
+        return [
+            {"prediction": prediction, "probabilities": dict(zip(labels, row, strict=True))}
+            for prediction, row in zip(predictions, probabilities, strict=True)
+        ]
+
+
+def load_predictor(settings: Settings) -> Predictor:
+    """Load the artifact of the settings, by the suffix of its name. Raises `ModelError`."""
+    path = settings.model_path
+    load = LOADERS.get(path.suffix.lower())
+    try:
+        if load is None:
+            raise ModelError(f"has the suffix {path.suffix!r}; use one of {', '.join(map(repr, LOADERS))}")
+        return Predictor(load(path.read_bytes(), settings.model))
+    except OSError as error:
+        raise ModelError(f"model.path is {str(path)!r}, which cannot be read: {error.strerror}") from None
+    except ModelError as error:
+        raise ModelError(f"model.path is {str(path)!r}, which {error}") from None
+
+
+def _load_skops(data: bytes, settings: ModelSettings) -> Any:
+    with _loading("skops"):
+        untrusted = set(skops.io.get_untrusted_types(data=data)) - set(settings.trusted_types)
+    if untrusted:
+        types = json.dumps(sorted({*untrusted, *settings.trusted_types}))
+        raise ModelError(f"holds types that are not trusted; if you trust them, set model.trusted_types = {types}")
+    with _loading("skops"):
+        return skops.io.loads(data, trusted=settings.trusted_types)
+
+
+def _load_joblib(data: bytes, settings: ModelSettings) -> Any:
+    with _loading("joblib"):
+        return joblib.load(io.BytesIO(data))
+
+
+def _load_pickle(data: bytes, settings: ModelSettings) -> Any:
+    with _loading("pickle"):
+        return pickle.loads(data)
+
+
+@contextlib.contextmanager
+def _loading(kind: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what a damaged or foreign artifact raises has no bounds
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ModelError(f"cannot be loaded as {kind}: {reason}") from error
+
+
+LOADERS: dict[str, Callable[[bytes, ModelSettings], Any]] = {
+    ".skops": _load_skops,
+    ".joblib": _load_joblib,
+    ".pickle": _load_pickle,
+    ".pkl": _load_pickle,
+}
+
+
+# Endpoints ------------------------------------------------------------------------------------------------------------
+
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+BODY = "serving.body"  # in a scope or an environ: the body, or the error, that a bridge met when it read ahead
+CUT_SHORT = "serving.cut_short"  # in a scope: the server saw the connection end, or lose its framing, inside the body
+LINGER_S = 2.0
+PIECE_BYTES = 65_536
+
+
+def make_request_id() -> str:
+    return os.urandom(16).hex()
+
+
+@dataclass(slots=True)
+class Request:
+    """One request, whichever framework received it."""
+
+    method: str
+    path: str
+    query: str  # percent-encoded
+    header: Callable[[str], str | None]  # by lower-case name; repeated fields are joined by commas
+    read: Callable[[], Awaitable[bytes]]  # the next piece of the body, b"" at its end
+    body: bytes | ServingError | None = None
+    rows: int = 0
+
+    async def read_body(self, limit: int) -> bytes:
+        """Read the whole body, but no more than `limit` bytes. Raises `ContentTooLarge`, `BodyCutShort`."""
+        declared = self.header("content-length")
+        length = int(declared) if declared is not None else None
+        if length is not None and length > limit:
+            raise _too_large(f"the body is {length} bytes", f"{limit} bytes")
+        if length is None and self.header("transfer-encoding") is None:
+            return b""
+        body = bytearray()
+        while piece := await self.read():
+            body += piece
+            if len(body) > limit:
+                raise _too_large("the body is longer", f"{limit} bytes")
+        if length is not None and len(body) < length:
+            raise BodyCutShort
+        return bytes(body)
+
+
+def _too_large(what: str, limit: str) -> ContentTooLarge:
+    """Refuse, and end the connection: where the next request would start on it is not known."""
+    return ContentTooLarge(f"{what}; send at most {limit}", {"Connection": "close"})
+
+
+@dataclass(slots=True)
+class Response:
+    """One answer, whichever framework sends it."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+    @classmethod
+    def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+        """Render a payload as JSON; what JSON cannot say of a float becomes null, in an error's `input` a string."""
+        body = to_json(payload, inf_nan_mode="null" if status == 200 else "strings")
+        return cls(
+            status, body, {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
+        )
+
+    @property
+    def lingers(self) -> bool:
+        """Whether the client may still be sending the body that was too large."""
+        return self.status == ContentTooLarge.status and "Connection" in self.headers
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A row of the table from which routes, answers and the OpenAPI document are made."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    endpoint: Callable[[Service, Request], Awaitable[Any]]
+    takes: Literal["query", "body", None] = None
+    gives: str = "Status"
+    errors: tuple[int, ...] = ()
+    open: bool = False  # answers without an API key
+
+
+async def predict_query(service: Service, request: Request) -> dict[str, Any]:
+    rows = service.contract.parse_query(request.query)
+    return (await service.predict(request, rows))[0]
+
+
+async def predict_body(service: Service, request: Request) -> Any:
+    _check_media_type(request)
+    payload = parse_json(request.body)
+    if isinstance(payload, list) and len(payload) > service.settings.limits.max_rows:
+        limit = service.settings.limits.max_rows
+        raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {limit} rows")
+    rows = service.contract.parse_payload(payload)
+    predictions = await service.predict(request, rows)
+    return predictions if isinstance(payload, list) else predictions[0]
+
+
+async def live(service: Service, request: Request) -> dict[str, Any]:
+    return {"status": "live"}
+
+
+async def ready(service: Service, request: Request) -> dict[str, Any]:
+    return {"status": "ready", "model": service.settings.model.name}
+
+
+async def openapi(service: Service, request: Request) -> dict[str, Any]:
+    return service.openapi
+
+
+def _check_media_type(request: Request) -> None:
+    encoding = request.header("content-encoding")
+    if encoding not in (None, "identity"):
+        raise UnsupportedMediaType(f"Content-Encoding is {encoding!r}; send the body as it is")
+    given = request.header("content-type")
+    media_type, _, parameters = (given or "").lower().partition(";")
+    charset = parameters.strip().removeprefix("charset=").strip('"')
+    if media_type.strip() != "application/json" or charset not in ("", "utf-8"):
+        seen = "missing" if given is None else repr(given)
+        raise UnsupportedMediaType(f"Content-Type is {seen}; use 'application/json'")
+
+
+def parse_json(body: Any) -> Any:
+    """Decode a JSON body as RFC 8259 has it: no NaN, no Infinity, no key twice. Raises `BadRequest`."""
+    if not body:
+        raise BadRequest("the body is empty; send a JSON object or an array of them")
+    try:
+        return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+OPERATIONS = (
+    Operation(
+        "GET",
+        "/predictions",
+        "predict_query",
+        "Predict one row, given as query parameters",
+        predict_query,
+        takes="query",
+        gives="Prediction",
+        errors=(400, 401, 413, 422, 500),
+    ),
+    Operation(
+        "POST",
+        "/predictions",
+        "predict_body",
+        "Predict one row, or each row of an array in its order",
+        predict_body,
+        takes="body",
+        gives="Prediction",
+        errors=(400, 401, 413, 415, 422, 500),
+    ),
+    Operation("GET", "/ping", "ping", "Whether the process answers", live, open=True),
+    Operation("GET", "/health/live", "live", "Whether the process answers", live, open=True),
+    Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, open=True),
+    Operation("GET", "/openapi.json", "openapi", "This document", openapi, gives="Document", errors=(401,)),
+)
+
+
+class Service:
+    """Everything the two frameworks share: settings, contract, predictor, and the answer to a request."""
+
+    def __init__(self, settings: Settings, predictor: Predictor) -> None:
+        self.settings = settings
+        self.predictor = predictor
+        self.contract = Contract(_feature_names(settings, predictor), settings.features)
+        self.routes: dict[str, dict[str, Operation]] = {}
+        for operation in OPERATIONS:
+            self.routes.setdefault(operation.path, {})[operation.method] = operation
+        self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
+
+    async def respond(self, request: Request) -> Response:
+        """Answer one request, good or bad, and log it."""
+        started = time.perf_counter()
+        given = request.header("x-request-id")
+        request_id = given if given and SANE_REQUEST_ID.fullmatch(given) else make_request_id()
+        token = REQUEST_ID.set(request_id)
+        try:
+            response = await self._answer(request)
+            response.headers["X-Request-ID"] = request_id
+            if self.settings.logging.access:
+                log.info(
+                    "request",
+                    method=request.method,
+                    path=request.path,
+                    status=response.status,
+                    duration_ms=round((time.perf_counter() - started) * 1000, 3),
+                    rows=request.rows,
+                )
+            return response
+        finally:
+            REQUEST_ID.reset(token)
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            if isinstance(request.body, ServingError):
+                raise request.body
+            if request.body is None:
+                request.body = await request.read_body(self.settings.limits.max_body_bytes)
+            operation = self._find(request)
+            self._authorize(operation, request)
+            return Response.of(await operation.endpoint(self, request))
+        except ServingError as error:
+            return Response.of({"detail": error.detail}, error.status, error.headers)
+        except Exception:  # the outermost edge: whatever failed, the client learns no internals
+            log.exception("request_failed", method=request.method, path=request.path)
+            return Response.of({"detail": "internal error; the log has it under this X-Request-ID"}, 500)
+
+    def _find(self, request: Request) -> Operation:
+        methods = self.routes.get(request.path)
+        if methods is None:
+            raise NotFound(f"there is no {request.path!r}; {nearest(request.path, self.routes)}")
+        operation = methods.get("GET" if request.method == "HEAD" else request.method)
+        if operation is None:
+            allowed = ", ".join(["GET", "HEAD", *methods.keys() - {"GET"}])
+            detail = f"{request.method} is not allowed on {request.path}; use one of {allowed}"
+            raise MethodNotAllowed(detail, {"Allow": allowed})
+        return operation
+
+    def _authorize(self, operation: Operation, request: Request) -> None:
+        """Compare the key in constant time with every key, so that the time taken tells nothing."""
+        if operation.open or not self._api_keys:
+            return
+        scheme, _, token = (request.header("authorization") or "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else request.header("x-api-key") or ""
+        matches = [hmac.compare_digest(key.encode(errors="replace"), known) for known in self._api_keys]
+        if not any(matches):
+            detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            raise Unauthorized(detail, {"WWW-Authenticate": "Bearer"})
+
+    async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        request.rows = len(rows)
+        return self.predictor.predict(self.contract.to_array(rows))
+
+    @functools.cached_property
+    def openapi(self) -> dict[str, Any]:
+        return describe_api(self)
+
+
+def _feature_names(settings: Settings, predictor: Predictor) -> list[str]:
+    """Name the estimator's columns: as it was fitted, else in the order of the settings, else x0, x1, …"""
+    if predictor.feature_names is not None:
+        return predictor.feature_names
+    if predictor.n_features is None:
+        if settings.features:
+            return list(settings.features)
+        raise ModelError("the model does not say how many features it takes; name them in [features], in its order")
+    if settings.features and len(settings.features) != predictor.n_features:
+        raise SettingsError(f"features names {len(settings.features)} features; the model takes {predictor.n_features}")
+    return list(settings.features) or [f"x{column}" for column in range(predictor.n_features)]
+
+
+# OpenAPI --------------------------------------------------------------------------------------------------------------
+
+
+class Status(BaseModel):
+    status: str
+    model: str | None = None
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+class BadCell(BaseModel):
+    type: str
+    loc: list[str | int]
+    msg: str
+    input: Any
+
+
+class ValidationProblem(BaseModel):
+    detail: list[BadCell]
+
+
+def describe_api(service: Service) -> dict[str, Any]:
+    """Make the OpenAPI 3.1 document from the table of operations."""
+    schemas = _schemas(service)
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _describe(operation, service, schemas)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": service.settings.model.name, "version": "1"},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+    if service.settings.auth.api_keys:
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+    return document
+
+
+def _schemas(service: Service) -> dict[str, Any]:
+    types: dict[str, Any] = {
+        "Features": service.contract.row,
+        "Prediction": TypeAdapter(_prediction_type(service.predictor)),
+        "Status": TypeAdapter(Status),
+        "Problem": TypeAdapter(Problem),
+        "ValidationProblem": TypeAdapter(ValidationProblem),
+    }
+    inputs: list[Any] = [(name, "validation", adapter) for name, adapter in types.items()]
+    references, definitions = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    schemas: dict[str, Any] = definitions.get("$defs", {})
+    for (name, _), schema in references.items():
+        schemas.setdefault(name, schema)
+    schemas["Document"] = {"type": "object"}
+    return schemas
+
+
+def _prediction_type(predictor: Predictor) -> Any:
+    """Give the type of one answer: a class or a number, with a probability for each class where there are any."""
+    if predictor.classes is None:
+        return make_typed_dict("Prediction", {"prediction": float})
+    literal = all(isinstance(label, str | int) for label in predictor.classes)
+    label: Any = Literal[tuple(predictor.classes)] if literal else Any
+    if not predictor.has_probabilities:
+        return make_typed_dict("Prediction", {"prediction": label})
+    probability = Annotated[float, Field(ge=0, le=1)]
+    probabilities = make_typed_dict("Probabilities", {str(name): probability for name in predictor.classes})
+    return make_typed_dict("Prediction", {"prediction": label, "probabilities": probabilities})
+
+
+def _describe(operation: Operation, service: Service, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = _reference(operation.gives)
+    example = _example(operation, service)
+    if operation.takes == "body":
+        schema = _one_or_many(schema)
+    described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
+    if operation.takes == "query":
+        described["parameters"] = [
+            {"name": name, "in": "query", "required": True, "schema": cell}
+            for name, cell in schemas["Features"]["properties"].items()
+        ]
+    if operation.takes == "body":
+        content = _content(_one_or_many(_reference("Features")), service.contract.example or None)
+        described["requestBody"] = {"required": True, "content": content}
+    described["responses"] = {"200": _answer_described(200, _content(schema, example))}
+    for status in operation.errors:
+        if status != 401 or service.settings.auth.api_keys:
+            content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
+            described["responses"][str(status)] = _answer_described(status, content)
+    if service.settings.auth.api_keys and not operation.open:
+        described["security"] = [{"bearer": []}, {"api_key": []}]
+    return described
+
+
+def _example(operation: Operation, service: Service) -> Any:
+    """Answer the settings' example row, so that the document shows what the model says."""
+    row = service.contract.example
+    if operation.gives != "Prediction" or len(row) < len(service.contract.names):
+        return None
+    return service.predictor.predict(service.contract.to_array([row]))[0]
+
+
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+
+
+def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
+    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"application/json": media}
+
+
+def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
+    headers = {"X-Request-ID": {"schema": {"type": "string"}}}
+    return {"description": HTTPStatus(status).phrase, "headers": headers, "content": content}
+
+
+# Flask ----------------------------------------------------------------------------------------------------------------
+
+
+def build_flask(service: Service) -> flask.Flask:
+    """Bind the service to Flask: a route for each path of the table; what no route matches is answered by it too."""
+    import flask
+
+    app = flask.Flask(__name__, static_folder=None)
+    app.extensions["serving"] = service
+    app.url_map.merge_slashes = False
+
+    def view() -> flask.Response:
+        response = run_now(service.respond(wsgi_request(flask.request.environ)))
+        status = f"{response.status} {HTTPStatus(response.status).phrase}"
+        return flask.Response(response.body, status, response.headers)
+
+    def unmatched(error: Any) -> Any:
+        return view() if flask.request.routing_exception else error
+
+    for path, operations in service.routes.items():
+        name = next(iter(operations.values())).name
+        app.add_url_rule(path, name, view, methods=[*operations], provide_automatic_options=False)
+    app.register_error_handler(404, unmatched)
+    app.register_error_handler(405, unmatched)
+    return app
+
+
+def wsgi_request(environ: dict[str, Any]) -> Request:
+    """Make a `Request` of a WSGI environ."""
+
+    def header(name: str) -> str | None:
+        key = name.upper().replace("-", "_")
+        return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}") or None
+
+    stream = environ["wsgi.input"]
+    ends_by_itself = environ.get("wsgi.input_terminated", False)
+    left = int(environ.get("CONTENT_LENGTH") or 0)
+
+    async def read() -> bytes:
+        nonlocal left
+        try:
+            piece: bytes = stream.read(PIECE_BYTES if ends_by_itself else min(left, PIECE_BYTES))
+        except (OSError, ParseException):
+            raise BodyCutShort from None
+        left -= len(piece)
+        return piece
+
+    path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
+    body = environ.get("asgi.scope", environ).get(BODY)
+    return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), header, read, body)
+
+
+def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits: under WSGI, what it awaits blocks instead."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise RuntimeError("a coroutine waited where nothing can wake it")
+
+
+# FastAPI --------------------------------------------------------------------------------------------------------------
+
+
+def build_fastapi(service: Service) -> fastapi.FastAPI:
+    """Bind the service to FastAPI: a route for each path of the table; what no route matches is answered by it too."""
+    import fastapi
+
+    app = fastapi.FastAPI(title=service.settings.model.name, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.serving = service
+    app.router.redirect_slashes = False
+    endpoint: Any = ASGIEndpoint(service)
+    not_found = app.router.default
+
+    async def unmatched(scope: Any, receive: Any, send: Any) -> None:
+        await (endpoint if scope["type"] == "http" else not_found)(scope, receive, send)
+
+    for path, operations in service.routes.items():
+        app.add_route(path, endpoint, name=next(iter(operations.values())).name)  # no methods: the table knows them
+    app.router.default = unmatched
+    app.openapi = lambda: service.openapi  # type: ignore[method-assign]
+    return app
+
+
+class ASGIEndpoint:
+    """The service as an ASGI endpoint; a class, because Starlette would wrap a function."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = asgi_request(scope, receive)
+        response = await self.service.respond(request)
+        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.items()]
+        body = b"" if request.method == "HEAD" else response.body
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        if response.lingers:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await linger(receive)
+            body = b""
+        await send({"type": "http.response.body", "body": body})
+
+
+def asgi_request(scope: Any, receive: Any) -> Request:
+    """Make a `Request` of an ASGI scope."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        headers[name] = headers[name] + b"," + value if name in headers else value
+
+    def header(name: str) -> str | None:
+        value = headers.get(name.encode())
+        return value.decode("latin-1") if value else None
+
+    more = True
+
+    async def read() -> bytes:
+        nonlocal more
+        piece = b""
+        while more and not piece:
+            message = await receive()
+            if message["type"] == "http.disconnect" or scope.get(CUT_SHORT):
+                raise BodyCutShort
+            piece, more = message.get("body", b""), message.get("more_body", False)
+        return piece
+
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    query = urllib.parse.quote(scope["query_string"], safe=string.punctuation)
+    body = scope.get("wsgi_environ", scope).get(BODY)
+    return Request(scope["method"], path, query, header, read, body)
+
+
+async def linger(receive: Any) -> None:
+    """Discard what the client still sends, for a moment: closing on unread bytes would reset the connection, and the
+    client might lose the answer (RFC 9112, section 9.6)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            message = await receive()
+            while message.get("more_body"):
+                message = await receive()
+
+
+# Bridges --------------------------------------------------------------------------------------------------------------
+#
+# a2wsgi carries a framework over to the other interface. Left to itself it loses chunked bodies, spins on a body that
+# is cut short, abandons the task of a client that left, and runs no lifespan. So the body is read in front of it.
+
+
+def as_asgi(app: Any) -> Any:
+    """Give the app that `create_app` built as an ASGI app."""
+    return FlaskOverASGI(app) if hasattr(app, "wsgi_app") else app
+
+
+def as_wsgi(app: Any) -> Any:
+    """Give the app that `create_app` built as a WSGI app."""
+    return app if hasattr(app, "wsgi_app") else FastAPIOverWSGI(app)
+
+
+async def read_ahead(request: Request, limit: int) -> tuple[bytes | ServingError, bytes]:
+    """Give what the binding shall find under `BODY`, and the bytes to hand over the bridge."""
+    try:
+        body = await request.read_body(limit)
+    except ServingError as error:
+        return error, b""
+    return body, body
+
+
+class FlaskOverASGI:
+    """A Flask app behind ASGI: it runs in a2wsgi's threads."""
+
+    def __init__(self, app: flask.Flask) -> None:
+        from a2wsgi import WSGIMiddleware
+
+        self.limit = app.extensions["serving"].settings.limits.max_body_bytes
+        self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.bridge(scope, receive, send)
+            return
+        request = asgi_request(scope, receive)
+        outcome, body = await read_ahead(request, self.limit)
+        headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
+        headers.append((b"content-length", b"%d" % len(body)))
+        scope = {**scope, "headers": headers, "query_string": request.query.encode(), BODY: outcome}
+
+        async def receive_body() -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        async def send_and_linger(message: Any) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            if last and isinstance(outcome, ContentTooLarge):
+                await linger(receive)
+            await send(message)
+
+        await self.bridge(scope, receive_body, send_and_linger)
+
+
+class FastAPIOverWSGI:
+    """A FastAPI app behind WSGI: it runs in one event loop, in a thread that starts with the first request.
+
+    Nothing starts before that, for a thread does not live on in the workers forked from its process. `start` is for
+    a server that wants the app's start-up events before the first request.
+    """
+
+    def __init__(self, app: fastapi.FastAPI) -> None:
+        self.app = app
+        self.limit = app.state.serving.settings.limits.max_body_bytes
+        self.state: Mapping[str, Any] = {}
+        self._bridge: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        self.start()
+        request = wsgi_request(environ)
+        outcome, body = run_now(read_ahead(request, self.limit))
+        changed = {
+            BODY: outcome,
+            "PATH_INFO": request.path.encode().decode("latin-1"),
+            "CONTENT_LENGTH": str(len(body)),
+            "wsgi.input": io.BytesIO(body),
+        }
+        environ = {key: value for key, value in environ.items() if key != "HTTP_TRANSFER_ENCODING"} | changed
+        return list(self._bridge(environ, start_response))  # whole, or a client that leaves would strand its task
+
+    def start(self) -> None:
+        """Start the loop and run the app's start-up events, once. Raises what they raise."""
+        with self._lock:
+            if self._bridge is None:
+                self._bridge = self._start()
+
+    def _start(self) -> Any:
+        from a2wsgi import ASGIMiddleware
+
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="asgi", daemon=True).start()
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        stopping = asyncio.Event()
+        lifespan = asyncio.run_coroutine_threadsafe(self._live(started, stopping), loop)
+        concurrent.futures.wait([started, lifespan], return_when=concurrent.futures.FIRST_COMPLETED)
+        if lifespan.done():
+            lifespan.result()
+
+        def stop() -> None:
+            loop.call_soon_threadsafe(stopping.set)
+            lifespan.result()
+
+        atexit.register(stop)
+        return ASGIMiddleware(self._asgi, loop=loop)
+
+    async def _live(self, started: concurrent.futures.Future[None], stopping: asyncio.Event) -> None:
+        async with self.app.router.lifespan_context(self.app) as state:
+            self.state = state or {}
+            started.set_result(None)
+            await stopping.wait()
+
+    async def _asgi(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app({**scope, "state": dict(self.state)}, receive, send)
+
+
+# Factory --------------------------------------------------------------------------------------------------------------
+
+FRAMEWORKS: dict[str, Callable[[Service], Any]] = {"flask": build_flask, "fastapi": build_fastapi}
+
+
+@functools.cache
+def load_service() -> Service:
+    """Load settings, logging and predictor, once a process: gunicorn's workers get those of its master."""
+    return make_service(load_settings())
+
+
+def make_service(settings: Settings) -> Service:
+    """Build the service that the settings describe. Raises `StartupError`."""
+    configure_logging(settings.logging)
+    return Service(settings, load_predictor(settings))
+
+
+def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:
+    """Build the app of the framework that the settings name: a `Flask` or a `FastAPI`, to extend as either is."""
+    service = load_service() if settings is None else make_service(settings)
+    app: flask.Flask | fastapi.FastAPI = FRAMEWORKS[service.settings.framework](service)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """Make `app`, `asgi` and `wsgi` when a server first asks for them, so that importing this module does nothing."""
+    if name == "app":
+        with exit_on_startup_error():
+            value: Any = create_app()
+    elif name in ("asgi", "wsgi"):
+        bridge = as_asgi if name == "asgi" else as_wsgi
+        value = bridge(sys.modules[__name__].app)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+@contextlib.contextmanager
+def exit_on_startup_error() -> Iterator[None]:
+    """End the process with the message alone: an operator's mistake is not worth a traceback.
+
+    Status 4 is gunicorn's "app failed to load", on which its master stops instead of starting worker after worker;
+    3, uvicorn's, would make Flask's reloader start over without end.
+    """
+    try:
+        yield
+    except StartupError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(4)
+
+
+def print_settings(settings: Settings) -> None:
+    """Print the settings in force as TOML, each with where it comes from; secrets are masked."""
+    table: tuple[str, ...] = ()
+    values = settings.model_dump(mode="json")
+    for key in sorted(_leaves(values), key=len):
+        *path, name = key
+        if tuple(path) != table:
+            table = tuple(path)
+            print(f"\n[{'.'.join(map(_toml_key, table))}]")
+        value = functools.reduce(lambda level, part: level[part], key, values)
+        shown = json.dumps(value, ensure_ascii=False)
+        line = f"# {name} is not set" if value is None else f"{_toml_key(name)} = {shown}"
+        print(f"{line}  # {settings._sources.get(key, 'default')}")
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
+if __name__ == "__main__":
+    with exit_on_startup_error():
+        print_settings(load_settings())

@@ -1,0 +1,221 @@
+"""The table of requests: what is sent, and what must come back, whichever framework and worker answers."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+Fields = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request. `cut` ends the connection before the body is whole."""
+
+    id: str
+    method: str
+    target: str
+    headers: Fields = ()
+    body: bytes = b""
+    status: int = 200
+    says: str = ""  # in the answer's text
+    chunked: bool = False
+    cut: bool = False
+
+    def fields(self) -> Fields:
+        """The header fields, with the framing of the body."""
+        given = {name.lower() for name, _ in self.headers}
+        fields = (("Host", "test"), *self.headers)
+        if "x-request-id" not in given:
+            fields += (("X-Request-ID", self.id),)
+        if self.chunked:
+            fields += (("Transfer-Encoding", "chunked"),)
+        elif (self.body or self.method == "POST") and "content-length" not in given:
+            fields += (("Content-Length", str(len(self.body) + (10 if self.cut else 0))),)
+        return fields
+
+    def raw(self) -> bytes:
+        """The request as it stands on the wire."""
+        head = [f"{self.method} {self.target} HTTP/1.1", *(f"{name}: {value}" for name, value in self.fields())]
+        return "\r\n".join([*head, "", ""]).encode() + (self._chunks() if self.chunked else self.body)
+
+    def _chunks(self) -> bytes:
+        half = len(self.body) // 2
+        parts = [part for part in (self.body[:half], self.body[half:]) if part]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+        return chunks if self.cut else chunks + b"0\r\n\r\n"
+
+
+JSON: Fields = (("Content-Type", "application/json"),)
+ROW = '{"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}'
+QUERY = "sepal_length=5.1&sepal_width=3.5&petal_length=1.4&petal_width=0.2"
+TWICE = ROW.replace("}", ', "petal_width": 9}')
+HUGE = 400 * "9"
+
+
+def post(id: str, body: str | bytes, status: int = 200, says: str = "", headers: Fields = JSON, **more: Any) -> Case:
+    data = body.encode() if isinstance(body, str) else body
+    return Case(id, "POST", "/predictions", headers, data, status, says, **more)
+
+
+def get(id: str, query: str, status: int = 200, says: str = "", **more: Any) -> Case:
+    return Case(id, "GET", f"/predictions?{query}", (), b"", status, says, **more)
+
+
+def cell(value: str) -> str:
+    """A row whose petal_width is the given JSON text."""
+    return ROW.replace("0.2", value)
+
+
+GOOD = [
+    post("object", ROW, says='{"prediction":"setosa","probabilities":{"setosa":0.98'),
+    post("array", f"[{ROW}, {ROW}]", says="setosa"),
+    post("array-of-one", f"[{ROW}]", says='[{"prediction"'),
+    post("array-empty", "[]", says="[]"),
+    post("integers", ROW.replace("5.1", "5"), says="setosa"),
+    post("negative-zero", cell("-0.0"), says="setosa"),
+    post("exponent", cell("2e-1"), says="setosa"),
+    post("keys-in-another-order", json.dumps(dict(reversed(json.loads(ROW).items()))), says="setosa"),
+    post("escaped-key", ROW.replace("sepal_length", "sepal\\u005flength"), says="setosa"),
+    post("white-space", f" \r\n\t{ROW}\n ", says="setosa"),
+    post("charset", ROW, headers=(("Content-Type", "application/json; charset=UTF-8"),), says="setosa"),
+    post("content-type-in-capitals", ROW, headers=(("content-type", "APPLICATION/JSON"),), says="setosa"),
+    post("chunked", ROW, chunked=True, says="setosa"),
+    post("chunked-array", f"[{', '.join([ROW] * 500)}]", chunked=True, says="setosa"),
+    post("thousand-rows", f"[{', '.join([ROW] * 1000)}]", says="setosa"),
+    post("identity", ROW, headers=(*JSON, ("Content-Encoding", "identity")), says="setosa"),
+    get("query", QUERY, says="setosa"),
+    get("query-integers", QUERY.replace("5.1", "5"), says="setosa"),
+    get("query-percent-encoded", QUERY.replace("sepal_length=5.1", "sepal%5Flength=%35%2E1"), says="setosa"),
+    get("query-trailing-ampersand", QUERY + "&", says="setosa"),
+    Case("path-percent-encoded", "GET", f"/%70redictions?{QUERY}", says="setosa"),
+    Case("head", "HEAD", f"/predictions?{QUERY}"),
+    Case("head-ping", "HEAD", "/ping"),
+    Case("ping", "GET", "/ping", says='{"status":"live"}'),
+    Case("live", "GET", "/health/live", says='{"status":"live"}'),
+    Case("ready", "GET", "/health/ready", says='{"status":"ready","model":"iris"}'),
+    Case("openapi", "GET", "/openapi.json", says='"openapi":"3.1.0"'),
+    Case("get-with-body", "GET", "/ping", (), b"ignored", says="live"),
+    Case("connection-close", "GET", "/ping", (("Connection", "close"),), says="live"),
+    Case("sane-request-id", "GET", "/ping", (("X-Request-ID", "a.b:c/d+e=f-g_h"),), says="live"),
+]
+
+BAD = [
+    post("empty-body", "", 400, "the body is empty"),
+    post("white-space-only", "  ", 400, "not JSON"),
+    post("not-json", "sepal_length=5.1", 400, "line 1 column 1"),
+    post("open-object", '{"sepal_length": 5.1', 400, "EOF"),
+    post("open-array", f"[{ROW}", 400, "EOF"),
+    post("open-string", '{"sepal_length', 400, "EOF"),
+    post("trailing-comma", ROW.replace("}", ",}"), 400, "trailing comma"),
+    post("trailing-text", ROW + "x", 400, "trailing characters"),
+    post("two-documents", ROW + ROW, 400, "trailing characters"),
+    post("single-quotes", ROW.replace('"', "'"), 400, "not JSON"),
+    post("comment", "/* row */" + ROW, 400, "not JSON"),
+    post("byte-order-mark", "\ufeff" + ROW, 400, "not JSON"),
+    post("nan", cell("NaN"), 400, "not JSON"),
+    post("infinity", cell("Infinity"), 400, "not JSON"),
+    post("negative-infinity", cell("-Infinity"), 400, "not JSON"),
+    post("duplicate-key", TWICE, 400, "duplicate key"),
+    post("duplicate-key-in-array", f"[{ROW}, {TWICE}]", 400, "duplicate key"),
+    post("nested-10000-deep", "[" * 10_000 + "]" * 10_000, 400, "recursion"),
+    post("nested-objects-10000-deep", '{"a":' * 10_000 + "1" + "}" * 10_000, 400, "recursion"),
+    post("bad-utf-8", ROW.encode().replace(b"5.1", b'"\xff"'), 400, "not JSON"),
+    post("bad-utf-8-key", ROW.encode().replace(b"sepal_length", b"sepal\xc3\x28"), 400, "not JSON"),
+    post("utf-16", ROW.encode("utf-16"), 400, "not JSON"),
+    post("null-bytes", b"\0\0\0\0", 400, "not JSON"),
+    post("lone-surrogate", cell('"\\ud800"'), 400, "not JSON"),
+    post("leading-zero", cell("00.2"), 400, "not JSON"),
+    post("hexadecimal", cell("0x1"), 400, "not JSON"),
+    post("point-without-digits", cell("1."), 400, "not JSON"),
+    post("integer-of-5000-digits", cell("9" * 5000), 400, "out of range"),
+    post("overflow", cell("1e999"), 422, '"loc":["body","petal_width"],"msg":"Input should be a finite number"'),
+    post("integer-of-400-digits", cell(HUGE), 422, "valid number"),
+    post("string-for-number", cell('"0.2"'), 422, '"loc":["body","petal_width"]'),
+    post("true-for-number", cell("true"), 422, "valid number"),
+    post("null-for-number", cell("null"), 422, "valid number"),
+    post("array-for-number", cell("[0.2]"), 422, "valid number"),
+    post("object-for-number", cell('{"value": 0.2}'), 422, "valid number"),
+    post("deep-value", cell("[" * 150 + "]" * 150), 422, "valid number"),
+    post(
+        "missing-feature", ROW.replace(', "petal_width": 0.2', ""), 422, '"type":"missing","loc":["body","petal_width"]'
+    ),
+    post("misspelt-feature", ROW.replace("petal_width", "petal_widht"), 422, "did you mean 'petal_width'?"),
+    post("unknown-feature", ROW.replace("}", ', "colour": 1}'), 422, "Unknown feature; use one of 'sepal_length'"),
+    post("empty-object", "{}", 422, '"loc":["body","sepal_length"]'),
+    post("null", "null", 422, "Input should be an object or an array of objects"),
+    post("number", "5.1", 422, "Input should be an object or an array of objects"),
+    post("string", '"setosa"', 422, "Input should be an object or an array of objects"),
+    post("array-of-numbers", "[5.1, 3.5, 1.4, 0.2]", 422, '"loc":["body",0],"msg":"Input should be an object"'),
+    post("array-of-arrays", f"[[{ROW}]]", 422, '"loc":["body",0]'),
+    post("array-with-null", f"[{ROW}, null]", 422, '"loc":["body",1]'),
+    post("bad-cell-in-row-3", f"[{ROW}, {ROW}, {ROW}, {cell('true')}]", 422, '["body",3,"petal_width"]'),
+    post("two-bad-cells", f"[{cell('true')}, {cell('null')}]", 422, '["body",1,"petal_width"]'),
+    post("too-many-rows", f"[{','.join(['{}'] * 10_001)}]", 413, "the body has 10001 rows; send at most 10000 rows"),
+    post("text-plain", ROW, 415, "Content-Type is 'text/plain'", (("Content-Type", "text/plain"),)),
+    post("no-content-type", ROW, 415, "Content-Type is missing", ()),
+    post("form", QUERY, 415, "use 'application/json'", (("Content-Type", "application/x-www-form-urlencoded"),)),
+    post("latin-1-charset", ROW, 415, "charset", (("Content-Type", "application/json; charset=latin-1"),)),
+    post("gzip", ROW, 415, "Content-Encoding is 'gzip'", (*JSON, ("Content-Encoding", "gzip"))),
+    post("chunked-and-bad", '{"a"', 400, "EOF", chunked=True),
+    post("cut-short", ROW, 400, "ended early", cut=True),
+    post("cut-short-chunked", ROW, 400, "ended early", chunked=True, cut=True),
+    post("cut-short-before-any", "", 400, "ended early", cut=True),
+    post("too-large", b" " * 8_388_609, 413, "the body is 8388609 bytes; send at most 8388608 bytes"),
+    post("too-large-chunked", b" " * 8_388_609, 413, "the body is longer", chunked=True),
+    get("no-query", "", 422, '"loc":["query","sepal_length"]'),
+    Case("no-question-mark", "GET", "/predictions", status=422, says='"loc":["query","petal_width"]'),
+    get("query-missing-feature", QUERY.replace("&petal_width=0.2", ""), 422, '"type":"missing"'),
+    get("query-misspelt-feature", QUERY.replace("petal_width", "petal_widht"), 422, "did you mean 'petal_width'?"),
+    get(
+        "query-repeated",
+        QUERY + "&petal_width=0.2",
+        422,
+        '"loc":["query","petal_width"],"msg":"Give this parameter once"',
+    ),
+    get("query-text", QUERY.replace("0.2", "wide"), 422, "valid number"),
+    get("query-empty-value", QUERY.replace("0.2", ""), 422, "valid number"),
+    get("query-no-value", QUERY.replace("=0.2", ""), 422, "valid number"),
+    get("query-nan", QUERY.replace("0.2", "nan"), 422, "finite number"),
+    get("query-infinity", QUERY.replace("0.2", "Infinity"), 422, "finite number"),
+    get("query-overflow", QUERY.replace("0.2", "1e999"), 422, "finite number"),
+    get("query-comma", QUERY.replace("0.2", "0,2"), 422, "valid number"),
+    get("query-bad-percent-encoding", QUERY.replace("0.2", "%zz"), 422, "valid number"),
+    get("query-bad-utf-8", QUERY.replace("0.2", "%ff"), 400, "not percent-encoded UTF-8"),
+    get("query-semicolons", QUERY.replace("&", ";"), 422, '"type":"missing"'),
+    get("query-bad-cell-in-head", QUERY.replace("0.2", "wide"), 422),
+    Case("unknown-path", "GET", "/prediction", status=404, says="did you mean '/predictions'?"),
+    Case("root", "GET", "/", status=404, says="use one of '/predictions'"),
+    Case("trailing-slash", "GET", f"/predictions/?{QUERY}", status=404, says="did you mean '/predictions'?"),
+    Case("double-slash", "GET", f"//predictions?{QUERY}", status=404, says="did you mean"),
+    Case("path-bad-utf-8", "GET", "/%ff", status=404, says="there is no"),
+    Case("path-encoded-slash", "GET", "/health%2Flive/x", status=404, says="there is no"),
+    Case("path-dots", "GET", "/../settings.toml", status=404, says="there is no"),
+    Case("post-unknown-path", "POST", "/predict", JSON, ROW.encode(), 404, "did you mean '/predictions'?"),
+    Case("static-file", "GET", "/static/app.py", status=404),
+    Case("docs-not-there", "GET", "/redoc", status=404),
+    Case("delete", "DELETE", "/predictions", status=405, says="use one of GET, HEAD, POST"),
+    Case("put", "PUT", "/predictions", JSON, ROW.encode(), 405, "PUT is not allowed"),
+    Case("patch", "PATCH", "/predictions", JSON, ROW.encode(), 405, "PATCH is not allowed"),
+    Case("options", "OPTIONS", "/predictions", status=405, says="OPTIONS is not allowed"),
+    Case("trace", "TRACE", "/predictions", status=405, says="TRACE is not allowed"),
+    Case("post-ping", "POST", "/ping", JSON, b"{}", 405, "use one of GET, HEAD"),
+    Case("head-unknown-path", "HEAD", "/prediction", status=404),
+    Case("insane-request-id", "GET", "/nope", (("X-Request-ID", 'x" \t{"level": "critical"}'),), status=404),
+    Case("long-request-id", "GET", "/nope", (("X-Request-ID", "x" * 129),), status=404),
+]
+
+# Bytes that are no HTTP request of ours; they are answered before any app: id, bytes, status.
+MALFORMED = [
+    ("nonsense", b"nonsense\r\n\r\n", 400),
+    ("bad-version", b"GET /ping HTTP/9.9\r\nHost: x\r\n\r\n", 400),
+    ("space-in-target", b"GET /ping x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("byte-in-target", b"GET /predictions?a=\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("header-without-colon", b"GET /ping HTTP/1.1\r\nHost x\r\n\r\n", 400),
+    ("null-in-header", b"GET /ping HTTP/1.1\r\nHost: x\0y\r\n\r\n", 400),
+    ("length-not-a-number", b"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Length: ten\r\n\r\n", 400),
+    ("negative-length", b"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+    ("length-and-chunked", b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("long-request-line", b"GET /predictions?a=" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    ("long-header", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 9000 + b"\r\n\r\n", 431),
+    ("many-headers", b"GET /ping HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 101 + b"\r\n", 431),
+]

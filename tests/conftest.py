@@ -1,0 +1,295 @@
+"""Real servers as processes on ephemeral ports, and the same requests without them."""
+
+import asyncio
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from cases import Case
+
+import app
+
+PROJECT = Path(app.__file__).parent
+BIN = Path(sys.executable).parent
+COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
+LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
+ROW = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}
+MADE_ID = re.compile(r"^[0-9a-f]{32}$")
+WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, reduced to what must be the same everywhere."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @classmethod
+    def of(cls, status: int, headers: Any, body: bytes) -> "Answer":
+        compared = ("content-type", "content-length", "allow", "www-authenticate", "x-request-id")
+        kept = {name.lower(): MADE_ID.sub("made", value) for name, value in headers if name.lower() in compared}
+        closes = any(name.lower() == "connection" and value == "close" for name, value in headers)
+        return cls(status, kept | ({"connection": "close"} if closes else {}), body)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until the condition holds, and give what it gave."""
+    deadline = time.monotonic() + WAIT_S
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {WAIT_S} s for {what}")
+        threading.Event().wait(0.01)
+    return result
+
+
+class Server:
+    """A command that serves, started in a process group of its own; `port` is the one that it printed."""
+
+    def __init__(self, command: list[str], log: Path, cwd: Path = PROJECT, **environment: str) -> None:
+        self.log = log
+        env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
+        env["PATH"] = f"{BIN}:{env['PATH']}"
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=env,
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            self.port = int(wait_until(self._listening, f"{command} to listen, which printed {self.text!r}"))
+            wait_until(self._answers, f"{command} to answer")
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
+
+    def _listening(self) -> str | None:
+        assert self.process.poll() is None, f"exited with {self.process.returncode}: {self.text}"
+        match = LISTENING.search(self.text)
+        return match and match[1]
+
+    def _answers(self) -> bool:
+        try:
+            return self.get("/ping").status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The log so far, a JSON object a line."""
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    @property
+    def worker_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+
+    def exchange(self, raw: bytes, method: str = "GET", half_close: bool = False) -> Answer:
+        with self.connect() as client:
+            with contextlib.suppress(ConnectionError):  # a refusal may come before all is sent
+                client.sendall(raw)
+            if half_close:
+                client.shutdown(socket.SHUT_WR)
+            return read_answer(client, method)
+
+    def send(self, case: Case) -> Answer:
+        return self.exchange(case.raw(), case.method, case.cut)
+
+    def get(self, target: str, **headers: str) -> Answer:
+        return self.send(Case("get", "GET", target, tuple(headers.items()), status=200))
+
+    def post(self, payload: Any, **headers: str) -> Answer:
+        return self.send(post_case(payload, **headers))
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        try:
+            return self.process.wait(WAIT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def post_case(payload: Any, **headers: str) -> Case:
+    fields = {"Content-Type": "application/json", **{name.replace("_", "-"): text for name, text in headers.items()}}
+    return Case("post", "POST", "/predictions", tuple(fields.items()), json.dumps(payload).encode(), 200)
+
+
+def read_answer(client: socket.socket, method: str = "GET") -> Answer:
+    response = http.client.HTTPResponse(client, method=method)
+    response.begin()
+    return Answer.of(response.status, response.getheaders(), response.read())
+
+
+def gunicorn_environment(framework: str, worker: str, **environment: str) -> dict[str, str]:
+    return {
+        "SERVING_FRAMEWORK": framework,
+        "SERVING_SERVER__WORKER_CLASS": worker,
+        "SERVING_SERVER__WORKERS": "1",
+        "SERVING_SERVER__BIND": "127.0.0.1:0",
+        **environment,
+    }
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start servers; all are ended with the session."""
+    started: list[Server] = []
+
+    def start(command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, **environment: str) -> Server:
+        log = tmp_path_factory.mktemp("server") / "log"
+        server = Server(command.split(), log, cwd, **environment)
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+    """The four combinations of framework and worker, run by gunicorn from the shipped settings."""
+    return {pair: serve(**gunicorn_environment(*pair)) for pair in COMBINATIONS}
+
+
+@pytest.fixture(params=COMBINATIONS, ids="-".join)
+def server(request: pytest.FixtureRequest, servers: dict[tuple[str, str], Server]) -> Server:
+    return servers[request.param]
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is deployed, for tests that edit it."""
+    target = tmp_path_factory.mktemp("project")
+    for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
+        shutil.copy(PROJECT / name, target / name)
+    shutil.copytree(PROJECT / "model", target / "model")
+    return target
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SERVING_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(params=["fastapi", "flask"])
+def framework(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def make_settings(**changes: Any) -> app.Settings:
+    """Give the shipped settings with some sections' keys changed."""
+    settings = app.load_settings(PROJECT / "settings.toml")
+    values = settings.model_dump()
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    return app.Settings.model_validate(values)
+
+
+def call(native: Any, case: Case) -> Answer:
+    """Send a case to an app object by its own interface, without a server."""
+    return call_wsgi(native, case) if hasattr(native, "wsgi_app") else asyncio.run(call_asgi(native, case))
+
+
+async def call_asgi(asgi: Any, case: Case) -> Answer:
+    path, _, query = case.target.partition("?")
+    messages = [{"type": "http.request", "body": case.body, "more_body": case.cut}, {"type": "http.disconnect"}]
+    sent: list[dict[str, Any]] = []
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": case.method,
+        "scheme": "http",
+        "path": unquote(path),
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in case.fields()],
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await asgi(scope, receive, send)
+    headers = [(name.decode(), value.decode()) for name, value in sent[0]["headers"]]
+    return Answer.of(sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:]))
+
+
+def call_wsgi(wsgi: Any, case: Case) -> Answer:
+    path, _, query = case.target.partition("?")
+    names = {"content-type": "CONTENT_TYPE", "content-length": "CONTENT_LENGTH"}
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": case.method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote(path).encode().decode("latin-1"),
+        "QUERY_STRING": query,
+        "SERVER_NAME": "test",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": CutStream(case.body) if case.cut and case.chunked else io.BytesIO(case.body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": False,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+        "wsgi.input_terminated": True,
+    }
+    for name, value in case.fields():
+        key = names.get(name.lower(), f"HTTP_{name.upper().replace('-', '_')}")
+        environ[key] = f"{environ[key]},{value}" if key in environ else value
+    started: list[Any] = []
+    chunks = wsgi(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+    status, headers = started[0]
+    return Answer.of(int(status[:3]), headers, b"".join(chunks))
+
+
+class CutStream(io.BytesIO):
+    """A chunked body whose last chunk never came, as a WSGI server shows it."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size) or self._ended()
+
+    def _ended(self) -> bytes:
+        raise OSError("the connection ended inside a chunk")

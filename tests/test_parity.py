@@ -1,0 +1,47 @@
+"""The same request gives the same bytes under both frameworks, by either interface, without a server."""
+
+from typing import Any
+
+import pytest
+from cases import BAD, GOOD, Case
+from conftest import Answer, call, call_wsgi, make_settings
+
+import app
+
+
+@pytest.fixture(scope="module")
+def apps() -> dict[str, Any]:
+    return {name: app.create_app(make_settings(framework=name)) for name in app.FRAMEWORKS}
+
+
+@pytest.mark.parametrize("case", GOOD + BAD, ids=lambda case: case.id)
+def test_frameworks_answer_alike(apps: dict[str, Any], case: Case) -> None:
+    """Flask and FastAPI give the same status, headers and body."""
+    flask, fastapi = call(apps["flask"], case), call(apps["fastapi"], case)
+    assert flask == fastapi
+    check(case, flask)
+
+
+@pytest.mark.parametrize("case", GOOD + BAD, ids=lambda case: case.id)
+def test_bridges_answer_alike(apps: dict[str, Any], case: Case) -> None:
+    """FastAPI behind WSGI and Flask behind ASGI give what each gives by its own interface."""
+    over_asgi = call(app.as_asgi(apps["flask"]), case)
+    over_wsgi = call_wsgi(app.as_wsgi(apps["fastapi"]), case)
+    assert over_asgi == over_wsgi
+    check(case, over_asgi)
+
+
+def check(case: Case, answer: Answer) -> None:
+    """Hold an answer to its case."""
+    assert answer.status == case.status
+    assert answer.headers["content-type"] == "application/json"
+    if case.method != "HEAD":
+        assert int(answer.headers["content-length"]) == len(answer.body)
+        assert case.says in answer.body.decode()
+        assert (case.status == 200) != ("detail" in answer.json if isinstance(answer.json, dict) else False)
+
+
+def test_table_is_large_enough() -> None:
+    """At least 60 bad requests are in the table, each under its own name."""
+    assert len(BAD) >= 60
+    assert len({case.id for case in GOOD + BAD}) == len(GOOD + BAD)
