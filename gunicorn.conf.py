@@ -1,0 +1,177 @@
+"""The process path: from `settings.toml`, which worker class, how many, and how a worker ends a connection.
+
+Run with `gunicorn -c gunicorn.conf.py`. Settings and predictor are loaded here, in the master, before it listens, so
+a mistake in them stops it, and the workers share their memory. Only names that are gunicorn settings reach gunicorn.
+"""
+
+import logging
+import sys
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import structlog
+from gunicorn import util
+from gunicorn.glogging import Logger
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
+
+import app
+
+log = structlog.get_logger()
+
+app.load_service.cache_clear()  # gunicorn runs this file again on HUP
+with app.exit_on_startup_error():
+    settings = app.load_service().settings
+
+
+class StructuredLogger(Logger):
+    """Gunicorn's logger without its handlers: `app.configure_logging` has put ours in their place."""
+
+    def setup(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.loglevel = logging.root.level
+        self._access_log_enabled = False
+
+
+def refuse(status: int) -> bytes:
+    """Give the whole answer to bytes that are no HTTP request we take, in the shape of every other error."""
+    details = {
+        400: "not a valid HTTP/1.1 request",
+        414: f"the request line is too long; send at most {limit_request_line} bytes",
+        431: f"the header is too large; send at most {limit_request_fields} fields of {limit_request_field_size} bytes",
+        500: "internal error",
+    }
+    request_id = app.make_request_id()
+    log.warning("request_refused", status=status, request_id=request_id)
+    headers = {"Connection": "close", "X-Request-ID": request_id}
+    response = app.Response.of({"detail": details[status]}, status, headers)
+    head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *map(": ".join, response.headers.items())]
+    return "\r\n".join([*head, "", ""]).encode() + response.body
+
+
+def uvicorn_worker() -> type:
+    """Give uvicorn's worker with gunicorn's limits and time-outs, and an answer to a request that is cut short."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn_worker import UvicornWorker
+
+    class Protocol(HttpToolsProtocol):
+        refusal = 400
+        failed = False
+
+        def on_url(self, url: bytes) -> None:
+            super().on_url(url)
+            if len(self.url) > limit_request_line:
+                self.refusal = 414
+            if self.refusal != 400 or not self.url.isascii():
+                raise ValueError("request line")
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            super().on_header(name, value)
+            if len(name) + len(value) > limit_request_field_size or len(self.headers) > limit_request_fields:
+                self.refusal = 431
+                raise ValueError("header")
+
+        def send_400_response(self, msg: str) -> None:
+            if not self.failed and not self._cut_short():
+                self.transport.write(refuse(self.refusal))
+                self.transport.close()
+            self.failed = True  # the parser's place is lost: what still arrives is answered no more
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """Answer a client that has closed its sending side only, as WSGI workers do."""
+            waiting = self.cycle is not None and not self.cycle.response_complete and self.scheme == "http"
+            if waiting:
+                self._cut_short()
+                self.cycle.keep_alive = False
+            return waiting
+
+        def _cut_short(self) -> bool:
+            """Tell the app, if it waits for the rest of a body, that there is none."""
+            if self.cycle is None or not self.cycle.more_body or self.cycle.response_complete:
+                return False
+            scope: Any = self.cycle.scope
+            scope[app.CUT_SHORT] = True
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+            return True
+
+    class ServingUvicornWorker(UvicornWorker):
+        CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
+            "loop": "uvloop",
+            "http": Protocol,
+            "ws": "none",
+            "timeout_graceful_shutdown": settings.server.graceful_timeout,
+        }
+
+    return ServingUvicornWorker
+
+
+def gevent_worker() -> type:
+    """Give gevent's worker, with `Connection: close` from the app honoured and errors in JSON."""
+    from gunicorn.workers.ggevent import GeventWorker
+
+    class ServingGeventWorker(GeventWorker):
+        wsgi: Any
+
+        def load_wsgi(self) -> None:
+            super().load_wsgi()
+            inner = self.wsgi
+            if isinstance(inner, app.FastAPIOverWSGI):
+                inner.start()
+
+            def wsgi(environ: dict[str, Any], start_response: Any) -> Any:
+                def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+                    if any(name.lower() == "connection" and value == "close" for name, value in headers):
+                        start_response.__self__.force_close()
+                        environ["wsgi.input"].failed = True  # gunicorn's mark of a body that was not read to its end
+                    return start_response(status, headers, exc_info)
+
+                return inner(environ, start)
+
+            self.wsgi = wsgi
+
+        def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+            try:
+                return super().handle_request(listener_name, req, sock, addr)
+            except StopIteration:
+                if req.body.failed:
+                    util.close_graceful(sock, timeout=app.LINGER_S, max_drain=sys.maxsize)
+                raise
+
+        def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+            if isinstance(exc, LimitRequestLine):
+                status = 414
+            elif isinstance(exc, LimitRequestHeaders):
+                status = 431
+            elif isinstance(exc, ParseException):
+                status = 400
+            else:
+                status = 500
+                log.error("worker_failed", exc_info=exc)
+            util.write_nonblock(client, refuse(status))
+
+    return ServingGeventWorker
+
+
+WORKERS = {
+    "uvicorn": (uvicorn_worker, "app:asgi"),
+    "gevent": (gevent_worker, "app:wsgi"),
+}
+
+make_worker, wsgi_app = WORKERS[settings.worker_class]
+worker_class = make_worker()
+workers = settings.workers
+bind = settings.server.bind
+backlog = settings.server.backlog
+timeout = settings.server.timeout
+graceful_timeout = settings.server.graceful_timeout
+keepalive = settings.server.keepalive
+max_requests = settings.server.max_requests
+max_requests_jitter = settings.server.max_requests_jitter
+limit_request_line = 8190  # bytes; as long as gunicorn goes, for rows given as a query
+limit_request_fields = 100
+limit_request_field_size = 8190  # bytes
+logger_class = StructuredLogger
+control_socket_disable = True  # or gunicorn opens one in the home folder
