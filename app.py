@@ -47,7 +47,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 import jiter
 import joblib
 import numpy as np
-import skops.io
 import structlog
 from gunicorn.http.errors import ParseException
 from pydantic import (
@@ -61,9 +60,9 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import to_json
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError as EnvironmentParseError
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from typing_extensions import TypedDict
@@ -211,13 +210,17 @@ class Settings(Section):
     logging: LoggingSettings = LoggingSettings()
     auth: AuthSettings = AuthSettings()
 
-    _folder: Path = PrivateAttr(default=HERE)
-    _sources: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
+    _file: Path = PrivateAttr(default=HERE / "settings.toml")
+    _places: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
+
+    def place(self, *key: str) -> str:
+        """Say where the value of a setting stands, for a message about it."""
+        return self._places.get(key, f"default: {'.'.join(key)}")
 
     @property
     def model_path(self) -> Path:
         """The artifact's place; `model.path` is relative to the settings file."""
-        return self._folder / self.model.path
+        return self._file.parent / self.model.path
 
     @property
     def worker_class(self) -> Literal["uvicorn", "gevent"]:
@@ -232,21 +235,26 @@ class Settings(Section):
         return joblib.cpu_count() if self.server.workers == "auto" else self.server.workers
 
 
+class Environment(EnvSettingsSource):
+    """The `SERVING_…` variables, nested like the file. Text that should be JSON and is not is left to validation."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
 class SettingsWithEnvironment(BaseSettings, Settings):
-    """`Settings` in which `SERVING_…` variables win over the values passed in, those of the file."""
+    """`Settings` in which the environment wins over the values passed in, those of the file."""
 
     model_config = SettingsConfigDict(env_prefix="SERVING_", env_nested_delimiter="__")
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings
+        return Environment(settings_cls), init_settings
 
 
 def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
@@ -256,17 +264,17 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     Raises `SettingsError` with every mistake: place, value seen, what is allowed.
     """
     file = Path(path or os.environ.get("SERVING_SETTINGS") or HERE / "settings.toml").absolute()
-    from_file = _read_toml(file)
-    from_environment = _read_environment()
+    values = _read_toml(file)
+    _refuse_unknown_variables()
     try:
         # TOML has types, so its values are held to them; a variable is text, which is parsed.
-        Settings.model_validate(from_file, strict=True)
-        settings = SettingsWithEnvironment(**from_file)
+        Settings.model_validate(values, strict=True)
+        settings = SettingsWithEnvironment(**values)
     except ValidationError as error:
-        raise SettingsError(_explain(error, file)) from None
-    settings._folder = file.parent
-    settings._sources = dict.fromkeys(_leaves(from_file), file.name)
-    settings._sources |= {key: f"environment {_variable(key)}" for key in _leaves(from_environment)}
+        raise SettingsError("\n".join(_explain(error, file))) from None
+    settings._file = file
+    given = {*leaves(values), *leaves(Environment(SettingsWithEnvironment)())}
+    settings._places = {key: _place(key, file) for key in given}
     return settings
 
 
@@ -280,18 +288,13 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
 
 
-def _read_environment() -> dict[str, Any]:
-    """Give the `SERVING_…` variables nested like the file; refuse those of no setting (pydantic-settings #985)."""
-    known = [_variable(key) for key in setting_keys()]
+def _refuse_unknown_variables() -> None:
+    """Refuse a `SERVING_…` variable of no section, which pydantic-settings would ignore (its issue 985)."""
     for variable in map(str.upper, os.environ):
         section = variable.removeprefix("SERVING_").partition("__")[0].lower()
         if variable.startswith("SERVING_") and variable != "SERVING_SETTINGS" and section not in Settings.model_fields:
+            known = map(_variable, setting_keys())
             raise SettingsError(f"environment: {variable} is not a setting; {nearest(variable, known)}")
-    try:
-        return EnvSettingsSource(SettingsWithEnvironment)()
-    except EnvironmentParseError as error:
-        variable = _variable(re.findall(r'"(\w+)"', str(error))[:1])
-        raise SettingsError(f"environment: {variable} is not valid JSON; it should be") from None
 
 
 def setting_keys(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -303,50 +306,61 @@ def setting_keys(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()
             yield (*prefix, name)
 
 
-def _variable(key: Iterable[str]) -> str:
-    return "SERVING_" + "__".join(key).upper()
-
-
-def _leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Name every value of nested tables as its path of keys."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, (*prefix, name))
+            yield from leaves(value, (*prefix, name))
         else:
             yield (*prefix, name)
 
 
-def _explain(error: ValidationError, file: Path) -> str:
+def _variable(key: Iterable[str]) -> str:
+    return "SERVING_" + "__".join(key).upper()
+
+
+def _place(key: tuple[str, ...], file: Path) -> str:
+    """Say where a value stands: the variable that gives it, or one that gives a table with it, or the file."""
+    variables = (_variable(key[:end]) for end in range(len(key), 0, -1))
+    given = next((name for name in variables if name in map(str.upper, os.environ)), None)
+    return f"environment: {given}" if given else f"{file.name}: {'.'.join(key)}"
+
+
+def _explain(error: ValidationError, file: Path) -> list[str]:
     """Say each mistake in a line: place, value seen, what is allowed."""
-    allowed: dict[str, list[str]] = {}
+    shoulds: dict[str, list[str]] = {}
+    lines: list[str] = []
     for problem in error.errors(include_url=False):
-        key, seen = _locate(problem)
-        variables = (_variable(key[:end]) for end in range(len(key), 0, -1))
-        variable = next((name for name in variables if name in map(str.upper, os.environ)), None)
-        place = f"environment: {variable}" if variable else f"{file.name}: {'.'.join(key)}"
+        key = _setting_of([str(part) for part in problem["loc"]])
+        place = _place(key, file)
         if problem["type"] == "extra_forbidden":
-            level = key[:-1]
-            names = [name[len(level)] for name in setting_keys() if name[: len(level)] == level]
-            names = list(FeatureSettings.model_fields) if key[0] == "features" else list(dict.fromkeys(names))
-            allowed[f"{place} is not a setting"] = [nearest(key[-1], names)]
+            siblings = [known[: len(key)] for known in setting_keys() if known[: len(key) - 1] == key[:-1]]
+            if key[0] == "features":
+                siblings = [(*key[:-1], name) for name in FeatureSettings.model_fields]
+            of_environment = place.startswith("environment")
+            names = [_variable(known) if of_environment else known[-1] for known in dict.fromkeys(siblings)]
+            name = _variable(key) if of_environment else key[-1]
+            lines.append(f"{place} is not a setting; {nearest(name, names)}")
         else:
-            shown = "**********" if key[0] == "auth" else repr(seen)
-            table = problem["type"] in ("model_type", "dict_type")
-            message = "a table of keys" if table else problem["msg"].removeprefix("Input should be ")
-            allowed.setdefault(f"{place} is {shown}", []).append(message)
-    return "\n".join(f"{place}; {_use(options)}" for place, options in allowed.items())
+            seen = "**********" if key[0] == "auth" else repr(problem["input"])
+            shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem))
+    return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
 
-def _use(options: list[str]) -> str:
-    text = " or ".join(options)
-    return text if text.startswith(("did you", "use ")) else f"it should be {text}"
+def _setting_of(loc: list[str]) -> tuple[str, ...]:
+    """Give the setting that pydantic's `loc` is about; it goes on into the branches of a union."""
+    lengths = [len(key) for key in setting_keys() if list(key) == loc[: len(key)]]
+    return tuple(loc[:3] if loc[0] == "features" else loc[: lengths[0]] if lengths else loc)
 
 
-def _locate(problem: Any) -> tuple[tuple[str, ...], Any]:
-    """Give the setting's key and the value seen; pydantic's `loc` goes on into the branches of a union."""
-    loc = [str(part) for part in problem["loc"]]
-    keys = {key: len(key) for key in setting_keys()}
-    length = next((keys[key] for key in keys if tuple(loc[: len(key)]) == key), len(loc))
-    return tuple(loc[: 3 if loc[0] == "features" else length]), problem["input"]
+def _should(problem: Any) -> str:
+    kinds = {
+        "model_type": "be a table of keys",
+        "dict_type": "be a table of keys",
+        "list_type": "be a list (in a variable, as JSON)",
+    }
+    said: str = kinds.get(problem["type"], re.sub(r"^\w+ should ", "", problem["msg"]))
+    return said.partition(", unable to")[0]
 
 
 # Logging --------------------------------------------------------------------------------------------------------------
@@ -434,11 +448,12 @@ class Contract:
     the estimator does not have.
     """
 
-    def __init__(self, names: list[str], features: Mapping[str, FeatureSettings]) -> None:
-        for name in features.keys() - set(names):
-            raise SettingsError(f"features.{name} is not a feature of the model; {nearest(name, names)}")
+    def __init__(self, names: list[str], settings: Settings) -> None:
+        for name in settings.features.keys() - set(names):
+            place = next(place for key, place in settings._places.items() if key[:2] == ("features", name))
+            raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, names)}")
         self.names = names
-        self.features = {name: features.get(name, FeatureSettings()) for name in names}
+        self.features = {name: settings.features.get(name, FeatureSettings()) for name in names}
         row = make_typed_dict("Features", {name: _cell_type(self.features[name]) for name in names})
         row.__pydantic_config__ = ConfigDict(extra="forbid")
         self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row)
@@ -518,12 +533,17 @@ class Predictor:
     """A fitted estimator that answers arrays. Raises `ModelError` when it is not a fitted predictor."""
 
     def __init__(self, estimator: Any) -> None:
+        if isinstance(estimator, type):
+            raise ModelError(f"holds the class {estimator.__name__}; fit an instance of it, then save that")
+        kind = type(estimator).__name__
         if not callable(getattr(estimator, "predict", None)):
-            raise ModelError(f"holds a {type(estimator).__name__}, which has no predict(); save a fitted estimator")
+            raise ModelError(f"holds a {kind}, which has no predict(); save a fitted estimator")
         try:
             check_is_fitted(estimator)
-        except (NotFittedError, TypeError):
-            raise ModelError(f"holds a {type(estimator).__name__} that is not fitted; fit it, then save it") from None
+        except NotFittedError:
+            raise ModelError(f"holds a {kind} that is not fitted; fit it, then save it") from None
+        except TypeError:
+            pass  # something that predicts without having been fitted by scikit-learn's rules
         self.estimator = estimator
         self.feature_names: list[str] | None = list(map(str, getattr(estimator, "feature_names_in_", ()))) or None
         self.n_features: int | None = getattr(estimator, "n_features_in_", None)
@@ -556,13 +576,20 @@ def load_predictor(settings: Settings) -> Predictor:
         if load is None:
             raise ModelError(f"has the suffix {path.suffix!r}; use one of {', '.join(map(repr, LOADERS))}")
         return Predictor(load(path.read_bytes(), settings.model))
+    except FileNotFoundError:
+        others = [file.name for file in path.parent.glob("*") if file.suffix in LOADERS]
+        hint = f"; {nearest(path.name, others)}" if others else ""
+        problem = f"does not exist{hint}"
     except OSError as error:
-        raise ModelError(f"model.path is {str(path)!r}, which cannot be read: {error.strerror}") from None
+        problem = f"cannot be read: {error.strerror}"
     except ModelError as error:
-        raise ModelError(f"model.path is {str(path)!r}, which {error}") from None
+        problem = str(error)
+    raise ModelError(f"{settings.place('model', 'path')} is {str(path)!r}, which {problem}")
 
 
 def _load_skops(data: bytes, settings: ModelSettings) -> Any:
+    import skops.io  # here, for it takes with it the whole of scikit-learn: a second that other formats can do without
+
     with _loading("skops"):
         untrusted = set(skops.io.get_untrusted_types(data=data)) - set(settings.trusted_types)
     if untrusted:
@@ -768,7 +795,7 @@ class Service:
     def __init__(self, settings: Settings, predictor: Predictor) -> None:
         self.settings = settings
         self.predictor = predictor
-        self.contract = Contract(_feature_names(settings, predictor), settings.features)
+        self.contract = Contract(_feature_names(settings, predictor), settings)
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
@@ -1294,15 +1321,14 @@ def print_settings(settings: Settings) -> None:
     """Print the settings in force as TOML, each with where it comes from; secrets are masked."""
     table: tuple[str, ...] = ()
     values = settings.model_dump(mode="json")
-    for key in sorted(_leaves(values), key=len):
-        *path, name = key
-        if tuple(path) != table:
-            table = tuple(path)
+    for key in sorted(leaves(values), key=len):
+        if key[:-1] != table:
+            table = key[:-1]
             print(f"\n[{'.'.join(map(_toml_key, table))}]")
         value = functools.reduce(lambda level, part: level[part], key, values)
-        shown = json.dumps(value, ensure_ascii=False)
-        line = f"# {name} is not set" if value is None else f"{_toml_key(name)} = {shown}"
-        print(f"{line}  # {settings._sources.get(key, 'default')}")
+        name, shown = _toml_key(key[-1]), json.dumps(value, ensure_ascii=False)
+        source = settings.place(*key).removesuffix(f": {'.'.join(key)}")
+        print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {source}")
 
 
 def _toml_key(name: str) -> str:

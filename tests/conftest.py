@@ -213,11 +213,11 @@ def framework(request: pytest.FixtureRequest) -> str:
 
 
 def make_settings(**changes: Any) -> app.Settings:
-    """Give the shipped settings with some sections' keys changed."""
+    """Give the shipped settings with some sections' keys, or all of [features], changed."""
     settings = app.load_settings(PROJECT / "settings.toml")
     values = settings.model_dump()
     for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(value, dict) else value
+        values[key] = values[key] | value if isinstance(value, dict) and key != "features" else value
     return app.Settings.model_validate(values)
 
 

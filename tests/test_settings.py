@@ -1,0 +1,298 @@
+"""The settings file, the environment over it, and what each mistake is answered with."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN, PROJECT
+
+import app
+
+CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
+    ("framework",): ("flask", "flask"),
+    ("server", "worker_class"): ("gevent", "gevent"),
+    ("server", "workers"): ("3", 3),
+    ("server", "bind"): ("127.0.0.1:1", "127.0.0.1:1"),
+    ("server", "backlog"): ("11", 11),
+    ("server", "timeout"): ("12", 12),
+    ("server", "graceful_timeout"): ("13", 13),
+    ("server", "keepalive"): ("14", 14),
+    ("server", "max_requests"): ("15", 15),
+    ("server", "max_requests_jitter"): ("16", 16),
+    ("model", "path"): ("other.joblib", "other.joblib"),
+    ("model", "name"): ("123", "123"),
+    ("model", "trusted_types"): ('["a.B"]', ["a.B"]),
+    ("features",): ('{"x": {"unit": "m"}}', {"x": {"unit": "m"}}),
+    ("limits", "max_body_bytes"): ("17", 17),
+    ("limits", "max_rows"): ("18", 18),
+    ("logging", "level"): ("debug", "debug"),
+    ("logging", "format"): ("console", "console"),
+    ("logging", "access"): ("false", False),
+    ("auth", "api_keys"): ('["key"]', ["key"]),
+}
+
+
+def variable(key: tuple[str, ...]) -> str:
+    return "SERVING_" + "__".join(key).upper()
+
+
+def value_of(settings: app.Settings, key: tuple[str, ...]) -> Any:
+    value: Any = settings
+    for part in key:
+        value = getattr(value, part)
+    return value
+
+
+def test_shipped_file_shows_every_default() -> None:
+    """Each key of the file has its default as value, and no key but those of [features] is left out."""
+    shipped = tomllib.loads((PROJECT / "settings.toml").read_text())
+    shipped.pop("features")
+    defaults = app.Settings().model_dump()
+    defaults.pop("features")
+    assert shipped == defaults
+
+
+@pytest.mark.parametrize("key", list(app.setting_keys()), ids=".".join)
+def test_environment_wins_over_file(monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...]) -> None:
+    """Every key can be set by its variable, over the value of the shipped file."""
+    text, expected = CHANGED[key]
+    monkeypatch.setenv(variable(key), text)
+    settings = app.load_settings()
+    value = value_of(settings, key)
+    if key[0] == "auth":
+        value = [secret.get_secret_value() for secret in value]
+    elif key[0] == "features":
+        value = {name: feature.model_dump(exclude_unset=True) for name, feature in value.items() if name in expected}
+    assert value == expected
+    assert settings.place(*key) == f"environment: {variable(key)}" or key[0] == "features"
+
+
+def test_environment_completes_a_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key of one feature can be set by a variable; its other keys stay as in the file."""
+    monkeypatch.setenv("SERVING_FEATURES__SEPAL_LENGTH__GE", "0.5")
+    feature = app.load_settings().features["sepal_length"]
+    assert (feature.ge, feature.unit) == (0.5, "cm")
+
+
+def test_file_wins_over_default(tmp_path: Path) -> None:
+    """A key of the file counts; one that it leaves out has its default."""
+    file = tmp_path / "other.toml"
+    file.write_text('framework = "flask"')
+    settings = app.load_settings(file)
+    assert (settings.framework, settings.server.timeout) == ("flask", 30)
+
+
+def test_serving_settings_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SERVING_SETTINGS` points elsewhere, and `model.path` is relative to where it points."""
+    (tmp_path / "other.toml").write_text('[model]\npath = "a/b.skops"')
+    monkeypatch.setenv("SERVING_SETTINGS", str(tmp_path / "other.toml"))
+    assert app.load_settings().model_path == tmp_path / "a/b.skops"
+
+
+@pytest.mark.parametrize(
+    ("framework", "worker_class", "expected"),
+    [
+        ("fastapi", "auto", "uvicorn"),
+        ("flask", "auto", "gevent"),
+        ("fastapi", "gevent", "gevent"),
+        ("flask", "uvicorn", "uvicorn"),
+    ],
+)
+def test_worker_class_follows_framework(framework: Any, worker_class: Any, expected: str) -> None:
+    """By default each framework gets the worker of its own interface."""
+    settings = app.Settings(framework=framework, server=app.ServerSettings(worker_class=worker_class))
+    assert settings.worker_class == expected
+
+
+def test_auto_workers_count_the_cores_of_this_process() -> None:
+    """`workers = "auto"` is one for each core that affinity leaves."""
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import app; print(app.Settings().workers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+FILES = [
+    ("not-toml", "framework = ", ["not valid TOML", "line 1"]),
+    ("unknown-key", 'framwork = "flask"', ["framwork is not a setting", "did you mean 'framework'?"]),
+    ("unknown-table", "[srever]\nworkers = 1", ["srever is not a setting", "did you mean 'server'?"]),
+    ("unknown-nested-key", "[server]\nworkrs = 1", ["server.workrs is not a setting", "did you mean 'workers'?"]),
+    ("unknown-feature-key", "[features.x]\nunits = 1", ["features.x.units is not a setting", "did you mean 'unit'?"]),
+    ("wrong-choice", 'framework = "django"', ["framework is 'django'; it should be 'flask' or 'fastapi'"]),
+    ("number-as-text", '[server]\nworkers = "4"', ["server.workers is '4'", "valid integer or be 'auto'"]),
+    ("truth-as-text", '[logging]\naccess = "true"', ["logging.access is 'true'", "valid boolean"]),
+    ("negative", "[limits]\nmax_rows = -1", ["limits.max_rows is -1; it should be greater than 0"]),
+    ("fraction", "[limits]\nmax_rows = 1.5", ["limits.max_rows is 1.5; it should be a valid integer"]),
+    ("table-as-number", "server = 3", ["server is 3; it should be a table of keys"]),
+    ("list-as-text", '[model]\ntrusted_types = "a"', ["model.trusted_types is 'a'; it should be a list"]),
+    ("name-for-url", '[model]\nname = "a/b"', ["model.name is 'a/b'; it should match pattern"]),
+    ("two-mistakes", "framework = 1\nserver = 2", ["framework is 1", "server is 2"]),
+    ("feature-of-no-model", "[features.x]\nunit='m'", ["features.x", "is not about a feature", "'sepal_length'"]),
+    (
+        "missing-model",
+        '[model]\npath = "irs.skops"',
+        ["model.path is", "irs.skops', which does not exist", "'iris.skops'?"],
+    ),
+    ("wrong-suffix", '[model]\npath = "x.h5"', ["model.path is", "the suffix '.h5'; use one of '.skops', '.joblib'"]),
+    ("truncated-model", '[model]\npath = "cut.skops"', ["model.path is", "cannot be loaded as skops"]),
+    ("folder-as-model", '[model]\npath = "folder.skops"', ["model.path is", "cannot be read: Is a directory"]),
+]
+
+VARIABLES = [
+    ("unknown-section", "SERVING_FRAMEWROK", "flask", ["SERVING_FRAMEWROK is not a setting", "'SERVING_FRAMEWORK'?"]),
+    ("unknown-key", "SERVING_SERVER__WORKRS", "4", ["SERVING_SERVER__WORKRS", "mean 'SERVING_SERVER__WORKERS'?"]),
+    ("one-underscore", "SERVING_SERVER_WORKERS", "4", ["SERVING_SERVER_WORKERS", "'SERVING_SERVER__WORKERS'?"]),
+    ("wrong-choice", "SERVING_FRAMEWORK", "django", ["SERVING_FRAMEWORK is 'django'; it should be 'flask'"]),
+    ("not-a-number", "SERVING_SERVER__WORKERS", "many", ["SERVING_SERVER__WORKERS is 'many'", "or be 'auto'"]),
+    ("not-truth", "SERVING_LOGGING__ACCESS", "maybe", ["SERVING_LOGGING__ACCESS is 'maybe'", "valid boolean"]),
+    ("not-json", "SERVING_MODEL__TRUSTED_TYPES", "a.B", ["SERVING_MODEL__TRUSTED_TYPES is 'a.B'", "as JSON"]),
+    ("empty", "SERVING_FRAMEWORK", "", ["SERVING_FRAMEWORK is ''"]),
+    (
+        "missing-model",
+        "SERVING_MODEL__PATH",
+        "/nope.skops",
+        ["SERVING_MODEL__PATH is '/nope.skops', which does not exist"],
+    ),
+    (
+        "missing-file",
+        "SERVING_SETTINGS",
+        "/nope.toml",
+        ["'/nope.toml' cannot be read: No such file", "SERVING_SETTINGS"],
+    ),
+    ("feature-of-no-model", "SERVING_FEATURES__WIDHT__GE", "1", ["SERVING_FEATURES__WIDHT__GE is not about a feature"]),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with artifacts that are good, cut, and none."""
+    data = (PROJECT / "model/iris.skops").read_bytes()
+    (tmp_path / "iris.skops").write_bytes(data)
+    (tmp_path / "cut.skops").write_bytes(data[:1000])
+    (tmp_path / "folder.skops").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(("text", "expected"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
+def test_mistake_in_file_is_explained(folder: Path, text: str, expected: list[str]) -> None:
+    """The message names the file's key, the value seen and what is allowed."""
+    file = folder / "mine.toml"
+    file.write_text(text if "[model]" in text else text + '\n[model]\npath = "iris.skops"')
+    with pytest.raises(app.StartupError) as caught:
+        app.make_service(app.load_settings(file))
+    assert [part for part in ["mine.toml", *expected] if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), [case[1:] for case in VARIABLES], ids=[c[0] for c in VARIABLES])
+def test_mistake_in_environment_is_explained(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: list[str]
+) -> None:
+    """The message names the variable, the value seen and what is allowed."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(app.StartupError) as caught:
+        app.make_service(app.load_settings())
+    assert [part for part in expected if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("text", ["hunter2", '["hunter2", 2]', '["hunter2", ""]', '{"hunter2": 1}'])
+def test_secret_is_in_no_message(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A wrong value of a secret setting is not repeated."""
+    monkeypatch.setenv("SERVING_AUTH__API_KEYS", text)
+    with pytest.raises(app.SettingsError) as caught:
+        app.load_settings()
+    assert "SERVING_AUTH__API_KEYS is **********" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+COMMANDS = {
+    "gunicorn": "gunicorn -c gunicorn.conf.py",
+    "check-config": "gunicorn -c gunicorn.conf.py --check-config",
+    "flask": "flask --app app run --debug --port 0",
+    "uvicorn": "uvicorn app:app --port 0",
+    "uvicorn-asgi": "uvicorn app:asgi --port 0",
+    "gunicorn-wsgi": "gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent",
+    "gunicorn-asgi": "gunicorn app:asgi --bind 127.0.0.1:0 --worker-class uvicorn_worker.UvicornWorker",
+}
+MISTAKES = {
+    "setting": {"SERVING_LOGGING__LEVEL": "loud"},
+    "variable": {"SERVING_LOGING__LEVEL": "info"},
+    "file": {"SERVING_SETTINGS": "/nope.toml"},
+    "model": {"SERVING_MODEL__PATH": "/nope.skops"},
+}
+
+
+def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = f"{BIN}/{command}"
+    return subprocess.run(
+        command.split(), cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistake_stops_gunicorn_before_it_listens(mistake: dict[str, str]) -> None:
+    """One message, a status that is not zero, no traceback, and no socket."""
+    done = run(COMMANDS["gunicorn"], SERVING_SERVER__BIND="127.0.0.1:0", **mistake)
+    assert done.returncode != 0
+    assert re.fullmatch(r"(Settings|Model)Error: [^\n]+\n", done.stderr)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_mistake_stops_every_command(command: str) -> None:
+    """However the service is started, a mistake ends it with the message and without a traceback."""
+    done = run(
+        command, SERVING_MODEL__PATH="/nope.skops", SERVING_FRAMEWORK="flask" if "flask" in command else "fastapi"
+    )
+    assert done.returncode != 0
+    assert "ModelError: environment: SERVING_MODEL__PATH is '/nope.skops', which does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_config_accepts_the_shipped_settings() -> None:
+    """`--check-config` says nothing and ends with 0 when there is nothing to say."""
+    done = run(COMMANDS["check-config"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_printed_settings_are_toml_with_sources() -> None:
+    """`python app.py` prints every key in force, each with where it comes from, and masks secrets."""
+    environment = {"SERVING_SERVER__WORKERS": "3", "SERVING_AUTH__API_KEYS": '["hunter2"]'}
+    done = run("python app.py", **environment)
+    printed = tomllib.loads(done.stdout)
+    assert (printed["server"]["workers"], printed["framework"]) == (3, "fastapi")
+    assert printed["auth"]["api_keys"] == ["**********"]
+    assert "workers = 3  # environment: SERVING_SERVER__WORKERS" in done.stdout
+    assert 'framework = "fastapi"  # settings.toml' in done.stdout
+    assert "missing = false  # default" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_import_does_nothing() -> None:
+    """Importing `app` reads no settings, loads neither framework and changes no logging."""
+    code = """
+import logging, sys
+import app
+print(sorted({'flask', 'fastapi', 'gevent', 'uvicorn', 'skops', 'a2wsgi'} & sys.modules.keys()), logging.root.handlers)
+"""
+    environment = os.environ | {"SERVING_SETTINGS": "/nope.toml"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[] []\n"
+
+
+def test_only_the_chosen_framework_is_loaded() -> None:
+    """An app of one framework leaves the other unimported."""
+    code = "import sys, app; app.create_app(); print(sorted({'flask', 'fastapi'} & sys.modules.keys()))"
+    for framework in app.FRAMEWORKS:
+        environment = os.environ | {"SERVING_FRAMEWORK": framework}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"['{framework}']\n"
