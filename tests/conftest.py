@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 class Server:
     """A command that serves, started in a process group of its own; `port` is the one that it printed."""
 
-    def __init__(self, command: list[str], log: Path, cwd: Path = PROJECT, **environment: str) -> None:
+    def __init__(self, command: list[str], log: Path, cwd: Path, port: int | None, **environment: str) -> None:
         self.log = log
         env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
         env["PATH"] = f"{BIN}:{env['PATH']}"
@@ -82,7 +83,7 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self.port = int(wait_until(self._listening, f"{command} to listen, which printed {self.text!r}"))
+            self.port = port or int(wait_until(self._listening, f"{command} to listen"))
             wait_until(self._answers, f"{command} to answer")
         except BaseException:
             self.stop(signal.SIGKILL)
@@ -169,21 +170,25 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Start servers; all are ended with the session."""
     started: list[Server] = []
 
-    def start(command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, **environment: str) -> Server:
+    def start(
+        command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **environment: str
+    ) -> Server:
         log = tmp_path_factory.mktemp("server") / "log"
-        server = Server(command.split(), log, cwd, **environment)
+        server = Server(command.split(), log, cwd, port, **environment)
         started.append(server)
         return server
 
     yield start
-    for server in started:
-        server.stop()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(Server.stop, started))
 
 
 @pytest.fixture(scope="session")
 def servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
     """The four combinations of framework and worker, run by gunicorn from the shipped settings."""
-    return {pair: serve(**gunicorn_environment(*pair)) for pair in COMBINATIONS}
+    with ThreadPoolExecutor() as pool:
+        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair)), COMBINATIONS)
+        return dict(zip(COMBINATIONS, running, strict=True))
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)

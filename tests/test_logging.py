@@ -1,0 +1,176 @@
+"""One line per event, from every part of the process tree, and nothing that should stay out of it."""
+
+import json
+import logging
+import re
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import estimators
+import joblib
+import pytest
+from cases import BAD, JSON, QUERY, Case
+from conftest import COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, wait_until
+
+import app
+
+each_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+Start = Callable[..., Server]
+
+
+def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
+    """Save a fake estimator, and give the settings that serve it."""
+    joblib.dump(estimator, tmp_path / "model.joblib")
+    file = tmp_path / "settings.toml"
+    file.write_text('[model]\npath = "model.joblib"')
+    return {"SERVING_SETTINGS": str(file), "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
+
+
+def events_of(server: Server, request_id: str) -> list[dict[str, Any]]:
+    return wait_until(
+        lambda: [line for line in server.lines if line.get("request_id") == request_id], f"a line of {request_id}"
+    )
+
+
+@each_combination
+def test_every_line_is_one_json_object(serve: Start, combination: tuple[str, str]) -> None:
+    """Master, worker, server and app all write JSON lines with time, level, process and event, from start to stop."""
+    server = serve(**gunicorn_environment(*combination))
+    for case in BAD[:10]:
+        server.send(case)
+    server.exchange(b"nonsense\r\n\r\n")
+    server.stop()
+    assert all({"timestamp", "level", "pid", "event"} <= line.keys() for line in server.lines)
+    events = [line["event"] for line in server.lines]
+    assert {"Starting gunicorn 27.0.1", "request", "request_refused", "Shutting down: Master"} <= set(events)
+    assert len({line["pid"] for line in server.lines}) == 2
+    assert all(events.count(event) == 1 for event in set(events) - {"request"})
+
+
+@each_combination
+def test_request_has_one_access_line(servers: dict[tuple[str, str], Server], combination: tuple[str, str]) -> None:
+    """A request is told once, with method, path, status, duration and rows, under its id."""
+    server = servers[combination]
+    server.post([ROW] * 3, **{"X_Request_ID": "access-line"})
+    (line,) = events_of(server, "access-line")
+    assert {key: line[key] for key in ("event", "method", "path", "status", "rows", "level")} == {
+        "event": "request",
+        "method": "POST",
+        "path": "/predictions",
+        "status": 200,
+        "rows": 3,
+        "level": "info",
+    }
+    assert 0 < line["duration_ms"] < 10_000
+
+
+@each_combination
+def test_feature_values_are_in_no_line(servers: dict[tuple[str, str], Server], combination: tuple[str, str]) -> None:
+    """Neither good nor bad values, in a body or in a query, reach the log."""
+    server = servers[combination]
+    server.post(ROW | {"petal_width": 123.456})
+    server.post(ROW | {"petal_width": "123.456"})
+    server.post(ROW | {"123.456": 1})
+    server.get(f"/predictions?{QUERY.replace('0.2', '123.456')}")
+    server.get(f"/predictions?{QUERY.replace('0.2', '123.456x')}")
+    server.exchange(b"GET /predictions?petal_width=123.456\xff HTTP/1.1\r\nHost: x\r\n\r\n")
+    server.exchange(b"GET /predictions?petal_width=123.456 extra HTTP/1.1\r\nHost: x\r\n\r\n")
+    server.get("/ping", **{"X-Request-ID": "last-of-values"})
+    events_of(server, "last-of-values")
+    assert "123.456" not in server.text
+
+
+def test_request_cannot_forge_a_line(server: Server) -> None:
+    """What a client chooses, path and id, stays inside its JSON string."""
+    forged = '%0A{"level":"critical","event":"forged"}'
+    server.get(f"/{forged}", **{"X-Request-ID": '"}{"level":"critical"'})
+    server.send(Case("forging", "GET", f"/nothing{forged}"))
+    events_of(server, "forging")
+    assert not [line for line in server.lines if line["level"] == "critical" or line["event"] == "forged"]
+
+
+@each_combination
+def test_crash_is_one_line_with_its_traceback(serve: Start, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """A crash in the estimator is one error line with the traceback; the answer says nothing of it."""
+    server = serve(**gunicorn_environment(*combination, **artifact(tmp_path, estimators.Failing())))
+    answer = server.post({"x0": 123.456}, **{"X_Request_ID": "crash"})
+    assert (answer.status, answer.json) == (500, {"detail": "internal error; the log has it under this X-Request-ID"})
+    crash, access = events_of(server, "crash")
+    assert (crash["event"], crash["level"]) == ("request_failed", "error")
+    assert crash["exception"].startswith("Traceback")
+    assert crash["exception"].endswith("RuntimeError: the estimator is broken")
+    assert access["status"] == 500
+    assert "123.456" not in server.text
+
+
+@each_combination
+def test_warning_is_one_line_of_its_request(serve: Start, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """A Python warning raised inside a request is a log line with the request's id, on one line."""
+    server = serve(**gunicorn_environment(*combination, **artifact(tmp_path, estimators.Worrying())))
+    assert server.post({"x0": 1}, **{"X_Request_ID": "worry"}).status == 200
+    warning, _ = events_of(server, "worry")
+    assert (warning["logger"], warning["level"]) == ("py.warnings", "warning")
+    assert "UserWarning: a matter of some concern" in warning["event"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "seen"), [("ACCESS", "false", 0), ("LEVEL", "warning", 0), ("LEVEL", "info", 1)]
+)
+def test_access_lines_can_be_off(serve: Start, name: str, value: str, seen: int) -> None:
+    """`logging.access = false`, or a level above info, silences the access line."""
+    server = serve_quietly(serve, **{f"SERVING_LOGGING__{name}": value})
+    server.get("/ping", **{"X-Request-ID": "quiet"})
+    server.stop()
+    assert server.text.count('"request_id": "quiet"') == seen
+
+
+def serve_quietly(serve: Start, **environment: str) -> Server:
+    """Start a server on a port that is known beforehand, for its log may not tell it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment["SERVING_SERVER__BIND"] = f"127.0.0.1:{port}"
+    return serve(port=port, **gunicorn_environment("fastapi", "uvicorn", **environment))
+
+
+def test_console_format_is_readable(serve: Start, tmp_path: Path) -> None:
+    """`logging.format = "console"` writes lines for people, a crash with its traceback below."""
+    environment = artifact(tmp_path, estimators.Failing()) | {"SERVING_LOGGING__FORMAT": "console"}
+    server = serve(**gunicorn_environment("flask", "gevent", **environment))
+    server.post({"x0": 1}, **{"X_Request_ID": "console"})
+    server.stop()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", server.text)
+    assert re.search(r"\[info +\] request +duration_ms=[\d.]+ method=POST path=/predictions .*request_id=console", text)
+    assert text.count("RuntimeError: the estimator is broken") == 1
+    assert "Listening at: http://127.0.0.1" in text
+
+
+def test_records_of_libraries_keep_to_the_format(capsys: pytest.CaptureFixture[str]) -> None:
+    """A library's own logging record, with lines and colours in it, becomes one plain JSON line."""
+    app.configure_logging(app.LoggingSettings(format="json"))
+    logging.getLogger("some.library").warning("\x1b[31mtwo\nlines\x1b[0m of %s", "text")
+    (line,) = capsys.readouterr().err.splitlines()
+    event = json.loads(line)
+    assert (event["logger"], event["level"], event["event"]) == ("some.library", "warning", "two lines of text")
+
+
+def test_simultaneous_requests_keep_their_ids(servers: dict[tuple[str, str], Server]) -> None:
+    """Requests handled at the same time log and answer under their own ids."""
+    for server in servers.values():
+        names = [f"simultaneous-{number}" for number in range(40)]
+        answers: dict[str, str] = {}
+
+        def ask(name: str, server: Server = server, answers: dict[str, str] = answers) -> None:
+            case = Case(name, "POST", "/predictions", JSON, json.dumps([ROW] * 50).encode())
+            answers[name] = server.send(case).headers["x-request-id"]
+
+        threads = [threading.Thread(target=ask, args=[name]) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == {name: name for name in names}
+        assert all(len(events_of(server, name)) == 1 for name in names)
