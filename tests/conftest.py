@@ -298,3 +298,12 @@ class CutStream(io.BytesIO):
 
     def _ended(self) -> bytes:
         raise OSError("the connection ended inside a chunk")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that was free a moment ago, for commands that cannot be asked which they took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

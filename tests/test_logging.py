@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -119,21 +118,13 @@ def test_warning_is_one_line_of_its_request(serve: Start, tmp_path: Path, combin
 @pytest.mark.parametrize(
     ("name", "value", "seen"), [("ACCESS", "false", 0), ("LEVEL", "warning", 0), ("LEVEL", "info", 1)]
 )
-def test_access_lines_can_be_off(serve: Start, name: str, value: str, seen: int) -> None:
+def test_access_lines_can_be_off(serve: Start, free_port: int, name: str, value: str, seen: int) -> None:
     """`logging.access = false`, or a level above info, silences the access line."""
-    server = serve_quietly(serve, **{f"SERVING_LOGGING__{name}": value})
+    choice = {f"SERVING_LOGGING__{name}": value, "SERVING_SERVER__BIND": f"127.0.0.1:{free_port}"}
+    server = serve(port=free_port, **gunicorn_environment("fastapi", "uvicorn", **choice))
     server.get("/ping", **{"X-Request-ID": "quiet"})
     server.stop()
     assert server.text.count('"request_id": "quiet"') == seen
-
-
-def serve_quietly(serve: Start, **environment: str) -> Server:
-    """Start a server on a port that is known beforehand, for its log may not tell it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment["SERVING_SERVER__BIND"] = f"127.0.0.1:{port}"
-    return serve(port=port, **gunicorn_environment("fastapi", "uvicorn", **environment))
 
 
 def test_console_format_is_readable(serve: Start, tmp_path: Path) -> None:

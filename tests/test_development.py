@@ -1,0 +1,73 @@
+"""The commands of a developer, as real processes: each serves, and the reloading ones reload."""
+
+import http.client
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import BIN, PROJECT, ROW, Server, wait_until
+
+Start = Callable[..., Server]
+SERVING = [
+    ("uvicorn app:app --port 0", "fastapi"),
+    ("uvicorn app:asgi --port 0", "fastapi"),
+    ("uvicorn app:asgi --port 0", "flask"),
+    ("flask --app app run --host 0.0.0.0 --port 0", "flask"),
+    ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "flask"),
+    ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "fastapi"),
+    ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "fastapi"),
+    ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "flask"),
+]
+
+
+@pytest.mark.parametrize(("command", "framework"), SERVING)
+def test_command_serves(serve: Start, command: str, framework: str) -> None:
+    """Good and bad requests are answered, each has one access line, and TERM ends the process."""
+    server = serve(command, SERVING_FRAMEWORK=framework)
+    assert server.post(ROW).json["prediction"] == "setosa"
+    assert server.post({}, X_Request_ID="bad").status == 422
+    server.stop()
+    assert server.text.count('"request_id": "bad"') == 1
+    assert server.text.count("POST") == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "framework"),
+    [
+        ("flask --app app run --debug --host 0.0.0.0 --port {port}", "flask"),
+        ("uvicorn app:app --reload --port {port}", "fastapi"),
+        ("uvicorn app:asgi --reload --port {port}", "flask"),
+    ],
+)
+def test_command_reloads(serve: Start, project: Path, free_port: int, command: str, framework: str) -> None:
+    """A change of the source is served without a restart."""
+    source = (project / "app.py").read_text()
+    server = serve(command.format(port=free_port), project, free_port, SERVING_FRAMEWORK=framework)
+    assert server.get("/ping").json == {"status": "live"}
+    changed = source.replace('return {"status": "live"}', 'return {"status": "changed"}')
+    assert changed != source
+    (project / "app.py").write_text(changed)
+    try:
+        wait_until(lambda: ping(server) == b'{"status":"changed"}', "the change to be served")
+    finally:
+        (project / "app.py").write_text(source)
+    server.stop()
+
+
+def ping(server: Server) -> bytes | None:
+    try:
+        return server.get("/ping").body
+    except (OSError, http.client.HTTPException):
+        return None  # between the old process and the new
+
+
+def test_flask_lists_the_routes() -> None:
+    """`flask routes` knows the operations."""
+    command = [f"{BIN}/flask", "--app", "app", "routes"]
+    environment = {"PATH": str(BIN), "SERVING_FRAMEWORK": "flask"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    routes = [tuple(re.split(r"  +", line.strip())) for line in done.stdout.splitlines() if "/" in line]
+    assert ("predict_query", "GET, POST", "/predictions") in routes
+    assert ("ready", "GET", "/health/ready") in routes
