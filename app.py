@@ -1289,18 +1289,43 @@ def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAP
     return app
 
 
+@functools.cache
+def native_app() -> flask.Flask | fastapi.FastAPI:
+    """Build the app for a server that asks this module for it; a mistake in the settings ends the process."""
+    with exit_on_startup_error():
+        return create_app()
+
+
+def app_for_command() -> flask.Flask | fastapi.FastAPI:
+    """Give the app as it is, unless the command that asks for it runs only the other framework's apps."""
+    script = Path(sys.argv[0])
+    command = script.parent.name if script.stem == "__main__" else script.stem
+    with exit_on_startup_error():
+        settings = load_service().settings
+        needed, cure = COMMANDS.get(command, (settings.framework, ""))
+        if settings.framework != needed:
+            place = settings.place("framework")
+            raise SettingsError(f"{place} is {settings.framework!r}, but `{command}` takes {needed!r}; {cure}")
+    return native_app()
+
+
+COMMANDS = {
+    "flask": ("flask", "set SERVING_FRAMEWORK=flask, or run `uvicorn app:app`"),
+    "uvicorn": ("fastapi", "set SERVING_FRAMEWORK=fastapi, or run `uvicorn app:asgi`"),
+}
+MODULE_ATTRIBUTES: dict[str, Callable[[], Any]] = {
+    "app": app_for_command,
+    "asgi": lambda: as_asgi(native_app()),
+    "wsgi": lambda: as_wsgi(native_app()),
+}
+
+
 def __getattr__(name: str) -> Any:
     """Make `app`, `asgi` and `wsgi` when a server first asks for them, so that importing this module does nothing."""
-    if name == "app":
-        with exit_on_startup_error():
-            value: Any = create_app()
-    elif name in ("asgi", "wsgi"):
-        bridge = as_asgi if name == "asgi" else as_wsgi
-        value = bridge(sys.modules[__name__].app)
-    else:
+    if name not in MODULE_ATTRIBUTES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    globals()[name] = MODULE_ATTRIBUTES[name]()
+    return globals()[name]
 
 
 @contextlib.contextmanager

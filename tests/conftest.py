@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -169,12 +170,12 @@ def gunicorn_environment(framework: str, worker: str, **environment: str) -> dic
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Start servers; all are ended with the session."""
     started: list[Server] = []
+    logs, numbers = tmp_path_factory.mktemp("servers"), itertools.count()
 
     def start(
         command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **environment: str
     ) -> Server:
-        log = tmp_path_factory.mktemp("server") / "log"
-        server = Server(command.split(), log, cwd, port, **environment)
+        server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **environment)
         started.append(server)
         return server
 

@@ -1,6 +1,7 @@
 """The commands of a developer, as real processes: each serves, and the reloading ones reload."""
 
 import http.client
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -71,3 +72,23 @@ def test_flask_lists_the_routes() -> None:
     routes = [tuple(re.split(r"  +", line.strip())) for line in done.stdout.splitlines() if "/" in line]
     assert ("predict_query", "GET, POST", "/predictions") in routes
     assert ("ready", "GET", "/health/ready") in routes
+
+
+@pytest.mark.parametrize(
+    ("command", "framework", "cure"),
+    [
+        ("flask --app app run --port 0", "fastapi", "set SERVING_FRAMEWORK=flask"),
+        ("python -m flask --app app run --port 0", "fastapi", "set SERVING_FRAMEWORK=flask"),
+        ("uvicorn app:app --port 0", "flask", "run `uvicorn app:asgi`"),
+    ],
+)
+def test_command_of_the_other_framework_says_so(command: str, framework: str, cure: str) -> None:
+    """A command that cannot run the chosen framework's app ends with what would have been right."""
+    environment = os.environ | {"SERVING_FRAMEWORK": framework}
+    done = subprocess.run(
+        f"{BIN}/{command}".split(), cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 4
+    assert f"SettingsError: environment: SERVING_FRAMEWORK is {framework!r}, but" in done.stderr
+    assert cure in done.stderr
+    assert "Traceback" not in done.stderr
