@@ -5,6 +5,7 @@ a mistake in them stops it, and the workers share their memory. Only names that 
 """
 
 import logging
+import signal
 import sys
 from http import HTTPStatus
 from pathlib import Path
@@ -153,6 +154,19 @@ def gevent_worker() -> type:
             util.write_nonblock(client, refuse(status))
 
     return ServingGeventWorker
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """End a worker that is told to stop while it boots.
+
+    Until it has handlers of its own, those of the master queue the signal in a copy of the queue that nobody reads,
+    and the service would wait `graceful_timeout` for the worker.
+    """
+    for number in worker.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    while not server.SIG_QUEUE.empty():
+        if server.SIG_QUEUE.get_nowait() in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            sys.exit(0)
 
 
 WORKERS = {

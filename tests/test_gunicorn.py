@@ -249,5 +249,7 @@ def test_stop_ends_every_process(serve: Callable[..., Server], combination: tupl
     """TERM ends master and workers with status 0."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2"))
     pids = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    started = time.monotonic()
     assert server.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - started < 15  # half of graceful_timeout: no worker missed the signal while it booted
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
