@@ -26,6 +26,7 @@ import difflib
 import functools
 import hmac
 import io
+import itertools
 import json
 import logging
 import os
@@ -181,7 +182,7 @@ class FeatureSettings(Section):
     le: float | None = None
     missing: bool = False
     unit: str | None = None
-    example: float | bool | None = None
+    example: int | float | bool | None = None
 
 
 class LimitSettings(Section):
@@ -439,6 +440,8 @@ def _fold_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapp
 
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool}
+MAX_INTEGER = 2**53  # up to here every integer is a float64 of its own
+MAX_PROBLEMS = 1000  # bad cells named in one answer
 
 
 class Contract:
@@ -454,7 +457,14 @@ class Contract:
             raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, names)}")
         self.names = names
         self.features = {name: settings.features.get(name, FeatureSettings()) for name in names}
-        row = make_typed_dict("Features", {name: _cell_type(self.features[name]) for name in names})
+        cells = {name: _cell_type(feature) for name, feature in self.features.items()}
+        for name, example in self.example.items():
+            try:
+                TypeAdapter(cells[name]).validate_python(example, strict=True)
+            except ValidationError as error:
+                place = settings.place("features", name, "example")
+                raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
+        row = make_typed_dict("Features", cells)
         row.__pydantic_config__ = ConfigDict(extra="forbid")
         self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row)
         self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[row])  # type: ignore[valid-type]
@@ -468,50 +478,63 @@ class Contract:
         """Read one row from a query string, in which every value is text. Raises `BadRequest`, `Unprocessable`."""
         try:
             pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
-        except (UnicodeDecodeError, ValueError) as error:
-            raise BadRequest("the query is not percent-encoded UTF-8") from error
+        except ValueError:
+            raise BadRequest("the query is not percent-encoded UTF-8") from None
         cells = dict(pairs)
         if len(cells) < len(pairs):
             given = {name: [value for key, value in pairs if key == name] for name in cells}
+            repeated = {name: values for name, values in given.items() if len(values) > 1}
             raise Unprocessable(
-                [
-                    {"type": "repeated", "loc": ["query", name], "msg": "Give this parameter once", "input": values}
-                    for name, values in given.items()
-                    if len(values) > 1
-                ]
+                [_problem("repeated", ["query", name], "Give this parameter once", repeated[name]) for name in repeated]
             )
-        with self._named("query"):
+        try:
             return [self.row.validate_strings(cells, strict=False)]
+        except ValidationError as error:
+            raise Unprocessable(list(self._problems(["query"], error))) from None
 
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
-        with self._named("body"):
+        try:
             if isinstance(payload, list):
                 return self.rows.validate_python(payload, strict=True)
             return [self.row.validate_python(payload, strict=True)]
+        except ValidationError:
+            raise Unprocessable(list(itertools.islice(self._find_problems(payload), MAX_PROBLEMS))) from None
+
+    def _find_problems(self, payload: Any) -> Iterator[dict[str, Any]]:
+        """Check row by row, so that an answer of bounded length costs a bounded time."""
+        rows = enumerate(payload) if isinstance(payload, list) else [(None, payload)]
+        for index, row in rows:
+            place = ["body"] if index is None else ["body", index]
+            if isinstance(row, dict) and len(row) > len(self.names) + MAX_PROBLEMS:
+                message = f"Object should have at most {len(self.names)} features, not {len(row)}"
+                yield _problem("too_long", place, message, None)
+                continue
+            try:
+                self.row.validate_python(row, strict=True)
+            except ValidationError as error:
+                yield from self._problems(place, error)
+
+    def _problems(self, place: list[Any], error: ValidationError) -> Iterator[dict[str, Any]]:
+        """Say pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""
+        for problem in error.errors(include_url=False, include_context=False):
+            kind, message, given = problem["type"], problem["msg"], problem["input"]
+            if kind == "extra_forbidden":
+                message = f"Unknown feature; {nearest(str(problem['loc'][-1]), self.names)}"
+            elif kind == "dict_type":
+                message = "Input should be an object" + (" or an array of objects" if place == ["body"] else "")
+            elif kind == "missing":
+                given = None  # not the whole row, once for each feature that it lacks
+            yield _problem(kind, [*place, *problem["loc"]], message, given)
 
     def to_array(self, rows: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
         """Give checked rows as X, float64 of shape (len(rows), len(names)); a missing value is NaN."""
         X = np.array([[row[name] for name in self.names] for row in rows], dtype=np.float64)
         return X.reshape(len(rows), len(self.names))
 
-    @contextlib.contextmanager
-    def _named(self, place: str) -> Iterator[None]:
-        """Turn pydantic's errors into ours: `place` goes in front of each `loc`."""
-        try:
-            yield
-        except ValidationError as error:
-            problems = error.errors(include_url=False, include_context=False)
-            raise Unprocessable([self._problem(place, problem) for problem in problems]) from None
 
-    def _problem(self, place: str, problem: Any) -> dict[str, Any]:
-        loc = [place, *problem["loc"]]
-        message = problem["msg"]
-        if problem["type"] == "extra_forbidden":
-            message = f"Unknown feature; {nearest(str(loc[-1]), self.names)}"
-        elif problem["type"] == "dict_type":
-            message = "Input should be an object" + (" or an array of objects" if loc == ["body"] else "")
-        return {"type": problem["type"], "loc": loc, "msg": message, "input": problem["input"]}
+def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, Any]:
+    return {"type": kind, "loc": loc, "msg": message, "input": given}
 
 
 def _cell_type(feature: FeatureSettings) -> Any:
@@ -519,10 +542,11 @@ def _cell_type(feature: FeatureSettings) -> Any:
     kind = FEATURE_TYPES[feature.type]
     extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
     cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
-    if kind is not bool:
-        cell |= {"ge": feature.ge, "le": feature.le}
     if kind is float:
-        cell["allow_inf_nan"] = False
+        cell |= {"ge": feature.ge, "le": feature.le, "allow_inf_nan": False}
+    elif kind is int:
+        cell["ge"] = -MAX_INTEGER if feature.ge is None else feature.ge
+        cell["le"] = MAX_INTEGER if feature.le is None else feature.le
     return Annotated[kind | None if feature.missing else kind, Field(**cell, json_schema_extra=extra)]
 
 
@@ -844,7 +868,7 @@ class Service:
             raise NotFound(f"there is no {request.path!r}; {nearest(request.path, self.routes)}")
         operation = methods.get("GET" if request.method == "HEAD" else request.method)
         if operation is None:
-            allowed = ", ".join(["GET", "HEAD", *methods.keys() - {"GET"}])
+            allowed = ", ".join(methods).replace("GET", "GET, HEAD")
             detail = f"{request.method} is not allowed on {request.path}; use one of {allowed}"
             raise MethodNotAllowed(detail, {"Allow": allowed})
         return operation

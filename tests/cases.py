@@ -142,6 +142,8 @@ BAD = [
     post("misspelt-feature", ROW.replace("petal_width", "petal_widht"), 422, "did you mean 'petal_width'?"),
     post("unknown-feature", ROW.replace("}", ', "colour": 1}'), 422, "Unknown feature; use one of 'sepal_length'"),
     post("empty-object", "{}", 422, '"loc":["body","sepal_length"]'),
+    post("ten-thousand-bad-rows", f"[{','.join(['{}'] * 10_000)}]", 422, '["body",249,"petal_width"]'),
+    post("many-unknown-features", '{"a0":1' + "".join(f',"a{n}":1' for n in range(1, 2000)) + "}", 422, "not 2000"),
     post("null", "null", 422, "Input should be an object or an array of objects"),
     post("number", "5.1", 422, "Input should be an object or an array of objects"),
     post("string", '"setosa"', 422, "Input should be an object or an array of objects"),

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ FEATURES = {
         ({"sepal_length": 11}, "less than or equal to 10"),
         ({"sepal_width": 3.5}, "valid integer"),
         ({"sepal_width": True}, "valid integer"),
+        ({"sepal_width": 2**53 + 1}, "less than or equal to 9007199254740992"),
+        ({"sepal_width": -(10**400)}, "greater than or equal to -9007199254740992"),
         ({"petal_length": 1}, "valid boolean"),
         ({"sepal_length": None}, "valid number"),
     ],
@@ -172,6 +175,18 @@ def test_features_of_settings_are_held_to(framework: str, change: dict[str, Any]
     answer = call(app.create_app(settings), post_case(good | change))
     assert answer.status == 422
     assert message in answer.json["detail"][0]["msg"]
+
+
+def test_answer_to_many_bad_cells_is_bounded() -> None:
+    """At most 1000 bad cells are named, in little time, however many there are; what was sent is repeated once."""
+    contract = app.make_service(make_settings()).contract
+    started = time.process_time()
+    for payload in ([{}] * 10_000, {f"a{number}": 1 for number in range(200_000)}, [{"a": "x" * 10**6}]):
+        with pytest.raises(app.Unprocessable) as caught:
+            contract.parse_payload(payload)
+        assert len(caught.value.detail) <= 1000
+        assert len(app.Response.of(caught.value.detail, 422).body) < 2 * 10**6
+    assert time.process_time() - started < 5
 
 
 def test_missing_value_reaches_the_estimator_as_nan() -> None:

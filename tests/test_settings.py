@@ -134,6 +134,8 @@ FILES = [
     ("name-for-url", '[model]\nname = "a/b"', ["model.name is 'a/b'; it should match pattern"]),
     ("two-mistakes", "framework = 1\nserver = 2", ["framework is 1", "server is 2"]),
     ("feature-of-no-model", "[features.x]\nunit='m'", ["features.x", "is not about a feature", "'sepal_length'"]),
+    ("example-of-wrong-type", '[features.petal_width]\ntype = "int"\nexample = 0.5', ["example is 0.5", "integer"]),
+    ("example-out-of-bounds", "[features.petal_width]\nge = 1\nexample = 0.5", ["example is 0.5", "equal to 1"]),
     (
         "missing-model",
         '[model]\npath = "irs.skops"',
