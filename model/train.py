@@ -25,7 +25,8 @@ def train() -> LogisticRegression:
     iris = load_iris(as_frame=True)
     X = iris.data.set_axis(FEATURES, axis="columns")
     y = np.asarray(iris.target_names)[iris.target]
-    estimator = LogisticRegression(max_iter=1000)
+    # Newton's steps end within rounding of the optimum; those of lbfgs up to 1 % beside it, as the BLAS rounds.
+    estimator = LogisticRegression(solver="newton-cholesky", tol=1e-10)
     print(f"accuracy, 5-fold cross-validation: {cross_val_score(estimator, X, y, cv=5).mean():.3f}")
     return estimator.fit(X, y)
 
