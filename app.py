@@ -43,7 +43,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import jiter
 import joblib
@@ -60,6 +60,7 @@ from pydantic import (
     SecretStr,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import to_json
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
     import flask
 
 T = TypeVar("T")
+Key = tuple[str, ...]  # of a setting, such as ("server", "workers")
+Sources = dict[Key, str]  # what gives the value of a setting
 HERE = Path(__file__).resolve().parent
 log = structlog.get_logger()
 
@@ -159,7 +162,7 @@ class ServerSettings(Section):
 
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
-    bind: str | list[str] = "127.0.0.1:8000"
+    bind: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = "127.0.0.1:8000"
     backlog: PositiveInt = 2048
     timeout: NonNegativeInt = 30
     graceful_timeout: PositiveInt = 30
@@ -178,11 +181,22 @@ class FeatureSettings(Section):
     """What the estimator cannot say of one feature."""
 
     type: Literal["float", "int", "bool"] = "float"
-    ge: float | None = None
-    le: float | None = None
+    ge: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    le: Annotated[float, Field(allow_inf_nan=False)] | None = None
     missing: bool = False
     unit: str | None = None
     example: int | float | bool | None = None
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        bounds = [bound for bound in (self.ge, self.le) if bound is not None]
+        if bounds and self.type == "bool":
+            raise ValueError("a bool should have no bounds")
+        if self.type == "int" and not all(bound.is_integer() for bound in bounds):
+            raise ValueError("an int should have whole numbers as bounds")
+        if bounds != sorted(bounds):
+            raise ValueError("bounds should have ge no greater than le")
+        return self
 
 
 class LimitSettings(Section):
@@ -212,11 +226,15 @@ class Settings(Section):
     auth: AuthSettings = AuthSettings()
 
     _file: Path = PrivateAttr(default=HERE / "settings.toml")
-    _places: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
+    _sources: Sources = PrivateAttr(default_factory=dict)
+
+    def source(self, *key: str) -> str:
+        """Say what gives the value of a setting: the file, a variable of the environment, or its default."""
+        return _source(key, self._sources)
 
     def place(self, *key: str) -> str:
         """Say where the value of a setting stands, for a message about it."""
-        return self._places.get(key, f"default: {'.'.join(key)}")
+        return _place(key, self._sources)
 
     @property
     def model_path(self) -> Path:
@@ -267,15 +285,17 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     file = Path(path or os.environ.get("SERVING_SETTINGS") or HERE / "settings.toml").absolute()
     values = _read_toml(file)
     _refuse_unknown_variables()
+    sources: Sources = dict.fromkeys(leaves(values), file.name)
     try:
         # TOML has types, so its values are held to them; a variable is text, which is parsed.
         Settings.model_validate(values, strict=True)
+        given = leaves(Environment(SettingsWithEnvironment)())
+        environment = {key: f"environment: {_variable_of(key)}" for key in given}
+        sources = environment | sources | environment  # it comes first, and its values win
         settings = SettingsWithEnvironment(**values)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(error, file))) from None
-    settings._file = file
-    given = {*leaves(values), *leaves(Environment(SettingsWithEnvironment)())}
-    settings._places = {key: _place(key, file) for key in given}
+        raise SettingsError("\n".join(_explain(error, sources))) from None
+    settings._file, settings._sources = file, sources
     return settings
 
 
@@ -290,15 +310,17 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables() -> None:
-    """Refuse a `SERVING_…` variable of no section, which pydantic-settings would ignore (its issue 985)."""
+    """Refuse a `SERVING_…` variable that is no setting, which pydantic-settings would ignore (its issue 985)."""
+    known = {key[:end] for key in setting_keys() for end in range(1, len(key) + 1)}
     for variable in map(str.upper, os.environ):
-        section = variable.removeprefix("SERVING_").partition("__")[0].lower()
-        if variable.startswith("SERVING_") and variable != "SERVING_SETTINGS" and section not in Settings.model_fields:
-            known = map(_variable, setting_keys())
-            raise SettingsError(f"environment: {variable} is not a setting; {nearest(variable, known)}")
+        key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
+        ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
+        if ours and key not in known and key[0] != "features":
+            hint = nearest(variable, map(_variable, setting_keys()))
+            raise SettingsError(f"environment: {variable} is not a setting; {hint}")
 
 
-def setting_keys(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def setting_keys(model: type[BaseModel] = Settings, prefix: Key = ()) -> Iterator[Key]:
     """Name every setting as its path of keys, such as `("server", "workers")`."""
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -307,10 +329,10 @@ def setting_keys(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()
             yield (*prefix, name)
 
 
-def leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Name every value of nested tables as its path of keys."""
+def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
+    """Name every value of nested tables as its path of keys; an empty table counts as a value."""
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from leaves(value, (*prefix, name))
         else:
             yield (*prefix, name)
@@ -320,35 +342,40 @@ def _variable(key: Iterable[str]) -> str:
     return "SERVING_" + "__".join(key).upper()
 
 
-def _place(key: tuple[str, ...], file: Path) -> str:
-    """Say where a value stands: the variable that gives it, or one that gives a table with it, or the file."""
-    variables = (_variable(key[:end]) for end in range(len(key), 0, -1))
-    given = next((name for name in variables if name in map(str.upper, os.environ)), None)
-    return f"environment: {given}" if given else f"{file.name}: {'.'.join(key)}"
+def _variable_of(key: Key) -> str:
+    """Name the variable that gives a value of the environment: its own, or one with a table that it is in."""
+    names = [_variable(key[:end]) for end in range(len(key), 0, -1)]
+    return next(name for name in names if name in map(str.upper, os.environ))
 
 
-def _explain(error: ValidationError, file: Path) -> list[str]:
+def _source(key: Key, sources: Sources) -> str:
+    return next((source for known, source in sources.items() if known[: len(key)] == key), "default")
+
+
+def _place(key: Key, sources: Sources) -> str:
+    source = _source(key, sources)
+    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(key)}"
+
+
+def _explain(error: ValidationError, sources: Sources) -> list[str]:
     """Say each mistake in a line: place, value seen, what is allowed."""
     shoulds: dict[str, list[str]] = {}
     lines: list[str] = []
     for problem in error.errors(include_url=False):
         key = _setting_of([str(part) for part in problem["loc"]])
-        place = _place(key, file)
+        place = _place(key, sources)
         if problem["type"] == "extra_forbidden":
-            siblings = [known[: len(key)] for known in setting_keys() if known[: len(key) - 1] == key[:-1]]
-            if key[0] == "features":
-                siblings = [(*key[:-1], name) for name in FeatureSettings.model_fields]
-            of_environment = place.startswith("environment")
-            names = [_variable(known) if of_environment else known[-1] for known in dict.fromkeys(siblings)]
-            name = _variable(key) if of_environment else key[-1]
-            lines.append(f"{place} is not a setting; {nearest(name, names)}")
+            level = len(key) - 1
+            siblings = [known[level] for known in setting_keys() if known[:level] == key[:level]]
+            names = FeatureSettings.model_fields if key[0] == "features" else dict.fromkeys(siblings)
+            lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
         else:
             seen = "**********" if key[0] == "auth" else repr(problem["input"])
             shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem))
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
 
-def _setting_of(loc: list[str]) -> tuple[str, ...]:
+def _setting_of(loc: list[str]) -> Key:
     """Give the setting that pydantic's `loc` is about; it goes on into the branches of a union."""
     lengths = [len(key) for key in setting_keys() if list(key) == loc[: len(key)]]
     return tuple(loc[:3] if loc[0] == "features" else loc[: lengths[0]] if lengths else loc)
@@ -360,7 +387,7 @@ def _should(problem: Any) -> str:
         "dict_type": "be a table of keys",
         "list_type": "be a list (in a variable, as JSON)",
     }
-    said: str = kinds.get(problem["type"], re.sub(r"^\w+ should ", "", problem["msg"]))
+    said: str = kinds.get(problem["type"], re.sub(r"^.* should ", "", problem["msg"]))
     return said.partition(", unable to")[0]
 
 
@@ -453,7 +480,7 @@ class Contract:
 
     def __init__(self, names: list[str], settings: Settings) -> None:
         for name in settings.features.keys() - set(names):
-            place = next(place for key, place in settings._places.items() if key[:2] == ("features", name))
+            place = settings.place("features", name)
             raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, names)}")
         self.names = names
         self.features = {name: settings.features.get(name, FeatureSettings()) for name in names}
@@ -1376,8 +1403,7 @@ def print_settings(settings: Settings) -> None:
             print(f"\n[{'.'.join(map(_toml_key, table))}]")
         value = functools.reduce(lambda level, part: level[part], key, values)
         name, shown = _toml_key(key[-1]), json.dumps(value, ensure_ascii=False)
-        source = settings.place(*key).removesuffix(f": {'.'.join(key)}")
-        print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {source}")
+        print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {settings.source(*key)}")
 
 
 def _toml_key(name: str) -> str:

@@ -134,6 +134,17 @@ FILES = [
     ("name-for-url", '[model]\nname = "a/b"', ["model.name is 'a/b'; it should match pattern"]),
     ("two-mistakes", "framework = 1\nserver = 2", ["framework is 1", "server is 2"]),
     ("feature-of-no-model", "[features.x]\nunit='m'", ["features.x", "is not about a feature", "'sepal_length'"]),
+    ("empty-feature", "[features.x]", ["features.x is not about a feature"]),
+    ("bounds-crossed", "[features.x]\nge = 2\nle = 1", ["features.x is", "'ge': 2", "have ge no greater than le"]),
+    ("bound-of-nan", "[features.x]\nge = nan", ["features.x.ge is nan; it should be a finite number"]),
+    ("bound-of-bool", '[features.x]\ntype = "bool"\nge = 0', ["features.x is", "have no bounds"]),
+    ("fraction-as-bound", '[features.x]\ntype = "int"\nge = 0.5', ["features.x is", "whole numbers as bounds"]),
+    ("bind-nowhere", "[server]\nbind = []", ["server.bind is []", "have at least 1 item"]),
+    (
+        "list-with-a-number",
+        '[model]\ntrusted_types = ["a", 1]',
+        ["model.trusted_types is 1; it should be a valid string"],
+    ),
     ("example-of-wrong-type", '[features.petal_width]\ntype = "int"\nexample = 0.5', ["example is 0.5", "integer"]),
     ("example-out-of-bounds", "[features.petal_width]\nge = 1\nexample = 0.5", ["example is 0.5", "equal to 1"]),
     (
@@ -150,6 +161,11 @@ VARIABLES = [
     ("unknown-section", "SERVING_FRAMEWROK", "flask", ["SERVING_FRAMEWROK is not a setting", "'SERVING_FRAMEWORK'?"]),
     ("unknown-key", "SERVING_SERVER__WORKRS", "4", ["SERVING_SERVER__WORKRS", "mean 'SERVING_SERVER__WORKERS'?"]),
     ("one-underscore", "SERVING_SERVER_WORKERS", "4", ["SERVING_SERVER_WORKERS", "'SERVING_SERVER__WORKERS'?"]),
+    ("below-a-value", "SERVING_FRAMEWORK__X", "1", ["SERVING_FRAMEWORK__X is not a setting", "'SERVING_FRAMEWORK'?"]),
+    ("below-a-number", "SERVING_SERVER__WORKERS__X", "1", ["SERVING_SERVER__WORKERS__X is not a setting"]),
+    ("unknown-key-in-table", "SERVING_SERVER", '{"workrs": 1}', ["SERVING_SERVER: server.workrs is not", "'workers'?"]),
+    ("wrong-value-in-table", "SERVING_SERVER", '{"workers": 0}', ["SERVING_SERVER: server.workers is 0; it should"]),
+    ("not-a-table", "SERVING_SERVER", "5", ["environment: SERVING_SERVER is 5; it should be a table of keys"]),
     ("wrong-choice", "SERVING_FRAMEWORK", "django", ["SERVING_FRAMEWORK is 'django'; it should be 'flask'"]),
     ("not-a-number", "SERVING_SERVER__WORKERS", "many", ["SERVING_SERVER__WORKERS is 'many'", "or be 'auto'"]),
     ("not-truth", "SERVING_LOGGING__ACCESS", "maybe", ["SERVING_LOGGING__ACCESS is 'maybe'", "valid boolean"]),
@@ -167,7 +183,12 @@ VARIABLES = [
         "/nope.toml",
         ["'/nope.toml' cannot be read: No such file", "SERVING_SETTINGS"],
     ),
-    ("feature-of-no-model", "SERVING_FEATURES__WIDHT__GE", "1", ["SERVING_FEATURES__WIDHT__GE is not about a feature"]),
+    (
+        "feature-of-no-model",
+        "SERVING_FEATURES__WIDHT__GE",
+        "1",
+        ["SERVING_FEATURES__WIDHT__GE: features.widht is not about a feature"],
+    ),
 ]
 
 
@@ -200,6 +221,24 @@ def test_mistake_in_environment_is_explained(
     with pytest.raises(app.StartupError) as caught:
         app.make_service(app.load_settings())
     assert [part for part in expected if part not in str(caught.value)] == []
+
+
+def test_mistake_is_placed_where_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that gives other keys of a table, or overrides the wrong value, is not blamed for the file."""
+    file = folder / "mine.toml"
+    file.write_text('framework = "django"\n[server]\ntimeout = -1')
+    monkeypatch.setenv("SERVING_FRAMEWORK", "flask")
+    monkeypatch.setenv("SERVING_SERVER", '{"workers": 2}')
+    with pytest.raises(app.SettingsError) as caught:
+        app.load_settings(file)
+    framework, timeout = str(caught.value).splitlines()
+    assert framework.startswith("mine.toml: framework is 'django'")
+    assert timeout.startswith("mine.toml: server.timeout is -1")
+    file.write_text("[server]\ntimeout = 1\nworkers = 1")
+    settings = app.load_settings(file)
+    assert (settings.source("server", "workers"), settings.server.workers) == ("environment: SERVING_SERVER", 2)
+    assert settings.source("server", "timeout") == "mine.toml"
+    assert settings.source("server", "backlog") == "default"
 
 
 @pytest.mark.parametrize("text", ["hunter2", '["hunter2", 2]', '["hunter2", ""]', '{"hunter2": 1}'])
