@@ -45,14 +45,17 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
+import gunicorn.util
 import jiter
 import joblib
 import numpy as np
 import structlog
 from gunicorn.http.errors import ParseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -78,12 +81,13 @@ Key = tuple[str, ...]  # of a setting, such as ("server", "workers")
 Sources = dict[Key, str]  # what gives the value of a setting
 HERE = Path(__file__).resolve().parent
 log = structlog.get_logger()
+MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Say what `name` should have been: the one name close to it, or else all of `names`."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, names, n=1) if len(name) <= MAX_NAME else []
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(map(repr, names))}"
 
 
@@ -157,12 +161,26 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _check_address(address: str) -> str:
+    try:
+        parsed = gunicorn.util.parse_address(address)
+        valid = bool(address) and (not isinstance(parsed, tuple) or parsed[1] < 65_536)
+    except RuntimeError:
+        valid = False
+    if not valid:
+        raise ValueError("an address should be 'host:port', 'unix:path' or 'fd://number'")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+
+
 class ServerSettings(Section):
     """Gunicorn's own names and units; `gunicorn.conf.py` hands them on."""
 
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
-    bind: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = "127.0.0.1:8000"
+    bind: Address | Annotated[list[Address], Field(min_length=1)] = "127.0.0.1:8000"
     backlog: PositiveInt = 2048
     timeout: NonNegativeInt = 30
     graceful_timeout: PositiveInt = 30
@@ -467,7 +485,10 @@ def _fold_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapp
 
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool}
-MAX_INTEGER = 2**53  # up to here every integer is a float64 of its own
+LIMITS: dict[type, float] = {
+    float: float(np.finfo(np.float32).max),  # trees compute in float32
+    int: 2**53,  # up to here every integer is a float64 of its own
+}
 MAX_PROBLEMS = 1000  # bad cells named in one answer
 
 
@@ -493,8 +514,9 @@ class Contract:
                 raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
         row = make_typed_dict("Features", cells)
         row.__pydantic_config__ = ConfigDict(extra="forbid")
+        rows: Any = Annotated[list[row], FailFast()]  # type: ignore[valid-type]
         self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row)
-        self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[row])  # type: ignore[valid-type]
+        self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
 
     @property
     def example(self) -> dict[str, Any]:
@@ -507,15 +529,15 @@ class Contract:
             pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
         except ValueError:
             raise BadRequest("the query is not percent-encoded UTF-8") from None
-        cells = dict(pairs)
-        if len(cells) < len(pairs):
-            given = {name: [value for key, value in pairs if key == name] for name in cells}
-            repeated = {name: values for name, values in given.items() if len(values) > 1}
-            raise Unprocessable(
-                [_problem("repeated", ["query", name], "Give this parameter once", repeated[name]) for name in repeated]
-            )
+        given: dict[str, list[str]] = {}
+        for name, value in pairs:
+            given.setdefault(name, []).append(value)
+        repeated = {name: values for name, values in given.items() if len(values) > 1}
+        if repeated:
+            message = "Give this parameter once"
+            raise Unprocessable([_problem("repeated", ["query", name], message, repeated[name]) for name in repeated])
         try:
-            return [self.row.validate_strings(cells, strict=False)]
+            return [self.row.validate_strings(dict(pairs), strict=False)]
         except ValidationError as error:
             raise Unprocessable(list(self._problems(["query"], error))) from None
 
@@ -569,11 +591,12 @@ def _cell_type(feature: FeatureSettings) -> Any:
     kind = FEATURE_TYPES[feature.type]
     extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
     cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
+    if kind is not bool:
+        limit = LIMITS[kind]
+        cell["ge"] = -limit if feature.ge is None else feature.ge
+        cell["le"] = limit if feature.le is None else feature.le
     if kind is float:
-        cell |= {"ge": feature.ge, "le": feature.le, "allow_inf_nan": False}
-    elif kind is int:
-        cell["ge"] = -MAX_INTEGER if feature.ge is None else feature.ge
-        cell["le"] = MAX_INTEGER if feature.le is None else feature.le
+        cell["allow_inf_nan"] = False
     return Annotated[kind | None if feature.missing else kind, Field(**cell, json_schema_extra=extra)]
 
 
@@ -598,11 +621,18 @@ class Predictor:
         self.estimator = estimator
         self.feature_names: list[str] | None = list(map(str, getattr(estimator, "feature_names_in_", ()))) or None
         self.n_features: int | None = getattr(estimator, "n_features_in_", None)
-        self.classes: list[Any] | None = np.asarray(getattr(estimator, "classes_", ())).tolist() or None
+        self.classes: list[Any] | None = self._find_classes()
         self.has_probabilities = self.classes is not None and hasattr(estimator, "predict_proba")
         # The contract puts the columns in order, so X comes without names, of which scikit-learn would warn each time.
         for part in (estimator, *getattr(estimator, "named_steps", {}).values()):
             getattr(part, "__dict__", {}).pop("feature_names_in_", None)
+
+    def _find_classes(self) -> list[Any] | None:
+        classes = getattr(self.estimator, "classes_", ())
+        kind = type(self.estimator).__name__
+        if isinstance(classes, list) and classes and np.ndim(classes[0]):
+            raise ModelError(f"holds a {kind} of {len(classes)} outputs; save one that predicts a single output")
+        return np.asarray(classes).tolist() or None
 
     def predict(self, X: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
         """Give one answer for each row of X, shape (n_samples, n_features), in their order."""
