@@ -144,6 +144,13 @@ class ContentTooLarge(ServingError):
     status = 413
 
 
+class BodyTooLarge(ContentTooLarge):
+    """The body is longer than the limit, and the rest of it may be on its way: the connection ends here."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"{what}; send at most {limit} bytes", {"Connection": "close"})
+
+
 class UnsupportedMediaType(ServingError):
     status = 415
 
@@ -164,7 +171,7 @@ class Section(BaseModel):
 def _check_address(address: str) -> str:
     try:
         parsed = gunicorn.util.parse_address(address)
-        valid = bool(address) and (not isinstance(parsed, tuple) or parsed[1] < 65_536)
+        valid = bool(address) and (0 <= parsed[1] < 65_536 if isinstance(parsed, tuple) else parsed != "")
     except RuntimeError:
         valid = False
     if not valid:
@@ -181,7 +188,7 @@ class ServerSettings(Section):
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
     bind: Address | Annotated[list[Address], Field(min_length=1)] = "127.0.0.1:8000"
-    backlog: PositiveInt = 2048
+    backlog: Annotated[PositiveInt, Field(lt=2**31)] = 2048
     timeout: NonNegativeInt = 30
     graceful_timeout: PositiveInt = 30
     keepalive: PositiveInt = 5
@@ -190,7 +197,7 @@ class ServerSettings(Section):
 
 
 class ModelSettings(Section):
-    path: str = "model/iris.skops"
+    path: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
     trusted_types: list[str] = []
 
@@ -278,7 +285,7 @@ class Environment(EnvSettingsSource):
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         try:
             return super().decode_complex_value(field_name, field, value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
 
 
@@ -319,11 +326,11 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         hint = "set SERVING_SETTINGS to the path of a settings file"
         raise SettingsError(f"settings file {str(file)!r} cannot be read: {error.strerror}; {hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
 
 
@@ -415,7 +422,6 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id")
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
-TOLD_BY_US = {"werkzeug": " - - [", "uvicorn.error": "Invalid HTTP request received."}  # logger: part of its message
 
 
 def configure_logging(settings: LoggingSettings) -> None:
@@ -432,7 +438,7 @@ def configure_logging(settings: LoggingSettings) -> None:
         _add_process_and_request,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    rendering = [renderer] if console else [structlog.processors.format_exc_info, renderer]
+    rendering = [_escape_controls if console else structlog.processors.format_exc_info, renderer]
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -452,12 +458,11 @@ def configure_logging(settings: LoggingSettings) -> None:
         _take_over(name, [handler]).setLevel(level)
     for name in SERVER_ACCESS_LOGGERS:
         _take_over(name, [])
-    for name, text in TOLD_BY_US.items():
-        logging.getLogger(name).filters = [functools.partial(_lacks, text)]
+    logging.getLogger("werkzeug").filters = [_is_no_access_line]
 
 
-def _lacks(text: str, record: logging.LogRecord) -> bool:
-    return text not in str(record.msg)
+def _is_no_access_line(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.INFO or " - - [" not in str(record.msg)
 
 
 def _take_over(name: str, handlers: list[logging.Handler]) -> logging.Logger:
@@ -472,6 +477,14 @@ def _add_process_and_request(_: Any, __: str, event: MutableMapping[str, Any]) -
     request_id = REQUEST_ID.get(None)
     if request_id is not None:
         event["request_id"] = request_id
+    return event
+
+
+def _escape_controls(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Keep a client's control characters from the terminal; in JSON they are escaped anyway."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[key] = value.encode("unicode_escape").decode()
     return event
 
 
@@ -710,7 +723,6 @@ LOADERS: dict[str, Callable[[bytes, ModelSettings], Any]] = {
 # Endpoints ------------------------------------------------------------------------------------------------------------
 
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-BODY = "serving.body"  # in a scope or an environ: the body, or the error, that a bridge met when it read ahead
 CUT_SHORT = "serving.cut_short"  # in a scope: the server saw the connection end, or lose its framing, inside the body
 LINGER_S = 2.0
 PIECE_BYTES = 65_536
@@ -728,31 +740,40 @@ class Request:
     path: str
     query: str  # percent-encoded
     header: Callable[[str], str | None]  # by lower-case name; repeated fields are joined by commas
-    read: Callable[[], Awaitable[bytes]]  # the next piece of the body, b"" at its end
-    body: bytes | ServingError | None = None
+    read: Callable[[int], Awaitable[bytes]]  # the next piece of the body, of about so many bytes; b"" at its end
+    body: bytes | ServingError | None = None  # what reading it gave
     rows: int = 0
 
-    async def read_body(self, limit: int) -> bytes:
-        """Read the whole body, but no more than `limit` bytes. Raises `ContentTooLarge`, `BodyCutShort`."""
-        declared = self.header("content-length")
-        length = int(declared) if declared is not None else None
-        if length is not None and length > limit:
-            raise _too_large(f"the body is {length} bytes", f"{limit} bytes")
+    async def read_body(self, limit: int) -> bytes | ServingError:
+        """Read the whole body, but no more than `limit` bytes, into `body`; or the error that it ends with."""
+        if self.body is None:
+            try:
+                self.body = await self._read_body(limit)
+            except ServingError as error:
+                self.body = error
+        return self.body
+
+    async def _read_body(self, limit: int) -> bytes:
+        length = self._content_length()
         if length is None and self.header("transfer-encoding") is None:
             return b""
+        if length is not None and length > limit:
+            raise BodyTooLarge(f"the body is {length} bytes", limit)
         body = bytearray()
-        while piece := await self.read():
+        while piece := await self.read(PIECE_BYTES if length is None else min(length - len(body), PIECE_BYTES)):
             body += piece
             if len(body) > limit:
-                raise _too_large("the body is longer", f"{limit} bytes")
+                raise BodyTooLarge("the body is longer", limit)
         if length is not None and len(body) < length:
             raise BodyCutShort
         return bytes(body)
 
-
-def _too_large(what: str, limit: str) -> ContentTooLarge:
-    """Refuse, and end the connection: where the next request would start on it is not known."""
-    return ContentTooLarge(f"{what}; send at most {limit}", {"Connection": "close"})
+    def _content_length(self) -> int | None:
+        given = self.header("content-length")
+        if given is not None and not re.fullmatch("[0-9]+", given):
+            detail = f"Content-Length is {given!r}; it should be a number of bytes"
+            raise BadRequest(detail, {"Connection": "close"})
+        return None if given is None else int(given)
 
 
 @dataclass(slots=True)
@@ -762,6 +783,7 @@ class Response:
     status: int
     body: bytes
     headers: dict[str, str]
+    lingers: bool = False  # the client may still be sending
 
     @classmethod
     def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -772,9 +794,14 @@ class Response:
         )
 
     @property
-    def lingers(self) -> bool:
-        """Whether the client may still be sending the body that was too large."""
-        return self.status == ContentTooLarge.status and "Connection" in self.headers
+    def status_line(self) -> str:
+        return f"{self.status} {HTTPStatus(self.status).phrase}"
+
+    @classmethod
+    def of_error(cls, error: ServingError) -> Response:
+        response = cls.of({"detail": error.detail}, error.status, error.headers)
+        response.lingers = isinstance(error, BodyTooLarge)
+        return response
 
 
 @dataclass(frozen=True, slots=True)
@@ -906,15 +933,13 @@ class Service:
 
     async def _answer(self, request: Request) -> Response:
         try:
-            if isinstance(request.body, ServingError):
-                raise request.body
-            if request.body is None:
-                request.body = await request.read_body(self.settings.limits.max_body_bytes)
+            if isinstance(body := await request.read_body(self.settings.limits.max_body_bytes), ServingError):
+                raise body
             operation = self._find(request)
             self._authorize(operation, request)
             return Response.of(await operation.endpoint(self, request))
         except ServingError as error:
-            return Response.of({"detail": error.detail}, error.status, error.headers)
+            return Response.of_error(error)
         except Exception:  # the outermost edge: whatever failed, the client learns no internals
             log.exception("request_failed", method=request.method, path=request.path)
             return Response.of({"detail": "internal error; the log has it under this X-Request-ID"}, 500)
@@ -936,7 +961,7 @@ class Service:
             return
         scheme, _, token = (request.header("authorization") or "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else request.header("x-api-key") or ""
-        matches = [hmac.compare_digest(key.encode(errors="replace"), known) for known in self._api_keys]
+        matches = [hmac.compare_digest(key.encode("latin-1"), known) for known in self._api_keys]
         if not any(matches):
             detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             raise Unauthorized(detail, {"WWW-Authenticate": "Bearer"})
@@ -1092,6 +1117,7 @@ def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
 def build_flask(service: Service) -> flask.Flask:
     """Bind the service to Flask: a route for each path of the table; what no route matches is answered by it too."""
     import flask
+    from werkzeug.exceptions import HTTPException
 
     app = flask.Flask(__name__, static_folder=None)
     app.extensions["serving"] = service
@@ -1099,8 +1125,7 @@ def build_flask(service: Service) -> flask.Flask:
 
     def view() -> flask.Response:
         response = run_now(service.respond(wsgi_request(flask.request.environ)))
-        status = f"{response.status} {HTTPStatus(response.status).phrase}"
-        return flask.Response(response.body, status, response.headers)
+        return flask.Response(response.body, response.status_line, response.headers)
 
     def unmatched(error: Any) -> Any:
         return view() if flask.request.routing_exception else error
@@ -1108,8 +1133,7 @@ def build_flask(service: Service) -> flask.Flask:
     for path, operations in service.routes.items():
         name = next(iter(operations.values())).name
         app.add_url_rule(path, name, view, methods=[*operations], provide_automatic_options=False)
-    app.register_error_handler(404, unmatched)
-    app.register_error_handler(405, unmatched)
+    app.register_error_handler(HTTPException, unmatched)
     return app
 
 
@@ -1121,21 +1145,16 @@ def wsgi_request(environ: dict[str, Any]) -> Request:
         return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}") or None
 
     stream = environ["wsgi.input"]
-    ends_by_itself = environ.get("wsgi.input_terminated", False)
-    left = int(environ.get("CONTENT_LENGTH") or 0)
+    has_end = environ.get("wsgi.input_terminated") or "CONTENT_LENGTH" in environ
 
-    async def read() -> bytes:
-        nonlocal left
+    async def read(size: int) -> bytes:
         try:
-            piece: bytes = stream.read(PIECE_BYTES if ends_by_itself else min(left, PIECE_BYTES))
+            return stream.read(size) if has_end else b""
         except (OSError, ParseException):
             raise BodyCutShort from None
-        left -= len(piece)
-        return piece
 
     path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
-    body = environ.get("asgi.scope", environ).get(BODY)
-    return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), header, read, body)
+    return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), header, read)
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -1178,7 +1197,9 @@ class ASGIEndpoint:
         self.service = service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        request = asgi_request(scope, receive)
+        await self.answer(asgi_request(scope, receive), receive, send)
+
+    async def answer(self, request: Request, receive: Any, send: Any) -> None:
         response = await self.service.respond(request)
         headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.items()]
         body = b"" if request.method == "HEAD" else response.body
@@ -1198,14 +1219,14 @@ def asgi_request(scope: Any, receive: Any) -> Request:
 
     def header(name: str) -> str | None:
         value = headers.get(name.encode())
-        return value.decode("latin-1") if value else None
+        return value.strip(b" \t").decode("latin-1") if value else None
 
     more = True
 
-    async def read() -> bytes:
+    async def read(size: int) -> bytes:
         nonlocal more
         piece = b""
-        while more and not piece:
+        while more and size and not piece:
             message = await receive()
             if message["type"] == "http.disconnect" or scope.get(CUT_SHORT):
                 raise BodyCutShort
@@ -1214,8 +1235,7 @@ def asgi_request(scope: Any, receive: Any) -> Request:
 
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation)
-    body = scope.get("wsgi_environ", scope).get(BODY)
-    return Request(scope["method"], path, query, header, read, body)
+    return Request(scope["method"], path, query, header, read)
 
 
 async def linger(receive: Any) -> None:
@@ -1244,22 +1264,14 @@ def as_wsgi(app: Any) -> Any:
     return app if hasattr(app, "wsgi_app") else FastAPIOverWSGI(app)
 
 
-async def read_ahead(request: Request, limit: int) -> tuple[bytes | ServingError, bytes]:
-    """Give what the binding shall find under `BODY`, and the bytes to hand over the bridge."""
-    try:
-        body = await request.read_body(limit)
-    except ServingError as error:
-        return error, b""
-    return body, body
-
-
 class FlaskOverASGI:
     """A Flask app behind ASGI: it runs in a2wsgi's threads."""
 
     def __init__(self, app: flask.Flask) -> None:
         from a2wsgi import WSGIMiddleware
 
-        self.limit = app.extensions["serving"].settings.limits.max_body_bytes
+        self.service: Service = app.extensions["serving"]
+        self.endpoint = ASGIEndpoint(self.service)
         self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -1267,43 +1279,45 @@ class FlaskOverASGI:
             await self.bridge(scope, receive, send)
             return
         request = asgi_request(scope, receive)
-        outcome, body = await read_ahead(request, self.limit)
-        headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
+        body = await request.read_body(self.service.settings.limits.max_body_bytes)
+        if isinstance(body, ServingError):
+            await self.endpoint.answer(request, receive, send)
+            return
+        # As gunicorn does it: white space ends with the field; names with "_", which WSGI takes for "-", are left out.
+        framing = (b"content-length", b"transfer-encoding")
+        kept = [pair for pair in scope["headers"] if pair[0] not in framing and b"_" not in pair[0]]
+        headers = [(name, value.strip(b" \t")) for name, value in kept]
         headers.append((b"content-length", b"%d" % len(body)))
-        scope = {**scope, "headers": headers, "query_string": request.query.encode(), BODY: outcome}
 
         async def receive_body() -> dict[str, Any]:
             return {"type": "http.request", "body": body}
 
-        async def send_and_linger(message: Any) -> None:
-            last = message["type"] == "http.response.body" and not message.get("more_body")
-            if last and isinstance(outcome, ContentTooLarge):
-                await linger(receive)
-            await send(message)
-
-        await self.bridge(scope, receive_body, send_and_linger)
+        await self.bridge({**scope, "headers": headers, "query_string": request.query.encode()}, receive_body, send)
 
 
 class FastAPIOverWSGI:
     """A FastAPI app behind WSGI: it runs in one event loop, in a thread that starts with the first request.
 
     Nothing starts before that, for a thread does not live on in the workers forked from its process. `start` is for
-    a server that wants the app's start-up events before the first request.
+    a server that wants the app's start-up events before the first request, `stop` for one that says when it ends.
     """
 
     def __init__(self, app: fastapi.FastAPI) -> None:
         self.app = app
-        self.limit = app.state.serving.settings.limits.max_body_bytes
-        self.state: Mapping[str, Any] = {}
+        self.service: Service = app.state.serving
         self._bridge: Any = None
+        self._end: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         self.start()
         request = wsgi_request(environ)
-        outcome, body = run_now(read_ahead(request, self.limit))
+        body = run_now(request.read_body(self.service.settings.limits.max_body_bytes))
+        if isinstance(body, ServingError):
+            response = run_now(self.service.respond(request))
+            start_response(response.status_line, [*response.headers.items()])
+            return [] if request.method == "HEAD" else [response.body]
         changed = {
-            BODY: outcome,
             "PATH_INFO": request.path.encode().decode("latin-1"),
             "CONTENT_LENGTH": str(len(body)),
             "wsgi.input": io.BytesIO(body),
@@ -1317,33 +1331,43 @@ class FastAPIOverWSGI:
             if self._bridge is None:
                 self._bridge = self._start()
 
+    def stop(self) -> None:
+        """Run the app's shut-down events, once. Raises what they raise."""
+        with self._lock:
+            end, self._end = self._end, lambda: None
+        end()
+
     def _start(self) -> Any:
         from a2wsgi import ASGIMiddleware
 
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="asgi", daemon=True).start()
-        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        started: concurrent.futures.Future[Any] = concurrent.futures.Future()
         stopping = asyncio.Event()
-        lifespan = asyncio.run_coroutine_threadsafe(self._live(started, stopping), loop)
+        lifespan: concurrent.futures.Future[Any] = asyncio.run_coroutine_threadsafe(self._live(started, stopping), loop)
         concurrent.futures.wait([started, lifespan], return_when=concurrent.futures.FIRST_COMPLETED)
         if lifespan.done():
             lifespan.result()
 
-        def stop() -> None:
+        def end() -> None:
             loop.call_soon_threadsafe(stopping.set)
             lifespan.result()
 
-        atexit.register(stop)
-        return ASGIMiddleware(self._asgi, loop=loop)
+        self._end = end
+        atexit.register(self.stop)  # where the server does not call it
+        return ASGIMiddleware(functools.partial(self._asgi, started.result()), loop=loop)
 
-    async def _live(self, started: concurrent.futures.Future[None], stopping: asyncio.Event) -> None:
+    async def _live(self, started: concurrent.futures.Future[Any], stopping: asyncio.Event) -> None:
         async with self.app.router.lifespan_context(self.app) as state:
-            self.state = state or {}
-            started.set_result(None)
+            started.set_result(state or {})
             await stopping.wait()
 
-    async def _asgi(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.app({**scope, "state": dict(self.state)}, receive, send)
+    async def _asgi(self, state: Mapping[str, Any], scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app({**scope, "state": dict(state)}, receive, send)
+        except Exception:  # that of a route which a user added: a2wsgi would drop it
+            log.exception("request_failed", method=scope["method"], path=scope["path"])
+            raise
 
 
 # Factory --------------------------------------------------------------------------------------------------------------

@@ -54,31 +54,88 @@ def refuse(status: int) -> bytes:
 
 def uvicorn_worker() -> type:
     """Give uvicorn's worker with gunicorn's limits and time-outs, and an answer to a request that is cut short."""
+    import httptools
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     from uvicorn_worker import UvicornWorker
 
     class Protocol(HttpToolsProtocol):
         refusal = 400
+        in_head = False
+        head_bytes = 0
         failed = False
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.timeout_keep_alive_task = self.loop.call_later(keepalive, self.timeout_keep_alive_handler)
+
+        def data_received(self, data: bytes) -> None:
+            if self.failed:  # the parser's place is lost
+                return
+            self._unset_keepalive_if_required()
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._take_without_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self._fail()
+            self.head_bytes = self.head_bytes + len(data) if self.in_head else 0
+            if self.head_bytes > MAX_HEAD_BYTES and not self.failed:
+                self.refusal = 431
+                self._fail()
+
+        def _take_without_upgrade(self, rest: bytes) -> None:
+            """Take a request as if it asked for no upgrade, for none is offered (RFC 9110, section 7.8)."""
+            line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.data_received(b"\r\n".join([line, *fields, b"", rest]))
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.in_head = True
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
-            if len(self.url) > limit_request_line:
+            if len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1") > limit_request_line:
                 self.refusal = 414
             if self.refusal != 400 or not self.url.isascii():
                 raise ValueError("request line")
 
         def on_header(self, name: bytes, value: bytes) -> None:
+            if not self.in_head:  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
+                return
             super().on_header(name, value)
-            if len(name) + len(value) > limit_request_field_size or len(self.headers) > limit_request_fields:
+            if len(name) + len(value) > limit_request_field_size - 4 or len(self.headers) > limit_request_fields:
                 self.refusal = 431
                 raise ValueError("header")
 
-        def send_400_response(self, msg: str) -> None:
-            if not self.failed and not self._cut_short():
-                self.transport.write(refuse(self.refusal))
-                self.transport.close()
-            self.failed = True  # the parser's place is lost: what still arrives is answered no more
+        def on_headers_complete(self) -> None:
+            self.in_head = False
+            hosts = sum(name == b"host" for name, _ in self.headers)
+            if hosts > 1 or self.parser.get_http_version() not in ("1.0", "1.1"):
+                raise ValueError("host or version")
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("method")
+            if not self.parser.should_upgrade():
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
+
+        def _fail(self) -> None:
+            self.failed = True
+            if not self._cut_short() and (self.cycle is None or self.cycle.response_complete):
+                self._refuse()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.failed and self.cycle.response_complete and not self.transport.is_closing():
+                self._refuse()  # what follows the requests that were good
+
+        def _refuse(self) -> None:
+            self.transport.write(refuse(self.refusal))
+            self.transport.close()
 
         def eof_received(self) -> bool:  # type: ignore[override]
             """Answer a client that has closed its sending side only, as WSGI workers do."""
@@ -115,10 +172,16 @@ def gevent_worker() -> type:
 
     class ServingGeventWorker(GeventWorker):
         wsgi: Any
+        inner: Any
+
+        def run(self) -> None:
+            super().run()
+            if isinstance(self.inner, app.FastAPIOverWSGI):
+                self.inner.stop()
 
         def load_wsgi(self) -> None:
             super().load_wsgi()
-            inner = self.wsgi
+            self.inner = inner = self.wsgi
             if isinstance(inner, app.FastAPIOverWSGI):
                 inner.start()
 
@@ -169,6 +232,7 @@ def post_fork(server: Any, worker: Any) -> None:
             sys.exit(0)
 
 
+MAX_HEAD_BYTES = 1_048_576  # what 100 fields and a request line can come to, and some
 WORKERS = {
     "uvicorn": (uvicorn_worker, "app:asgi"),
     "gevent": (gevent_worker, "app:wsgi"),
@@ -187,5 +251,6 @@ max_requests_jitter = settings.server.max_requests_jitter
 limit_request_line = 8190  # bytes; as long as gunicorn goes, for rows given as a query
 limit_request_fields = 100
 limit_request_field_size = 8190  # bytes
+forwarder_headers = ""  # or a local client's header SCRIPT_NAME would change the path
 logger_class = StructuredLogger
 control_socket_disable = True  # or gunicorn opens one in the home folder

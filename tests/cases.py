@@ -96,6 +96,13 @@ GOOD = [
     Case("openapi", "GET", "/openapi.json", says='"openapi":"3.1.0"'),
     Case("get-with-body", "GET", "/ping", (), b"ignored", says="live"),
     Case("connection-close", "GET", "/ping", (("Connection", "close"),), says="live"),
+    post("h2c", ROW, headers=(*JSON, ("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")), says="setosa"),
+    post(
+        "h2c-chunked", ROW, headers=(*JSON, ("Connection", "Upgrade"), ("Upgrade", "h2c")), chunked=True, says="setosa"
+    ),
+    Case("websocket", "GET", "/ping", (("Connection", "Upgrade"), ("Upgrade", "websocket")), says="live"),
+    Case("repeated-request-id", "GET", "/ping", (("X-Request-ID", "a"), ("X-Request-ID", "b")), says="live"),
+    Case("padded-request-id", "GET", "/ping", (("X-Request-ID", " padded \t"),), says="live"),
     Case("sane-request-id", "GET", "/ping", (("X-Request-ID", "a.b:c/d+e=f-g_h"),), says="live"),
 ]
 
@@ -130,6 +137,8 @@ BAD = [
     post("integer-of-5000-digits", cell("9" * 5000), 400, "out of range"),
     post("overflow", cell("1e999"), 422, '"loc":["body","petal_width"],"msg":"Input should be a finite number"'),
     post("integer-of-400-digits", cell(HUGE), 422, "valid number"),
+    post("larger-than-float32", cell("3.5e38"), 422, "less than or equal to 3402823466385"),
+    post("lower-than-float32", cell("-3.5e38"), 422, "greater than or equal to -3402823466385"),
     post("string-for-number", cell('"0.2"'), 422, '"loc":["body","petal_width"]'),
     post("true-for-number", cell("true"), 422, "valid number"),
     post("null-for-number", cell("null"), 422, "valid number"),
@@ -189,6 +198,7 @@ BAD = [
     Case("root", "GET", "/", status=404, says="use one of '/predictions'"),
     Case("trailing-slash", "GET", f"/predictions/?{QUERY}", status=404, says="did you mean '/predictions'?"),
     Case("double-slash", "GET", f"//predictions?{QUERY}", status=404, says="did you mean"),
+    Case("double-slash-inside", "GET", "/health//live", status=404, says="did you mean '/health/live'?"),
     Case("path-bad-utf-8", "GET", "/%ff", status=404, says="there is no"),
     Case("path-encoded-slash", "GET", "/health%2Flive/x", status=404, says="there is no"),
     Case("path-dots", "GET", "/../settings.toml", status=404, says="there is no"),
@@ -212,12 +222,30 @@ MALFORMED = [
     ("bad-version", b"GET /ping HTTP/9.9\r\nHost: x\r\n\r\n", 400),
     ("space-in-target", b"GET /ping x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     ("byte-in-target", b"GET /predictions?a=\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("http-2", b"GET /ping HTTP/2.0\r\nHost: x\r\n\r\n", 400),
+    ("no-version", b"GET /ping\r\n\r\n", 400),
+    ("two-hosts", b"GET /ping HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    ("two-lengths", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
     ("header-without-colon", b"GET /ping HTTP/1.1\r\nHost x\r\n\r\n", 400),
     ("null-in-header", b"GET /ping HTTP/1.1\r\nHost: x\0y\r\n\r\n", 400),
     ("length-not-a-number", b"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Length: ten\r\n\r\n", 400),
     ("negative-length", b"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
     ("length-and-chunked", b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     ("long-request-line", b"GET /predictions?a=" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    ("request-line-of-8191-bytes", b"GET /predictions?a=" + b"x" * 8163 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+    ("header-of-8191-bytes", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 8181 + b"\r\n\r\n", 431),
     ("long-header", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 9000 + b"\r\n\r\n", 431),
     ("many-headers", b"GET /ping HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 101 + b"\r\n", 431),
+]
+
+# Bytes on which the two workers' own parsers differ, both within the standard: id, bytes, status by worker.
+DIFFERENT = [
+    ("unknown-method", b"FOO /ping HTTP/1.1\r\nHost: x\r\n\r\n", {"uvicorn": 400, "gevent": 405}),
+    (
+        "length-of-30-digits",
+        b"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n",
+        {"uvicorn": 400, "gevent": 413},
+    ),
+    ("connect", b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", {"uvicorn": 400, "gevent": 404}),
+    ("unknown-expectation", b"GET /ping HTTP/1.1\r\nHost: x\r\nExpect: x\r\n\r\n", {"uvicorn": 200, "gevent": 400}),
 ]

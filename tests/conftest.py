@@ -232,7 +232,7 @@ def call(native: Any, case: Case) -> Answer:
     return call_wsgi(native, case) if hasattr(native, "wsgi_app") else asyncio.run(call_asgi(native, case))
 
 
-async def call_asgi(asgi: Any, case: Case) -> Answer:
+async def call_asgi(asgi: Any, case: Case, root_path: str = "") -> Answer:
     path, _, query = case.target.partition("?")
     messages = [{"type": "http.request", "body": case.body, "more_body": case.cut}, {"type": "http.disconnect"}]
     sent: list[dict[str, Any]] = []
@@ -242,11 +242,11 @@ async def call_asgi(asgi: Any, case: Case) -> Answer:
         "http_version": "1.1",
         "method": case.method,
         "scheme": "http",
-        "path": unquote(path),
-        "raw_path": path.encode(),
+        "path": root_path + unquote(path),
+        "raw_path": (root_path + path).encode(),
         "query_string": query.encode(),
-        "root_path": "",
-        "headers": [(name.lower().encode(), value.encode()) for name, value in case.fields()],
+        "root_path": root_path,
+        "headers": [(name.lower().encode(), value.lstrip().encode()) for name, value in case.fields()],
         "server": ("test", 80),
         "client": ("test", 1),
     }
@@ -284,6 +284,7 @@ def call_wsgi(wsgi: Any, case: Case) -> Answer:
     }
     for name, value in case.fields():
         key = names.get(name.lower(), f"HTTP_{name.upper().replace('-', '_')}")
+        value = value.strip(" \t").encode().decode("latin-1")
         environ[key] = f"{environ[key]},{value}" if key in environ else value
     started: list[Any] = []
     chunks = wsgi(environ, lambda status, headers, exc_info=None: started.append((status, headers)))

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 
 
 class Failing(ClassifierMixin, BaseEstimator):
@@ -18,6 +18,18 @@ class Failing(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> Any:
         raise RuntimeError("the estimator is broken")
+
+
+class Undecided(RegressorMixin, BaseEstimator):
+    """Fitted, and without an answer."""
+
+    n_features_in_ = 1
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def predict(self, X: Any) -> Any:
+        return np.full(len(X), np.nan)
 
 
 class Worrying(Failing):

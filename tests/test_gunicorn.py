@@ -1,6 +1,8 @@
 """`gunicorn -c gunicorn.conf.py` with both frameworks and both workers, as real processes."""
 
 import os
+import re
+import select
 import signal
 import socket
 import subprocess
@@ -9,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import BAD, GOOD, JSON, MALFORMED, QUERY, Case
-from conftest import BIN, COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, read_answer, wait_until
+from cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
+from conftest import BIN, COMBINATIONS, PROJECT, ROW, WAIT_S, Server, gunicorn_environment, read_answer, wait_until
 from test_parity import check
 
+CROSSED = [("flask", "uvicorn"), ("fastapi", "gevent")]
 Servers = dict[tuple[str, str], Server]
 HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nX-Request-ID: test\r\n"
 
@@ -38,13 +41,63 @@ def test_malformed_http_is_refused_alike(servers: Servers, raw: bytes, status: i
     assert answer.headers["x-request-id"] == "made"
 
 
-def test_no_bad_request_is_a_crash(servers: Servers) -> None:
-    """After the tables, no server has logged an error and each still has the worker it started with."""
+@pytest.mark.parametrize(("raw", "statuses"), [case[1:] for case in DIFFERENT], ids=[case[0] for case in DIFFERENT])
+def test_workers_differ_where_the_standard_lets_them(servers: Servers, raw: bytes, statuses: dict[str, int]) -> None:
+    """Where the parsers of the workers differ, each gives its own status in JSON, and no framework matters."""
+    for (_, worker), server in servers.items():
+        answer = server.exchange(raw)
+        assert (answer.status, answer.headers["content-type"]) == (statuses[worker], "application/json")
+
+
+@pytest.mark.parametrize("size", [8190, 8191])
+def test_limits_of_the_head_are_the_same_to_the_byte(servers: Servers, size: int) -> None:
+    """A request line, and a field of the header, may have 8190 bytes, under every worker."""
+    line = b"GET /ping?a=" + b"x" * (size - len(b"GET /ping?a= HTTP/1.1")) + b" HTTP/1.1"
+    field = b"X-Long: " + b"x" * (size - len(b"X-Long: \r\n"))
     for server in servers.values():
+        assert server.exchange(line + b"\r\nHost: x\r\n\r\n").status == (200 if size == 8190 else 414)
+        answer = server.exchange(b"GET /ping HTTP/1.1\r\nHost: x\r\n" + field + b"\r\n\r\n")
+        assert answer.status == (200 if size == 8190 else 431)
+
+
+def test_endless_header_is_refused(server: Server) -> None:
+    """A header without an end is not stored: the connection ends before the client has sent 8 MB of it."""
+    with server.connect() as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Endless: ")
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            for _ in range(128):
+                client.sendall(b"x" * 65536)
+    assert server.get("/ping").status == 200
+
+
+def test_header_of_another_name_is_another_header(server: Server) -> None:
+    """`X_Request_ID` does not pass for `X-Request-ID`, nor does a trailer, nor do a proxy's `SCRIPT_NAME`."""
+    headers = b"X_Request_ID: other\r\nSCRIPT_NAME: /pi\r\nPATH_INFO: /other\r\n"
+    answer = server.exchange(b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Request-ID: mine\r\n" + headers + b"\r\n")
+    assert (answer.status, answer.headers["x-request-id"]) == (200, "mine")
+    body = b"2\r\n[]\r\n0\r\nX-Request-ID: trailer\r\n\r\n"
+    answer = server.exchange(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+    assert (answer.status, answer.headers["x-request-id"]) == (200, "test")
+
+
+def test_garbage_after_good_requests_does_not_harm_them(server: Server) -> None:
+    """Each request before the bytes that are no HTTP gets its own answer; then comes the refusal, and the end."""
+    good = [Case(f"good-{number}", "POST", "/predictions", JSON, b"[]") for number in range(3)]
+    with server.connect() as client:
+        client.sendall(b"".join(case.raw() for case in good) + b"nonsense\r\n\r\n")
+        text = b"".join(iter(lambda: client.recv(65536), b""))
+    assert re.findall(rb"HTTP/1\.1 (\d+)", text) == [b"200"] * 3 + [b"400"]
+    assert re.findall(rb"(?i)x-request-id: (good-\d)", text) == [b"good-0", b"good-1", b"good-2"]
+
+
+def test_no_bad_request_is_a_crash(servers: Servers) -> None:
+    """After the tables, no server has logged an error, and each still has the worker it had before."""
+    for server in servers.values():
+        before = server.worker_pids
         for case in BAD:
             server.send(case)
         assert not [line for line in server.lines if line["level"] in ("error", "critical")]
-        assert len(server.worker_pids) == 1
+        assert server.worker_pids == before
 
 
 def test_keep_alive_serves_good_and_bad_requests_on_one_connection(server: Server) -> None:
@@ -93,7 +146,10 @@ def test_endless_chunked_body_is_refused_while_it_is_sent(server: Server) -> Non
     chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
     with server.connect() as client:
         client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-        client.sendall(chunk * 200)  # 13 MB of a limit of 8
+        client.sendall(chunk * 130)  # 8.5 MB of a limit of 8.4
+        assert select.select([client], [], [], WAIT_S)[0]
+        for _ in range(20):
+            client.sendall(chunk)
         assert read_answer(client).status == 413
 
 
@@ -155,6 +211,18 @@ def test_half_closed_client_gets_its_answer(server: Server) -> None:
     assert answer.status == 200
 
 
+def test_idle_connection_ends(serve: Callable[..., Server]) -> None:
+    """A connection on which nothing is asked ends after `server.keepalive`, the first time too."""
+    for worker in ("uvicorn", "gevent"):
+        server = serve(**gunicorn_environment("fastapi", worker, SERVING_SERVER__KEEPALIVE="1"))
+        with server.connect() as client:
+            assert client.recv(1) == b""
+        with server.connect() as client:
+            client.sendall(Case("ping", "GET", "/ping").raw())
+            assert read_answer(client).status == 200
+            assert client.recv(1) == b""
+
+
 def test_uvicorn_and_gevent_report_their_worker(servers: Servers) -> None:
     """`server.worker_class` decides the worker that gunicorn runs."""
     for (_, worker), server in servers.items():
@@ -162,7 +230,52 @@ def test_uvicorn_and_gevent_report_their_worker(servers: Servers) -> None:
         assert f"Using worker: {name}" in server.text
 
 
+ROUTES = """
+import app
+
+native = app.create_app()
+if hasattr(native, "wsgi_app"):
+    import flask
+
+    @native.post("/length")
+    def length():
+        return flask.jsonify(len(flask.request.get_data()))
+else:
+    import fastapi
+
+    @native.post("/length")
+    async def length(request: fastapi.Request) -> int:
+        return len(await request.body())
+
+@native.get("/crash")
+def crash():
+    raise RuntimeError("the route is broken")
+
+asgi = app.as_asgi(native)
+wsgi = app.as_wsgi(native)
+"""
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_routes_of_a_user_work(serve: Callable[..., Server], project: Path, combination: tuple[str, str]) -> None:
+    """A route added to the framework's object gets whole bodies, and its crash is one line with the traceback."""
+    (project / "routes.py").write_text(ROUTES)
+    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
+    server = serve(f"gunicorn -c gunicorn.conf.py routes:{interface}", project, **gunicorn_environment(*combination))
+    for chunked in (True, False):
+        assert server.send(Case("length", "POST", "/length", (), bytes(100_000), chunked=chunked)).json == 100_000
+    if combination in CROSSED:
+        cut = server.send(Case("cut", "POST", "/length", (), b"[1,", cut=True))
+        assert (cut.status, cut.headers["x-request-id"]) == (400, "cut")
+        assert server.send(Case("large", "POST", "/length", (), bytes(8_388_609))).status == 413
+    assert server.get("/crash").status == 500
+    server.stop()
+    crashes = [line for line in server.lines if "the route is broken" in line.get("exception", "")]
+    assert [line["level"] for line in crashes] == ["error"]
+
+
 EXTENDED = """
+import asyncio
 import contextlib
 import fastapi
 import app
@@ -171,6 +284,7 @@ import app
 async def lifespan(_):
     print("event: started", flush=True)
     yield {"colour": "violet"}
+    await asyncio.to_thread(print, "event: in a thread", flush=True)
     print("event: stopped", flush=True)
 
 native = app.create_app()
@@ -195,7 +309,8 @@ def test_lifespan_runs(serve: Callable[..., Server], project: Path, worker: str)
     assert server.text.index("event: started") < server.text.index('"path": "/ping"')
     assert server.get("/colour").json == "violet"
     assert server.stop() == 0
-    assert server.text.count("event: started") == server.text.count("event: stopped") == 1
+    assert re.findall("event: (.+)", server.text) == ["started", "in a thread", "stopped"]
+    assert "Traceback" not in server.text
 
 
 @pytest.mark.parametrize("worker", ["uvicorn", "gevent"])

@@ -12,7 +12,7 @@ import estimators
 import joblib
 import pytest
 from cases import BAD, JSON, QUERY, Case
-from conftest import COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, wait_until
+from conftest import COMBINATIONS, PROJECT, ROW, Server, call, gunicorn_environment, make_settings, wait_until
 
 import app
 
@@ -137,6 +137,15 @@ def test_console_format_is_readable(serve: Start, tmp_path: Path) -> None:
     assert re.search(r"\[info +\] request +duration_ms=[\d.]+ method=POST path=/predictions .*request_id=console", text)
     assert text.count("RuntimeError: the estimator is broken") == 1
     assert "Listening at: http://127.0.0.1" in text
+
+
+def test_console_keeps_control_characters_from_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A client's path cannot send escape sequences to the terminal of whoever reads the log."""
+    native = app.create_app(make_settings(logging={"format": "console"}))
+    assert call(native, Case("escape", "GET", "/%1b%5d0;title%07%c2%9b31m")).status == 404
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)  # the renderer's own colours
+    assert "\\x1b]0;title\\x07\\x9b31m" in text
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
 
 
 def test_records_of_libraries_keep_to_the_format(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ def test_document_shows_features(document: dict[str, Any]) -> None:
         "title": "Petal Width",
         "unit": "cm",
         "examples": [0.2],
+        "minimum": -3.4028234663852886e38,
+        "maximum": 3.4028234663852886e38,
     }
     assert features["required"] == list(ROW)
     assert features["additionalProperties"] is False

@@ -1,10 +1,11 @@
 """The same request gives the same bytes under both frameworks, by either interface, without a server."""
 
+import asyncio
 from typing import Any
 
 import pytest
-from cases import BAD, GOOD, Case
-from conftest import Answer, call, call_wsgi, make_settings
+from cases import BAD, GOOD, JSON, Case
+from conftest import Answer, call, call_asgi, call_wsgi, make_settings
 
 import app
 
@@ -29,6 +30,21 @@ def test_bridges_answer_alike(apps: dict[str, Any], case: Case) -> None:
     over_wsgi = call_wsgi(app.as_wsgi(apps["fastapi"]), case)
     assert over_asgi == over_wsgi
     check(case, over_asgi)
+
+
+@pytest.mark.parametrize("length", ["ten", "-5", "+82", "8_2", "82, 82", "٨"])
+def test_length_that_is_no_number_is_refused(apps: dict[str, Any], length: str) -> None:
+    """A server that passes on a wrong `Content-Length`, as Flask's own does, makes a bad request of it, not a crash."""
+    case = Case("length", "POST", "/predictions", (*JSON, ("Content-Length", length)), b"[]", 400, "Content-Length is")
+    answers = [call(native, case) for native in apps.values()]
+    assert answers[0] == answers[1]
+    check(case, answers[0])
+
+
+def test_root_path_is_no_part_of_the_route(apps: dict[str, Any]) -> None:
+    """Behind `uvicorn --root-path`, paths are those that the proxy's clients see."""
+    case = Case("ping", "GET", "/ping")
+    assert asyncio.run(call_asgi(apps["fastapi"], case, "/api")) == call(apps["fastapi"], case)
 
 
 def check(case: Case, answer: Answer) -> None:

@@ -90,6 +90,26 @@ def test_regressor_answers_a_number(tmp_path: Path) -> None:
     assert answer.json == {"prediction": estimator.predict(X[:1])[0]}
 
 
+def test_answer_that_is_no_number_is_null(tmp_path: Path) -> None:
+    """What JSON cannot say becomes null, so that the answer stays JSON."""
+    assert call(serve_estimator(tmp_path, estimators.Undecided()), post_case({"x0": 1})).json == {"prediction": None}
+
+
+def test_large_numbers_do_not_crash_a_forest(tmp_path: Path) -> None:
+    """Trees compute in float32: what is larger is a bad cell."""
+    native = serve_estimator(tmp_path, RandomForestClassifier(n_estimators=2).fit(X, y))
+    assert call(native, post_case(make_row([3.4e38, -3.4e38, 1e-320, 0]))).status == 200
+    assert call(native, post_case(make_row([3.5e38, 0, 0, 0]))).json["detail"][0]["loc"] == ["body", "x0"]
+
+
+@pytest.mark.parametrize("columns", [[y, y], [y, y == 0]], ids=["alike", "unlike"])
+def test_several_outputs_are_refused(tmp_path: Path, columns: list[Any]) -> None:
+    """A classifier of several outputs is refused at the start."""
+    estimator = RandomForestClassifier(n_estimators=2).fit(X, np.column_stack(columns))
+    with pytest.raises(app.ModelError, match="holds a RandomForestClassifier of 2 outputs"):
+        serve_estimator(tmp_path, estimator)
+
+
 def test_classifier_without_probabilities_answers_a_class(tmp_path: Path) -> None:
     """An estimator without predict_proba gives its class alone."""
     answer = call(serve_estimator(tmp_path, LinearSVC().fit(X, y)), post_case(make_row(X[0].tolist())))
@@ -181,11 +201,18 @@ def test_answer_to_many_bad_cells_is_bounded() -> None:
     """At most 1000 bad cells are named, in little time, however many there are; what was sent is repeated once."""
     contract = app.make_service(make_settings()).contract
     started = time.process_time()
-    for payload in ([{}] * 10_000, {f"a{number}": 1 for number in range(200_000)}, [{"a": "x" * 10**6}]):
+    payloads = (
+        [{}] * 10_000,
+        {f"a{number}": 1 for number in range(200_000)},
+        [{"a": "x" * 10**6}],
+        [{f"a{number}": 1 for number in range(120)}] * 9_000,
+        [{"a" * 8_000_000: 1}],
+    )
+    for payload in payloads:
         with pytest.raises(app.Unprocessable) as caught:
             contract.parse_payload(payload)
         assert len(caught.value.detail) <= 1000
-        assert len(app.Response.of(caught.value.detail, 422).body) < 2 * 10**6
+        assert len(app.Response.of(caught.value.detail, 422).body) < 9 * 10**6
     assert time.process_time() - started < 5
 
 
@@ -216,11 +243,12 @@ def test_crash_answers_500_without_internals(tmp_path: Path, framework: str) -> 
 
 
 @pytest.mark.parametrize(
-    "header", [{"Authorization": "Bearer two"}, {"Authorization": "bearer one"}, {"X_API_Key": "one"}]
+    "header",
+    [{"Authorization": "Bearer two"}, {"Authorization": "bearer one"}, {"X_API_Key": "one"}, {"X_API_Key": "clé"}],
 )
 def test_valid_key_is_let_in(framework: str, header: dict[str, str]) -> None:
     """Either header carries a key, and any key of the list counts."""
-    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two"]}))
+    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two", "clé"]}))
     assert call(native, post_case(ROW, **header)).status == 200
 
 

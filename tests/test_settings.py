@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 from conftest import BIN, PROJECT
 
@@ -79,6 +80,12 @@ def test_environment_completes_a_feature(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (feature.ge, feature.unit) == (0.5, "cm")
 
 
+def test_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    """A file as Windows' editor saves it is read like any other."""
+    (tmp_path / "other.toml").write_text('framework = "flask"', encoding="utf-8-sig")
+    assert app.load_settings(tmp_path / "other.toml").framework == "flask"
+
+
 def test_file_wins_over_default(tmp_path: Path) -> None:
     """A key of the file counts; one that it leaves out has its default."""
     file = tmp_path / "other.toml"
@@ -116,6 +123,7 @@ def test_auto_workers_count_the_cores_of_this_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
+    assert app.Settings().workers == joblib.cpu_count()
 
 
 FILES = [
@@ -139,6 +147,14 @@ FILES = [
     ("bound-of-nan", "[features.x]\nge = nan", ["features.x.ge is nan; it should be a finite number"]),
     ("bound-of-bool", '[features.x]\ntype = "bool"\nge = 0', ["features.x is", "have no bounds"]),
     ("fraction-as-bound", '[features.x]\ntype = "int"\nge = 0.5', ["features.x is", "whole numbers as bounds"]),
+    ("bind-no-port", '[server]\nbind = "x:http"', ["bind is 'x:http'; it should be 'host:port', 'unix:path' or"]),
+    ("bind-port-too-large", '[server]\nbind = ["127.0.0.1:70000"]', ["is '127.0.0.1:70000'", "'host:port'"]),
+    ("bind-empty", '[server]\nbind = ""', ["server.bind is ''"]),
+    ("bind-empty-path", '[server]\nbind = "unix:"', ["server.bind is 'unix:'"]),
+    ("backlog-too-large", "[server]\nbacklog = 9999999999", ["backlog is 9999999999; it should be less than"]),
+    ("null-in-path", '[model]\npath = "a\\u0000b.skops"', ["model.path is 'a\\x00b.skops'; it should match"]),
+    ("number-of-5000-digits", f"[server]\nworkers = {'9' * 5000}", ["not valid TOML"]),
+    ("nested-5000-deep", f"framework = {'[' * 5000}{']' * 5000}", ["not valid TOML"]),
     ("bind-nowhere", "[server]\nbind = []", ["server.bind is []", "have at least 1 item"]),
     (
         "list-with-a-number",
