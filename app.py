@@ -12,7 +12,7 @@ Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --ap
 `uvicorn app:app --reload`; `python app.py` prints the settings in force. `app:app` is the framework's own object,
 `app:asgi` and `app:wsgi` are the same service behind either interface.
 
-Sections: errors, settings, logging, contract, predictor, endpoints, OpenAPI, Flask, FastAPI, bridges,
+Sections: errors, settings, logging, contract, predictor, endpoints, OpenAPI, service, Flask, FastAPI, bridges,
 factory.
 """
 
@@ -636,6 +636,7 @@ class Predictor:
         self.n_features: int | None = getattr(estimator, "n_features_in_", None)
         self.classes: list[Any] | None = self._find_classes()
         self.has_probabilities = self.classes is not None and hasattr(estimator, "predict_proba")
+        self._labels = [str(label) for label in self.classes or ()]
         # The contract puts the columns in order, so X comes without names, of which scikit-learn would warn each time.
         for part in (estimator, *getattr(estimator, "named_steps", {}).values()):
             getattr(part, "__dict__", {}).pop("feature_names_in_", None)
@@ -654,10 +655,9 @@ class Predictor:
         predictions = np.asarray(self.estimator.predict(X)).tolist()
         if not self.has_probabilities:
             return [{"prediction": prediction} for prediction in predictions]
-        labels = [str(label) for label in self.classes or ()]
         probabilities = np.asarray(self.estimator.predict_proba(X)).tolist()
         return [
-            {"prediction": prediction, "probabilities": dict(zip(labels, row, strict=True))}
+            {"prediction": prediction, "probabilities": dict(zip(self._labels, row, strict=True))}
             for prediction, row in zip(predictions, probabilities, strict=True)
         ]
 
@@ -897,6 +897,135 @@ OPERATIONS = (
 )
 
 
+# OpenAPI --------------------------------------------------------------------------------------------------------------
+
+
+class Status(BaseModel):
+    status: str
+    model: str | None = None
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+class BadCell(BaseModel):
+    type: str
+    loc: list[str | int]
+    msg: str
+    input: Any
+
+
+class ValidationProblem(BaseModel):
+    detail: list[BadCell]
+
+
+def describe_api(settings: Settings, contract: Contract, predictor: Predictor) -> dict[str, Any]:
+    """Make the OpenAPI 3.1 document from the table of operations."""
+    schemas = _schemas(contract, predictor)
+    example = _example(contract, predictor)
+    secured = bool(settings.auth.api_keys)
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        described = _describe(operation, schemas, example, secured)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": settings.model.name, "version": "1"},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+    if secured:
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+    return document
+
+
+def _schemas(contract: Contract, predictor: Predictor) -> dict[str, Any]:
+    types: dict[str, Any] = {
+        "Features": contract.row,
+        "Prediction": TypeAdapter(_prediction_type(predictor)),
+        "Status": TypeAdapter(Status),
+        "Problem": TypeAdapter(Problem),
+        "ValidationProblem": TypeAdapter(ValidationProblem),
+    }
+    inputs: list[Any] = [(name, "validation", adapter) for name, adapter in types.items()]
+    references, definitions = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    schemas: dict[str, Any] = definitions.get("$defs", {})
+    for (name, _), schema in references.items():
+        schemas.setdefault(name, schema)
+    schemas["Document"] = {"type": "object"}
+    return schemas
+
+
+def _prediction_type(predictor: Predictor) -> Any:
+    """Give the type of one answer: a class or a number, with a probability for each class where there are any."""
+    if predictor.classes is None:
+        return make_typed_dict("Prediction", {"prediction": float})
+    literal = all(isinstance(label, str | int) for label in predictor.classes)
+    label: Any = Literal[tuple(predictor.classes)] if literal else Any
+    if not predictor.has_probabilities:
+        return make_typed_dict("Prediction", {"prediction": label})
+    probability = Annotated[float, Field(ge=0, le=1)]
+    probabilities = make_typed_dict("Probabilities", {str(name): probability for name in predictor.classes})
+    return make_typed_dict("Prediction", {"prediction": label, "probabilities": probabilities})
+
+
+def _describe(operation: Operation, schemas: Mapping[str, Any], example: Any, secured: bool) -> dict[str, Any]:
+    """Describe an operation; `example` is a row and its prediction."""
+    described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
+    row, answer = example if operation.gives == "Prediction" else (None, None)
+    schema: dict[str, Any] = _reference(operation.gives)
+    if operation.takes == "query":
+        described["parameters"] = [
+            {"name": name, "in": "query", "required": True, "schema": cell}
+            for name, cell in schemas["Features"]["properties"].items()
+        ]
+    if operation.takes == "body":
+        schema = _one_or_many(schema)
+        content = _content(_one_or_many(_reference("Features")), row)
+        described["requestBody"] = {"required": True, "content": content}
+    described["responses"] = {"200": _answer_described(200, _content(schema, answer))}
+    for status in operation.errors:
+        if status != 401 or secured:
+            content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
+            described["responses"][str(status)] = _answer_described(status, content)
+    if secured and not operation.open:
+        described["security"] = [{"bearer": []}, {"api_key": []}]
+    return described
+
+
+def _example(contract: Contract, predictor: Predictor) -> tuple[Any, Any]:
+    """Give the settings' example row and what the model says of it; without a whole row, neither."""
+    row = contract.example
+    if len(row) < len(contract.names):
+        return None, None
+    return row, predictor.predict(contract.to_array([row]))[0]
+
+
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+
+
+def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
+    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"application/json": media}
+
+
+def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
+    headers = {"X-Request-ID": {"schema": {"type": "string"}}}
+    return {"description": HTTPStatus(status).phrase, "headers": headers, "content": content}
+
+
+# Service --------------------------------------------------------------------------------------------------------------
+
+
 class Service:
     """Everything the two frameworks share: settings, contract, predictor, and the answer to a request."""
 
@@ -972,7 +1101,7 @@ class Service:
 
     @functools.cached_property
     def openapi(self) -> dict[str, Any]:
-        return describe_api(self)
+        return describe_api(self.settings, self.contract, self.predictor)
 
 
 def _feature_names(settings: Settings, predictor: Predictor) -> list[str]:
@@ -986,129 +1115,6 @@ def _feature_names(settings: Settings, predictor: Predictor) -> list[str]:
     if settings.features and len(settings.features) != predictor.n_features:
         raise SettingsError(f"features names {len(settings.features)} features; the model takes {predictor.n_features}")
     return list(settings.features) or [f"x{column}" for column in range(predictor.n_features)]
-
-
-# OpenAPI --------------------------------------------------------------------------------------------------------------
-
-
-class Status(BaseModel):
-    status: str
-    model: str | None = None
-
-
-class Problem(BaseModel):
-    detail: str
-
-
-class BadCell(BaseModel):
-    type: str
-    loc: list[str | int]
-    msg: str
-    input: Any
-
-
-class ValidationProblem(BaseModel):
-    detail: list[BadCell]
-
-
-def describe_api(service: Service) -> dict[str, Any]:
-    """Make the OpenAPI 3.1 document from the table of operations."""
-    schemas = _schemas(service)
-    paths: dict[str, Any] = {}
-    for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _describe(operation, service, schemas)
-    document: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {"title": service.settings.model.name, "version": "1"},
-        "paths": paths,
-        "components": {"schemas": schemas},
-    }
-    if service.settings.auth.api_keys:
-        document["components"]["securitySchemes"] = {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-        }
-    return document
-
-
-def _schemas(service: Service) -> dict[str, Any]:
-    types: dict[str, Any] = {
-        "Features": service.contract.row,
-        "Prediction": TypeAdapter(_prediction_type(service.predictor)),
-        "Status": TypeAdapter(Status),
-        "Problem": TypeAdapter(Problem),
-        "ValidationProblem": TypeAdapter(ValidationProblem),
-    }
-    inputs: list[Any] = [(name, "validation", adapter) for name, adapter in types.items()]
-    references, definitions = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
-    schemas: dict[str, Any] = definitions.get("$defs", {})
-    for (name, _), schema in references.items():
-        schemas.setdefault(name, schema)
-    schemas["Document"] = {"type": "object"}
-    return schemas
-
-
-def _prediction_type(predictor: Predictor) -> Any:
-    """Give the type of one answer: a class or a number, with a probability for each class where there are any."""
-    if predictor.classes is None:
-        return make_typed_dict("Prediction", {"prediction": float})
-    literal = all(isinstance(label, str | int) for label in predictor.classes)
-    label: Any = Literal[tuple(predictor.classes)] if literal else Any
-    if not predictor.has_probabilities:
-        return make_typed_dict("Prediction", {"prediction": label})
-    probability = Annotated[float, Field(ge=0, le=1)]
-    probabilities = make_typed_dict("Probabilities", {str(name): probability for name in predictor.classes})
-    return make_typed_dict("Prediction", {"prediction": label, "probabilities": probabilities})
-
-
-def _describe(operation: Operation, service: Service, schemas: Mapping[str, Any]) -> dict[str, Any]:
-    schema: dict[str, Any] = _reference(operation.gives)
-    example = _example(operation, service)
-    if operation.takes == "body":
-        schema = _one_or_many(schema)
-    described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
-    if operation.takes == "query":
-        described["parameters"] = [
-            {"name": name, "in": "query", "required": True, "schema": cell}
-            for name, cell in schemas["Features"]["properties"].items()
-        ]
-    if operation.takes == "body":
-        content = _content(_one_or_many(_reference("Features")), service.contract.example or None)
-        described["requestBody"] = {"required": True, "content": content}
-    described["responses"] = {"200": _answer_described(200, _content(schema, example))}
-    for status in operation.errors:
-        if status != 401 or service.settings.auth.api_keys:
-            content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
-            described["responses"][str(status)] = _answer_described(status, content)
-    if service.settings.auth.api_keys and not operation.open:
-        described["security"] = [{"bearer": []}, {"api_key": []}]
-    return described
-
-
-def _example(operation: Operation, service: Service) -> Any:
-    """Answer the settings' example row, so that the document shows what the model says."""
-    row = service.contract.example
-    if operation.gives != "Prediction" or len(row) < len(service.contract.names):
-        return None
-    return service.predictor.predict(service.contract.to_array([row]))[0]
-
-
-def _reference(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"oneOf": [schema, {"type": "array", "items": schema}]}
-
-
-def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
-    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
-    return {"application/json": media}
-
-
-def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
-    headers = {"X-Request-ID": {"schema": {"type": "string"}}}
-    return {"description": HTTPStatus(status).phrase, "headers": headers, "content": content}
 
 
 # Flask ----------------------------------------------------------------------------------------------------------------
