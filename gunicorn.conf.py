@@ -52,11 +52,10 @@ def refuse(status: int) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + response.body
 
 
-def uvicorn_worker() -> type:
-    """Give uvicorn's worker with gunicorn's limits and time-outs, and an answer to a request that is cut short."""
+def http_protocol() -> type:
+    """Give uvicorn's protocol with gunicorn's limits, and an answer for every client that can still read one."""
     import httptools
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    from uvicorn_worker import UvicornWorker
 
     class Protocol(HttpToolsProtocol):
         refusal = 400
@@ -140,7 +139,7 @@ def uvicorn_worker() -> type:
         def eof_received(self) -> bool:  # type: ignore[override]
             """Answer a client that has closed its sending side only, as WSGI workers do."""
             waiting = self.cycle is not None and not self.cycle.response_complete and self.scheme == "http"
-            if waiting:
+            if waiting and not self.failed:
                 self._cut_short()
                 self.cycle.keep_alive = False
             return waiting
@@ -155,10 +154,17 @@ def uvicorn_worker() -> type:
             self.cycle.message_event.set()
             return True
 
+    return Protocol
+
+
+def uvicorn_worker() -> type:
+    """Give uvicorn's worker with gunicorn's time-outs, which it does not pass on by itself."""
+    from uvicorn_worker import UvicornWorker
+
     class ServingUvicornWorker(UvicornWorker):
         CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
             "loop": "uvloop",
-            "http": Protocol,
+            "http": http_protocol(),
             "ws": "none",
             "timeout_graceful_shutdown": settings.server.graceful_timeout,
         }

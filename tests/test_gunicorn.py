@@ -80,11 +80,14 @@ def test_header_of_another_name_is_another_header(server: Server) -> None:
     assert (answer.status, answer.headers["x-request-id"]) == (200, "test")
 
 
-def test_garbage_after_good_requests_does_not_harm_them(server: Server) -> None:
+@pytest.mark.parametrize("half_close", [False, True])
+def test_garbage_after_good_requests_does_not_harm_them(server: Server, half_close: bool) -> None:
     """Each request before the bytes that are no HTTP gets its own answer; then comes the refusal, and the end."""
     good = [Case(f"good-{number}", "POST", "/predictions", JSON, b"[]") for number in range(3)]
     with server.connect() as client:
         client.sendall(b"".join(case.raw() for case in good) + b"nonsense\r\n\r\n")
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
         text = b"".join(iter(lambda: client.recv(65536), b""))
     assert re.findall(rb"HTTP/1\.1 (\d+)", text) == [b"200"] * 3 + [b"400"]
     assert re.findall(rb"(?i)x-request-id: (good-\d)", text) == [b"good-0", b"good-1", b"good-2"]

@@ -28,7 +28,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("model", "path"): ("other.joblib", "other.joblib"),
     ("model", "name"): ("123", "123"),
     ("model", "trusted_types"): ('["a.B"]', ["a.B"]),
-    ("features",): ('{"x": {"unit": "m"}}', {"x": {"unit": "m"}}),
+    ("features",): ('{"Of Two Words": {"unit": "m"}}', {"Of Two Words": {"unit": "m"}}),
     ("limits", "max_body_bytes"): ("17", 17),
     ("limits", "max_rows"): ("18", 18),
     ("logging", "level"): ("debug", "debug"),
