@@ -32,6 +32,7 @@ import logging
 import os
 import pickle
 import re
+import reprlib
 import string
 import sys
 import threading
@@ -45,7 +46,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-import gunicorn.util
 import jiter
 import joblib
 import numpy as np
@@ -168,15 +168,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+|fd://[0-9]+", re.ASCII)
+LIMITS: dict[str, float] = {  # of a feature, by its type
+    "float": float(np.finfo(np.float32).max),  # trees compute in float32
+    "int": 2**53,  # up to here every integer is a float64 of its own
+}
+
+
 def _check_address(address: str) -> str:
-    try:
-        parsed = gunicorn.util.parse_address(address)
-        valid = bool(address) and (0 <= parsed[1] < 65_536 if isinstance(parsed, tuple) else parsed != "")
-    except RuntimeError:
-        valid = False
-    if not valid:
+    match = ADDRESS.fullmatch(address)
+    if match is None or int(match[1] or 0) > 65_535:
         raise ValueError("an address should be 'host:port', 'unix:path' or 'fd://number'")
     return address
+
+
+def _check_key(key: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[^\s\ud800-\udfff]+", key.get_secret_value()):
+        raise ValueError("a key should be text without white space")
+    return key
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
@@ -210,7 +219,7 @@ class FeatureSettings(Section):
     le: Annotated[float, Field(allow_inf_nan=False)] | None = None
     missing: bool = False
     unit: str | None = None
-    example: int | float | bool | None = None
+    example: int | Annotated[float, Field(allow_inf_nan=False)] | bool | None = None
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -219,6 +228,8 @@ class FeatureSettings(Section):
             raise ValueError("a bool should have no bounds")
         if self.type == "int" and not all(bound.is_integer() for bound in bounds):
             raise ValueError("an int should have whole numbers as bounds")
+        if any(abs(bound) > LIMITS[self.type] for bound in bounds):
+            raise ValueError(f"a feature should have bounds within ±{LIMITS[self.type]:.8g}")
         if bounds != sorted(bounds):
             raise ValueError("bounds should have ge no greater than le")
         return self
@@ -236,7 +247,7 @@ class LoggingSettings(Section):
 
 
 class AuthSettings(Section):
-    api_keys: list[Annotated[SecretStr, Field(min_length=1)]] = []
+    api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = []
 
 
 class Settings(Section):
@@ -337,12 +348,15 @@ def _read_toml(file: Path) -> dict[str, Any]:
 def _refuse_unknown_variables() -> None:
     """Refuse a `SERVING_…` variable that is no setting, which pydantic-settings would ignore (its issue 985)."""
     known = {key[:end] for key in setting_keys() for end in range(1, len(key) + 1)}
+    lines: list[str] = []
     for variable in map(str.upper, os.environ):
         key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
         ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
         if ours and key not in known and key[0] != "features":
             hint = nearest(variable, map(_variable, setting_keys()))
-            raise SettingsError(f"environment: {variable} is not a setting; {hint}")
+            lines.append(f"environment: {variable} is not a setting; {hint}")
+    if lines:
+        raise SettingsError("\n".join(lines))
 
 
 def setting_keys(model: type[BaseModel] = Settings, prefix: Key = ()) -> Iterator[Key]:
@@ -379,7 +393,16 @@ def _source(key: Key, sources: Sources) -> str:
 
 def _place(key: Key, sources: Sources) -> str:
     source = _source(key, sources)
-    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(key)}"
+    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(map(_toml_key, key))}"
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def _toml_value(value: Any) -> str:
+    """Write a text, number, truth or list of them: as in JSON, but that TOML wants DEL escaped too."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _explain(error: ValidationError, sources: Sources) -> list[str]:
@@ -395,7 +418,7 @@ def _explain(error: ValidationError, sources: Sources) -> list[str]:
             names = FeatureSettings.model_fields if key[0] == "features" else dict.fromkeys(siblings)
             lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
         else:
-            seen = "**********" if key[0] == "auth" else repr(problem["input"])
+            seen = "**********" if key[0] == "auth" else reprlib.repr(problem["input"])
             shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem))
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
@@ -498,10 +521,6 @@ def _fold_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapp
 
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool}
-LIMITS: dict[type, float] = {
-    float: float(np.finfo(np.float32).max),  # trees compute in float32
-    int: 2**53,  # up to here every integer is a float64 of its own
-}
 MAX_PROBLEMS = 1000  # bad cells named in one answer
 
 
@@ -604,8 +623,7 @@ def _cell_type(feature: FeatureSettings) -> Any:
     kind = FEATURE_TYPES[feature.type]
     extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
     cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
-    if kind is not bool:
-        limit = LIMITS[kind]
+    if limit := LIMITS.get(feature.type):
         cell["ge"] = -limit if feature.ge is None else feature.ge
         cell["le"] = limit if feature.le is None else feature.le
     if kind is float:
@@ -723,7 +741,6 @@ LOADERS: dict[str, Callable[[bytes, ModelSettings], Any]] = {
 # Endpoints ------------------------------------------------------------------------------------------------------------
 
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-CUT_SHORT = "serving.cut_short"  # in a scope: the server saw the connection end, or lose its framing, inside the body
 LINGER_S = 2.0
 PIECE_BYTES = 65_536
 
@@ -770,10 +787,10 @@ class Request:
 
     def _content_length(self) -> int | None:
         given = self.header("content-length")
-        if given is not None and not re.fullmatch("[0-9]+", given):
+        if given is not None and not re.fullmatch("0*[0-9]{1,18}", given):
             detail = f"Content-Length is {given!r}; it should be a number of bytes"
             raise BadRequest(detail, {"Connection": "close"})
-        return None if given is None else int(given)
+        return None if given is None else int(given[-18:])
 
 
 @dataclass(slots=True)
@@ -1234,7 +1251,7 @@ def asgi_request(scope: Any, receive: Any) -> Request:
         piece = b""
         while more and size and not piece:
             message = await receive()
-            if message["type"] == "http.disconnect" or scope.get(CUT_SHORT):
+            if message["type"] == "http.disconnect":
                 raise BodyCutShort
             piece, more = message.get("body", b""), message.get("more_body", False)
         return piece
@@ -1369,11 +1386,25 @@ class FastAPIOverWSGI:
             await stopping.wait()
 
     async def _asgi(self, state: Mapping[str, Any], scope: Any, receive: Any, send: Any) -> None:
+        """Run the app, and see to it that an answer comes: without one a2wsgi would wait for ever."""
+        last: dict[str, Any] = {}
+
+        async def note(message: Any) -> None:
+            nonlocal last
+            last = message
+            await send(message)
+
         try:
-            await self.app({**scope, "state": dict(state)}, receive, send)
-        except Exception:  # that of a route which a user added: a2wsgi would drop it
+            await self.app({**scope, "state": dict(state)}, receive, note)
+        except BaseException:  # of a route that a user added; SystemExit would end the loop
             log.exception("request_failed", method=scope["method"], path=scope["path"])
-            raise
+        if not last:
+            response = Response.of({"detail": "internal error"}, 500)
+            headers = [(name.encode(), value.encode()) for name, value in response.headers.items()]
+            await send({"type": "http.response.start", "status": 500, "headers": headers})
+            await send({"type": "http.response.body", "body": response.body})
+        elif last["type"] == "http.response.start" or last.get("more_body"):
+            raise RuntimeError("the answer ended early")
 
 
 # Factory --------------------------------------------------------------------------------------------------------------
@@ -1462,12 +1493,8 @@ def print_settings(settings: Settings) -> None:
             table = key[:-1]
             print(f"\n[{'.'.join(map(_toml_key, table))}]")
         value = functools.reduce(lambda level, part: level[part], key, values)
-        name, shown = _toml_key(key[-1]), json.dumps(value, ensure_ascii=False)
+        name, shown = _toml_key(key[-1]), _toml_value(value)
         print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {settings.source(*key)}")
-
-
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Run with `gunicorn -c gunicorn.conf.py`. Settings and predictor are loaded here,
 a mistake in them stops it, and the workers share their memory. Only names that are gunicorn settings reach gunicorn.
 """
 
+import functools
 import logging
 import signal
 import sys
@@ -52,6 +53,16 @@ def refuse(status: int) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + response.body
 
 
+async def call_unless_cut(inner: Any, scope: Any, receive: Any, send: Any) -> None:
+    """Call the app, and tell it of a body that was cut short as of a client that left, which can still be answered."""
+
+    async def receive_unless_cut() -> Any:
+        message = await receive()
+        return {"type": "http.disconnect"} if "serving.cut_short" in scope else message
+
+    await inner(scope, receive_unless_cut, send)
+
+
 def http_protocol() -> type:
     """Give uvicorn's protocol with gunicorn's limits, and an answer for every client that can still read one."""
     import httptools
@@ -60,34 +71,40 @@ def http_protocol() -> type:
     class Protocol(HttpToolsProtocol):
         refusal = 400
         in_head = False
-        head_bytes = 0
+        waste_bytes = 0  # received since the last head or piece of a body was whole
         failed = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.app = functools.partial(call_unless_cut, self.app)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.timeout_keep_alive_task = self.loop.call_later(keepalive, self.timeout_keep_alive_handler)
 
         def data_received(self, data: bytes) -> None:
-            if self.failed:  # the parser's place is lost
-                return
-            self._unset_keepalive_if_required()
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._take_without_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError:
-                self._fail()
-            self.head_bytes = self.head_bytes + len(data) if self.in_head else 0
-            if self.head_bytes > MAX_HEAD_BYTES and not self.failed:
+            self.waste_bytes += len(data)
+            while data and not self.failed:
+                data = self._feed(data)
+            if self.waste_bytes > MAX_WASTE_BYTES and not self.failed:
                 self.refusal = 431
                 self._fail()
 
-        def _take_without_upgrade(self, rest: bytes) -> None:
-            """Take a request as if it asked for no upgrade, for none is offered (RFC 9110, section 7.8)."""
-            line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
-            fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
-            self.parser = httptools.HttpRequestParser(self)
-            self.data_received(b"\r\n".join([line, *fields, b"", rest]))
+        def _feed(self, data: bytes) -> bytes:
+            """Feed the parser, and give what it shall be fed next.
+
+            A request that asks for an upgrade is taken as if it did not, for none is offered (RFC 9110, section 7.8).
+            """
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+                fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                return b"\r\n".join([line, *fields, b"", data[upgrade.args[0] :]])
+            except httptools.HttpParserError:
+                self._fail()
+            return b""
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -110,6 +127,8 @@ def http_protocol() -> type:
 
         def on_headers_complete(self) -> None:
             self.in_head = False
+            self.waste_bytes = 0
+            self._unset_keepalive_if_required()
             hosts = sum(name == b"host" for name, _ in self.headers)
             if hosts > 1 or self.parser.get_http_version() not in ("1.0", "1.1"):
                 raise ValueError("host or version")
@@ -118,7 +137,12 @@ def http_protocol() -> type:
             if not self.parser.should_upgrade():
                 super().on_headers_complete()
 
+        def on_body(self, body: bytes) -> None:
+            self.waste_bytes = 0
+            super().on_body(body)
+
         def on_message_complete(self) -> None:
+            self.waste_bytes = 0
             if not self.parser.should_upgrade():
                 super().on_message_complete()
 
@@ -134,7 +158,9 @@ def http_protocol() -> type:
 
         def _refuse(self) -> None:
             self.transport.write(refuse(self.refusal))
-            self.transport.close()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(app.LINGER_S, self.transport.close)
 
         def eof_received(self) -> bool:  # type: ignore[override]
             """Answer a client that has closed its sending side only, as WSGI workers do."""
@@ -149,7 +175,7 @@ def http_protocol() -> type:
             if self.cycle is None or not self.cycle.more_body or self.cycle.response_complete:
                 return False
             scope: Any = self.cycle.scope
-            scope[app.CUT_SHORT] = True
+            scope["serving.cut_short"] = True
             self.cycle.more_body = False
             self.cycle.message_event.set()
             return True
@@ -198,6 +224,8 @@ def gevent_worker() -> type:
                         environ["wsgi.input"].failed = True  # gunicorn's mark of a body that was not read to its end
                     return start_response(status, headers, exc_info)
 
+                if "HTTP_TRANSFER_ENCODING" not in environ:
+                    environ.pop("wsgi.input_terminated")  # so that werkzeug counts, and sees a body that is cut short
                 return inner(environ, start)
 
             self.wsgi = wsgi
@@ -221,6 +249,7 @@ def gevent_worker() -> type:
                 status = 500
                 log.error("worker_failed", exc_info=exc)
             util.write_nonblock(client, refuse(status))
+            util.close_graceful(client, timeout=app.LINGER_S, max_drain=sys.maxsize)
 
     return ServingGeventWorker
 
@@ -238,7 +267,7 @@ def post_fork(server: Any, worker: Any) -> None:
             sys.exit(0)
 
 
-MAX_HEAD_BYTES = 1_048_576  # what 100 fields and a request line can come to, and some
+MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
 WORKERS = {
     "uvicorn": (uvicorn_worker, "app:asgi"),
     "gevent": (gevent_worker, "app:wsgi"),

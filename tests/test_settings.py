@@ -1,5 +1,6 @@
 """The settings file, the environment over it, and what each mistake is answered with."""
 
+import json
 import os
 import re
 import subprocess
@@ -155,6 +156,11 @@ FILES = [
     ("null-in-path", '[model]\npath = "a\\u0000b.skops"', ["model.path is 'a\\x00b.skops'; it should match"]),
     ("number-of-5000-digits", f"[server]\nworkers = {'9' * 5000}", ["not valid TOML"]),
     ("nested-5000-deep", f"framework = {'[' * 5000}{']' * 5000}", ["not valid TOML"]),
+    ("bind-a-number", '[server]\nbind = "8000"', ["server.bind is '8000'; it should be 'host:port'"]),
+    ("bind-two-lines", '[server]\nbind = "x:80\\n"', ["server.bind is 'x:80\\n'"]),
+    ("bounds-too-wide", '[features.x]\ntype = "int"\nle = 9.3e18', ["features.x is", "bounds within ±9.0071993e+15"]),
+    ("example-of-nan", "[features.x]\nexample = nan", ["features.x.example is nan"]),
+    ("key-of-two-lines", '"a\\nb" = 1', ['"a\\nb" is not a setting']),
     ("bind-nowhere", "[server]\nbind = []", ["server.bind is []", "have at least 1 item"]),
     (
         "list-with-a-number",
@@ -175,6 +181,8 @@ FILES = [
 
 VARIABLES = [
     ("unknown-section", "SERVING_FRAMEWROK", "flask", ["SERVING_FRAMEWROK is not a setting", "'SERVING_FRAMEWORK'?"]),
+    ("key-with-a-space", "SERVING_AUTH__API_KEYS", '["a b"]', ["API_KEYS is ****", "text without white space"]),
+    ("key-of-bytes", "SERVING_AUTH__API_KEYS", '["\udce9"]', ["API_KEYS is ****", "text without white space"]),
     ("unknown-key", "SERVING_SERVER__WORKRS", "4", ["SERVING_SERVER__WORKRS", "mean 'SERVING_SERVER__WORKERS'?"]),
     ("one-underscore", "SERVING_SERVER_WORKERS", "4", ["SERVING_SERVER_WORKERS", "'SERVING_SERVER__WORKERS'?"]),
     ("below-a-value", "SERVING_FRAMEWORK__X", "1", ["SERVING_FRAMEWORK__X is not a setting", "'SERVING_FRAMEWORK'?"]),
@@ -255,6 +263,24 @@ def test_mistake_is_placed_where_it_stands(folder: Path, monkeypatch: pytest.Mon
     assert (settings.source("server", "workers"), settings.server.workers) == ("environment: SERVING_SERVER", 2)
     assert settings.source("server", "timeout") == "mine.toml"
     assert settings.source("server", "backlog") == "default"
+
+
+def test_every_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mistakes are two lines."""
+    monkeypatch.setenv("SERVING_FRAMEWROK", "flask")
+    monkeypatch.setenv("SERVING_SERVER__WORKRS", "2")
+    with pytest.raises(app.SettingsError) as caught:
+        app.load_settings()
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_odd_names_are_printed_as_toml(tmp_path: Path) -> None:
+    """`python app.py` prints valid TOML whatever the features are called."""
+    features = {"😀": {"unit": "\u007f"}, 'a "b"\n': {"example": 1.5}}
+    done = run("python app.py", SERVING_FEATURES=json.dumps(features))
+    printed = tomllib.loads(done.stdout)["features"]
+    assert printed["😀"]["unit"] == "\u007f"
+    assert printed['a "b"\n']["example"] == 1.5
 
 
 @pytest.mark.parametrize("text", ["hunter2", '["hunter2", 2]', '["hunter2", ""]', '{"hunter2": 1}'])
