@@ -71,7 +71,7 @@ def test_shipped_artifact_comes_from_its_script() -> None:
 
 
 def test_shipped_model_knows_names_and_species(framework: str) -> None:
-    """The features are the four of the issue's data, in cm, and the classes are the species."""
+    """The features are the four of Fisher's data, in cm, and the classes are the species."""
     service = app.make_service(make_settings(framework=framework))
     assert service.contract.names == ["sepal_length", "sepal_width", "petal_length", "petal_width"]
     assert service.predictor.classes == ["setosa", "versicolor", "virginica"]
