@@ -561,15 +561,11 @@ class Contract:
             pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
         except ValueError:
             raise BadRequest("the query is not percent-encoded UTF-8") from None
-        given: dict[str, list[str]] = {}
-        for name, value in pairs:
-            given.setdefault(name, []).append(value)
-        repeated = {name: values for name, values in given.items() if len(values) > 1}
-        if repeated:
-            message = "Give this parameter once"
-            raise Unprocessable([_problem("repeated", ["query", name], message, repeated[name]) for name in repeated])
+        cells = dict(pairs)
+        if len(cells) < len(pairs):
+            raise Unprocessable(list(_find_repeated(pairs)))
         try:
-            return [self.row.validate_strings(dict(pairs), strict=False)]
+            return [self.row.validate_strings(cells, strict=False)]
         except ValidationError as error:
             raise Unprocessable(list(self._problems(["query"], error))) from None
 
@@ -612,6 +608,15 @@ class Contract:
         """Give checked rows as X, float64 of shape (len(rows), len(names)); a missing value is NaN."""
         X = np.array([[row[name] for name in self.names] for row in rows], dtype=np.float64)
         return X.reshape(len(rows), len(self.names))
+
+
+def _find_repeated(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    given: dict[str, list[str]] = {}
+    for name, value in pairs:
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(values) > 1:
+            yield _problem("repeated", ["query", name], "Give this parameter once", values)
 
 
 def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, Any]:
