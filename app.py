@@ -817,7 +817,14 @@ class Response:
 
     @property
     def status_line(self) -> str:
+        """The status as WSGI and HTTP/1.1 write it."""
         return f"{self.status} {HTTPStatus(self.status).phrase}"
+
+    @property
+    def start_message(self) -> dict[str, Any]:
+        """The status and the headers as ASGI sends them."""
+        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()]
+        return {"type": "http.response.start", "status": self.status, "headers": headers}
 
     @classmethod
     def of_error(cls, error: ServingError) -> Response:
@@ -1229,9 +1236,8 @@ class ASGIEndpoint:
 
     async def answer(self, request: Request, receive: Any, send: Any) -> None:
         response = await self.service.respond(request)
-        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.items()]
         body = b"" if request.method == "HEAD" else response.body
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send(response.start_message)
         if response.lingers:
             await send({"type": "http.response.body", "body": body, "more_body": True})
             await linger(receive)
@@ -1405,8 +1411,7 @@ class FastAPIOverWSGI:
             log.exception("request_failed", method=scope["method"], path=scope["path"])
         if not last:
             response = Response.of({"detail": "internal error"}, 500)
-            headers = [(name.encode(), value.encode()) for name, value in response.headers.items()]
-            await send({"type": "http.response.start", "status": 500, "headers": headers})
+            await send(response.start_message)
             await send({"type": "http.response.body", "body": response.body})
         elif last["type"] == "http.response.start" or last.get("more_body"):
             raise RuntimeError("the answer ended early")

@@ -8,7 +8,6 @@ import functools
 import logging
 import signal
 import sys
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,7 +48,7 @@ def refuse(status: int) -> bytes:
     log.warning("request_refused", status=status, request_id=request_id)
     headers = {"Connection": "close", "X-Request-ID": request_id}
     response = app.Response.of({"detail": details[status]}, status, headers)
-    head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *map(": ".join, response.headers.items())]
+    head = [f"HTTP/1.1 {response.status_line}", *map(": ".join, response.headers.items())]
     return "\r\n".join([*head, "", ""]).encode() + response.body
 
 
