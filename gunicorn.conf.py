@@ -52,24 +52,29 @@ def refuse(status: int) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + response.body
 
 
+CUT_SHORT = "serving.cut_short"  # in a scope: the connection ended, or lost its framing, inside the body
+
+
 async def call_unless_cut(inner: Any, scope: Any, receive: Any, send: Any) -> None:
     """Call the app, and tell it of a body that was cut short as of a client that left, which can still be answered."""
 
     async def receive_unless_cut() -> Any:
         message = await receive()
-        return {"type": "http.disconnect"} if "serving.cut_short" in scope else message
+        return {"type": "http.disconnect"} if CUT_SHORT in scope else message
 
     await inner(scope, receive_unless_cut, send)
 
 
 def http_protocol() -> type:
-    """Give uvicorn's protocol with gunicorn's limits, and an answer for every client that can still read one."""
+    """Give uvicorn's protocol with gunicorn's limits, and an answer for every client that can still read one.
+
+    The class stands in here because importing its base imports uvicorn.
+    """
     import httptools
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Protocol(HttpToolsProtocol):
         refusal = 400
-        in_head = False
         waste_bytes = 0  # received since the last head or piece of a body was whole
         failed = False
 
@@ -105,10 +110,6 @@ def http_protocol() -> type:
                 self._fail()
             return b""
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self.in_head = True
-
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
             if len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1") > limit_request_line:
@@ -117,15 +118,15 @@ def http_protocol() -> type:
                 raise ValueError("request line")
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            if not self.in_head:  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
-                return
+            if self.cycle is not None and self.cycle.scope is self.scope:
+                return  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
             super().on_header(name, value)
-            if len(name) + len(value) > limit_request_field_size - 4 or len(self.headers) > limit_request_fields:
+            size = len(name) + len(value) + len(": \r\n")
+            if size > limit_request_field_size or len(self.headers) > limit_request_fields:
                 self.refusal = 431
                 raise ValueError("header")
 
         def on_headers_complete(self) -> None:
-            self.in_head = False
             self.waste_bytes = 0
             self._unset_keepalive_if_required()
             hosts = sum(name == b"host" for name, _ in self.headers)
@@ -174,7 +175,7 @@ def http_protocol() -> type:
             if self.cycle is None or not self.cycle.more_body or self.cycle.response_complete:
                 return False
             scope: Any = self.cycle.scope
-            scope["serving.cut_short"] = True
+            scope[CUT_SHORT] = True
             self.cycle.more_body = False
             self.cycle.message_event.set()
             return True
@@ -197,8 +198,16 @@ def uvicorn_worker() -> type:
     return ServingUvicornWorker
 
 
+def linger(sock: Any) -> None:
+    """Close a connection on which the client may still send, but not before it could read the answer."""
+    util.close_graceful(sock, timeout=app.LINGER_S, max_drain=sys.maxsize)
+
+
 def gevent_worker() -> type:
-    """Give gevent's worker, with `Connection: close` from the app honoured and errors in JSON."""
+    """Give gevent's worker, with `Connection: close` from the app honoured and errors in JSON.
+
+    The class stands in here because importing its base imports gevent.
+    """
     from gunicorn.workers.ggevent import GeventWorker
 
     class ServingGeventWorker(GeventWorker):
@@ -234,7 +243,7 @@ def gevent_worker() -> type:
                 return super().handle_request(listener_name, req, sock, addr)
             except StopIteration:
                 if req.body.failed:
-                    util.close_graceful(sock, timeout=app.LINGER_S, max_drain=sys.maxsize)
+                    linger(sock)
                 raise
 
         def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
@@ -248,7 +257,7 @@ def gevent_worker() -> type:
                 status = 500
                 log.error("worker_failed", exc_info=exc)
             util.write_nonblock(client, refuse(status))
-            util.close_graceful(client, timeout=app.LINGER_S, max_drain=sys.maxsize)
+            linger(client)
 
     return ServingGeventWorker
 
