@@ -22,6 +22,6 @@ lint: .venv/test
 	touch $@
 
 .venv/test: .venv/serve tests/requirements.txt
-	command -v curl || { apt-get update -qq && apt-get install -qq --yes curl; }
+	command -v curl >/dev/null || { apt-get update -qq && apt-get install -qq --yes curl; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
 	touch $@

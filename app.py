@@ -666,8 +666,8 @@ class Predictor:
 
     def _find_classes(self) -> list[Any] | None:
         classes = getattr(self.estimator, "classes_", ())
-        kind = type(self.estimator).__name__
         if isinstance(classes, list) and classes and np.ndim(classes[0]):
+            kind = type(self.estimator).__name__
             raise ModelError(f"holds a {kind} of {len(classes)} outputs; save one that predicts a single output")
         return np.asarray(classes).tolist() or None
 
@@ -792,6 +792,7 @@ class Request:
 
     def _content_length(self) -> int | None:
         given = self.header("content-length")
+        # More digits are no length that could be, and Python refuses to read more than 4300 of them.
         if given is not None and not re.fullmatch("0*[0-9]{1,18}", given):
             detail = f"Content-Length is {given!r}; it should be a number of bytes"
             raise BadRequest(detail, {"Connection": "close"})

@@ -86,7 +86,7 @@ class Server:
         try:
             self.port = port or int(wait_until(self._listening, f"{command} to listen"))
             wait_until(self._answers, f"{command} to answer")
-        except BaseException:
+        except BaseException:  # an interrupt too: the process is in a group of its own, and would stay
             self.stop(signal.SIGKILL)
             raise
 

@@ -202,17 +202,17 @@ def test_answer_to_many_bad_cells_is_bounded() -> None:
     contract = app.make_service(make_settings()).contract
     started = time.process_time()
     payloads = (
-        [{}] * 10_000,
-        {f"a{number}": 1 for number in range(200_000)},
-        [{"a": "x" * 10**6}],
-        [{f"a{number}": 1 for number in range(120)}] * 9_000,
-        [{"a" * 8_000_000: 1}],
+        ([{}] * 10_000, 2 * 10**6),
+        ({f"a{number}": 1 for number in range(200_000)}, 2 * 10**6),
+        ([{"a": "x" * 10**6}], 2 * 10**6),
+        ([{f"a{number}": 1 for number in range(120)}] * 9_000, 2 * 10**6),
+        ([{"a" * 8_000_000: 1}], 9 * 10**6),
     )
-    for payload in payloads:
+    for payload, most_bytes in payloads:
         with pytest.raises(app.Unprocessable) as caught:
             contract.parse_payload(payload)
         assert len(caught.value.detail) <= 1000
-        assert len(app.Response.of(caught.value.detail, 422).body) < 9 * 10**6
+        assert len(app.Response.of(caught.value.detail, 422).body) < most_bytes
     assert time.process_time() - started < 5
 
 
