@@ -13,7 +13,7 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app.py gunicorn.conf.py
+	$(BIN)/mypy app.py gunicorn.conf.py model
 
 .venv/serve: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
@@ -21,7 +21,7 @@ lint: .venv/test
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/test: .venv/serve tests/requirements.txt
+.venv/test: .venv/serve requirements-pandas.txt tests/requirements.txt
 	command -v curl >/dev/null || { apt-get update -qq && apt-get install -qq --yes curl; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
 	touch $@

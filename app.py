@@ -24,11 +24,13 @@ import concurrent.futures
 import contextlib
 import difflib
 import functools
+import hashlib
 import hmac
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -39,16 +41,17 @@ import threading
 import time
 import tomllib
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeVar
 
 import jiter
 import joblib
 import numpy as np
+import sklearn
 import structlog
 from gunicorn.http.errors import ParseException
 from pydantic import (
@@ -63,12 +66,16 @@ from pydantic import (
     SecretStr,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import to_json
+from pydantic_core import PydanticCustomError, to_json
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 from typing_extensions import TypedDict
 
@@ -82,13 +89,21 @@ Sources = dict[Key, str]  # what gives the value of a setting
 HERE = Path(__file__).resolve().parent
 log = structlog.get_logger()
 MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
+MAX_NAMES = 200  # names with which it is compared
+MAX_LISTED = 20  # values that a message lists
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Say what `name` should have been: the one name close to it, or else all of `names`."""
+    """Say what `name` should have been: the one name close to it, or else all of `names`, if they are not many."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=1) if len(name) <= MAX_NAME else []
-    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(map(repr, names))}"
+    close = difflib.get_close_matches(name, names[:MAX_NAMES], n=1) if len(name) <= MAX_NAME else []
+    return f"did you mean {close[0]!r}?" if close else f"use one of {listed(names)}"
+
+
+def listed(values: Sequence[Any]) -> str:
+    """List values for a message; of many only the first."""
+    first = ", ".join(map(repr, values[:MAX_LISTED]))
+    return f"{first} and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else first
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -104,6 +119,10 @@ class SettingsError(StartupError):
 
 class ModelError(StartupError):
     """The artifact is missing, cannot be loaded, or is not a fitted predictor."""
+
+
+class EstimatorError(ModelError):
+    """The estimator raised what only it can explain."""
 
 
 class ServingError(Exception):
@@ -169,6 +188,7 @@ class Section(BaseModel):
 
 
 ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+|fd://[0-9]+", re.ASCII)
+FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str}
 LIMITS: dict[str, float] = {  # of a feature, by its type
     "float": float(np.finfo(np.float32).max),  # trees compute in float32
     "int": 2**53,  # up to here every integer is a float64 of its own
@@ -189,6 +209,8 @@ def _check_key(key: SecretStr) -> SecretStr:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Cell = bool | int | Finite | str  # of a row
 
 
 class ServerSettings(Section):
@@ -208,30 +230,52 @@ class ServerSettings(Section):
 class ModelSettings(Section):
     path: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
     trusted_types: list[str] = []
+    outputs: list[Annotated[str, Field(min_length=1)]] = []
+    strict_versions: bool = False
 
 
 class FeatureSettings(Section):
-    """What the estimator cannot say of one feature."""
+    """One feature; of what is None here the estimator says what it knows."""
 
-    type: Literal["float", "int", "bool"] = "float"
-    ge: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    le: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    missing: bool = False
+    type: Literal["float", "int", "bool", "str"] | None = None
+    ge: Finite | None = None
+    le: Finite | None = None
+    choices: Annotated[list[Cell], Field(min_length=1)] | None = None
+    missing: bool | None = None
     unit: str | None = None
-    example: int | Annotated[float, Field(allow_inf_nan=False)] | bool | None = None
+    example: Cell | None = None
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
         bounds = [bound for bound in (self.ge, self.le) if bound is not None]
-        if bounds and self.type == "bool":
-            raise ValueError("a bool should have no bounds")
+        limit = LIMITS.get(self.type or "float")
+        if bounds and limit is None:
+            raise ValueError(f"a {self.type} should have no bounds")
+        if bounds and self.choices is not None:
+            raise ValueError("a feature should have choices or bounds, not both")
         if self.type == "int" and not all(bound.is_integer() for bound in bounds):
             raise ValueError("an int should have whole numbers as bounds")
-        if any(abs(bound) > LIMITS[self.type] for bound in bounds):
-            raise ValueError(f"a feature should have bounds within ±{LIMITS[self.type]:.8g}")
+        if limit and any(abs(bound) > limit for bound in bounds):
+            raise ValueError(f"a feature should have bounds within ±{limit:.8g}")
         if bounds != sorted(bounds):
             raise ValueError("bounds should have ge no greater than le")
+        return self
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> Self:
+        choices = self.choices or []
+        kinds = (float, int) if self.type == "float" else (FEATURE_TYPES.get(self.type or "", object),)
+        wrong = [
+            choice
+            for choice in choices
+            if not isinstance(choice, kinds) or isinstance(choice, bool) != (self.type == "bool")
+        ]
+        if wrong and self.type is not None:
+            raise ValueError(f"choices should have the type {self.type!r}, unlike {wrong[0]!r}")
+        if len(set(choices)) < len(choices):
+            raise ValueError("choices should have each value once")
         return self
 
 
@@ -273,9 +317,14 @@ class Settings(Section):
         return _place(key, self._sources)
 
     @property
+    def folder(self) -> Path:
+        """Where the settings file is, and `model.path` starts from."""
+        return self._file.parent
+
+    @property
     def model_path(self) -> Path:
-        """The artifact's place; `model.path` is relative to the settings file."""
-        return self._file.parent / self.model.path
+        """The artifact's place."""
+        return self.folder / self.model.path
 
     @property
     def worker_class(self) -> Literal["uvicorn", "gevent"]:
@@ -393,14 +442,14 @@ def _source(key: Key, sources: Sources) -> str:
 
 def _place(key: Key, sources: Sources) -> str:
     source = _source(key, sources)
-    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(map(_toml_key, key))}"
+    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(map(toml_key, key))}"
 
 
-def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+def toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_value(name)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """Write a text, number, truth or list of them: as in JSON, but that TOML wants DEL escaped too."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -432,6 +481,7 @@ def _setting_of(loc: list[str]) -> Key:
 def _should(problem: Any) -> str:
     kinds = {
         "model_type": "be a table of keys",
+        "extra_forbidden": "not be there",
         "dict_type": "be a table of keys",
         "list_type": "be a list (in a variable, as JSON)",
     }
@@ -517,46 +567,355 @@ def _fold_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapp
     return event
 
 
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What an estimator, or one part of it, says of one feature that it takes."""
+
+    type: str | None = None  # one of FEATURE_TYPES; None where it does not say
+    choices: tuple[Cell, ...] | None = None  # the only values that it knows
+    missing: bool | None = None  # True: it takes a missing value; False: it fails on one; None: it hands it on
+    null: Any = math.nan  # a missing value as it was fitted with
+    example: Cell | None = None
+    is_text: bool = False  # it is the whole input, which is then one-dimensional
+    is_opaque: bool = False  # it goes into code of which nothing is known
+
+    def beside(self, other: Column) -> Column:
+        """Say of a feature what two parts say that both get it."""
+        choices = self.choices if other.choices is None else other.choices
+        if self.choices is not None and other.choices is not None:
+            choices = tuple(choice for choice in self.choices if choice in other.choices)
+        missing = False if False in (self.missing, other.missing) else self.missing and other.missing
+        kind = "str" if "str" in (self.type, other.type) else self.type or other.type
+        return replace(self._or(other), type=kind, choices=choices, missing=missing)
+
+    def before(self, other: Column) -> Column:
+        """Say of a feature what two parts say of which the second gets it from the first."""
+        if self.is_opaque:
+            return self
+        missing = other.missing if self.missing is None else self.missing
+        kind = other.type if other.choices is not None else self.type or other.type
+        return replace(self._or(other), type=kind, choices=self.choices or other.choices, missing=missing)
+
+    def _or(self, other: Column) -> Column:
+        null = other.null if is_nan(self.null) else self.null
+        example = other.example if self.example is None else self.example
+        return replace(self, null=null, example=example, is_opaque=self.is_opaque or other.is_opaque)
+
+
+Columns = dict[int, Column]  # by their position in X; one that is not used is left out
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The features of a fitted estimator, in its order: their names if it knows them, and what it says of each.
+
+    `form` is what its methods take: an array of shape (n_samples, n_features), a DataFrame of as many columns, or
+    n_samples texts.
+    """
+
+    names: list[str] | None
+    columns: list[Column | None] | None  # None in it for a column that the estimator drops
+    form: Literal["array", "frame", "texts"]
+
+
+def read_inputs(estimator: Any) -> Inputs:
+    """Read the features off a fitted estimator and its parts. Raises `ModelError` when their names make no sense."""
+    names = [str(name) for name in getattr(estimator, "feature_names_in_", ())] or None
+    width = _find_width(estimator, len(names) if names else None)
+    if names and (width != len(names) or len(set(names)) < len(names)):
+        raise ModelError(f"has {len(names)} names for {width} features, {len(set(names))} of them different")
+    read = read_columns(estimator, width)
+    if any(column.is_text for column in read.values()):
+        return Inputs(None, [replace(read[0], is_text=False)], "texts")
+    columns = [read.get(position) for position in range(width)] if width is not None else None
+    named = names is not None and any(map(_needs_names, find_parts(estimator)))
+    return Inputs(names, columns, "frame" if named else "array")
+
+
+def _find_width(estimator: Any, known: int | None) -> int | None:
+    steps = [step for _, step in getattr(estimator, "steps", ()) if hasattr(step, "fit")]  # without "passthrough"
+    first = steps[0] if steps else estimator
+    if known is None and isinstance(first, BaseEstimator):
+        tags = get_tags(first).input_tags
+        known = 1 if tags.one_d_array and not tags.two_d_array and not tags.string else None
+    width: int | None = getattr(first, "n_features_in_", known)
+    return width
+
+
+def read_columns(part: Any, width: int | None) -> Columns:
+    """Read what a part of an estimator, fitted on `width` features, says of each of them."""
+    if isinstance(part, str) or part is None:
+        return {} if part == "drop" else dict.fromkeys(range(width or 0), Column())
+    for attribute, read in READERS.items():
+        if getattr(part, attribute, None) is not None:
+            return read(part, width)
+    handed_on = [kind.__name__ for kind in type(part).__mro__ if kind.__name__ in HANDS_ON]
+    if handed_on:
+        return _read_inner(part, HANDS_ON[handed_on[0]], width)
+    return _read_plain(part, width)
+
+
+def _read_steps(pipeline: Any, width: int | None) -> Columns:
+    """Read the steps of a pipeline: what one does not say is asked of the next, while columns stay what they were."""
+    columns: Columns | None = None
+    same = True
+    for _, step in pipeline.steps:
+        if step is None or isinstance(step, str):
+            continue
+        if columns is None:
+            columns = read_columns(step, width)
+        else:
+            read = read_columns(step, getattr(step, "n_features_in_", None))
+            rest = Column(missing=_all_missing(read))
+            columns = {
+                position: column.before(read[position] if same and position in read else rest)
+                for position, column in columns.items()
+            }
+        same = same and _keeps_columns(step)
+    return columns or {}
+
+
+def _all_missing(columns: Columns) -> bool | None:
+    answers = [column.missing for column in columns.values()]
+    return False if False in answers or not answers else None if None in answers else True
+
+
+def _keeps_columns(step: Any) -> bool:
+    """Whether a step gives as many columns as it takes, each made from its own."""
+    if hasattr(step, "missing_values"):
+        return not step.add_indicator and len(step.get_feature_names_out()) == step.n_features_in_
+    return isinstance(step, OneToOneFeatureMixin) and not hasattr(step, "categories_")
+
+
+def _read_branches(transformer: Any, width: int | None) -> Columns:
+    """Read a ColumnTransformer, of which each branch gets some of the columns."""
+    branches = {name: (part, positions) for name, part, positions in transformer.transformers_}
+    columns: Columns = {}
+    for name, positions in transformer._transformer_to_input_indices.items():
+        if name in branches:
+            for inner, column in read_columns(branches[name][0], len(positions)).items():
+                column, position = replace(column, is_text=False), positions[inner]
+                columns[position] = columns[position].beside(column) if position in columns else column
+    return columns
+
+
+def _read_union(union: Any, width: int | None) -> Columns:
+    return _read_beside([part for _, part in union.transformer_list], width)
+
+
+def _read_beside(parts: Iterable[Any], width: int | None) -> Columns:
+    """Read parts of which each gets all columns."""
+    columns: Columns = {}
+    for part in parts:
+        for position, column in read_columns(part, width).items():
+            columns[position] = columns[position].beside(column) if position in columns else column
+    return columns
+
+
+def _read_inner(part: Any, attribute: str, width: int | None) -> Columns:
+    """Read the estimators inside one that hands its input to them as it is."""
+    inner = getattr(part, attribute)
+    parts = [item for item in (inner if isinstance(inner, list) else [inner]) if item != "drop"]
+    if any(getattr(item, "n_features_in_", width) != width for item in parts):
+        return _read_plain(part, width)
+    columns = _read_beside(parts, width)
+    if getattr(part, "passthrough", False):  # a stacking estimator gives its own final one X too
+        columns = {position: replace(column, missing=False) for position, column in columns.items()}
+    return columns
+
+
+def _read_histogram(boosting: Any, width: int | None) -> Columns:
+    """Read a HistGradientBoosting estimator, for which missing values and unknown categories are like any other."""
+    columns = _read_plain(boosting, width)
+    if boosting._preprocessor is not None:
+        columns |= _read_branches(boosting._preprocessor, width)
+    kinds = {position: replace(column, missing=True) for position, column in columns.items()}
+    return {position: replace(column, type=column.type or "float") for position, column in kinds.items()}
+
+
+def _read_encoder(encoder: Any, width: int | None) -> Columns:
+    """Read the categories of a OneHotEncoder, OrdinalEncoder or TargetEncoder."""
+    takes_unknown = getattr(encoder, "handle_unknown", "ignore") != "error"
+    hands_on = is_nan(getattr(encoder, "encoded_missing_value", None))
+    columns: Columns = {}
+    for position, categories in enumerate(encoder.categories_):
+        values = categories.tolist()
+        nulls = [value for value in values if value is None or is_nan(value)]
+        known = tuple(value for value in values if value is not None and not is_nan(value))
+        columns[position] = Column(
+            type=_type_of(known),
+            choices=None if takes_unknown else known,
+            missing=(None if hands_on else True) if nulls else None if takes_unknown else False,
+            null=nulls[0] if nulls else math.nan,
+            example=known[0] if known else None,
+        )
+    return columns
+
+
+def _read_category_counts(bayes: Any, width: int | None) -> Columns:
+    """Read a CategoricalNB, which takes the numbers of categories."""
+    counts = bayes.n_categories_.tolist()
+    return {j: Column("int", tuple(range(count)), missing=False, example=0) for j, count in enumerate(counts)}
+
+
+def _type_of(values: Iterable[Any]) -> str | None:
+    kinds = {type(value) for value in values}
+    if kinds == {int, float}:
+        return "float"
+    return kinds.pop().__name__ if len(kinds) == 1 and kinds <= set(FEATURE_TYPES.values()) else None
+
+
+def _read_imputer(imputer: Any, width: int | None) -> Columns:
+    column = Column("float", missing=True, null=imputer.missing_values)
+    columns = _with_examples(imputer, dict.fromkeys(range(imputer.n_features_in_), column))
+    if getattr(imputer, "_fit_dtype", np.dtype(float)).kind not in "OU":
+        return columns
+    return {j: replace(column, type=_type_of([column.example])) for j, column in columns.items()}
+
+
+def _read_plain(part: Any, width: int | None) -> Columns:
+    """Read a part by its tags alone: scikit-learn's own take numbers, or texts; of others nothing is known."""
+    tags = get_tags(part).input_tags if isinstance(part, BaseEstimator) else None
+    if tags is not None and tags.string and not tags.two_d_array:
+        return {0: Column(type="str", missing=False, is_text=True)}
+    if tags is None or _is_opaque(part):
+        takes = tags is not None and tags.allow_nan and hasattr(part, "predict")
+        column = Column(missing=True if takes else None, is_opaque=True)
+    else:
+        hands_on = isinstance(part, FunctionTransformer)
+        column = Column(None if hands_on else "float", missing=None if tags.allow_nan or hands_on else False)
+    return _with_examples(part, dict.fromkeys(range(width or 0), column))
+
+
+def _with_examples(part: Any, columns: Columns) -> Columns:
+    """Add a value that is typical of each column, where the part has learnt one."""
+    for attribute in ("statistics_", "mean_", "center_", "data_min_"):
+        values = getattr(part, attribute, None)
+        if isinstance(values, np.ndarray) and values.shape == (len(columns),):
+            examples = [float(f"{value:.4g}") if isinstance(value, float) else value for value in values.tolist()]
+            return {
+                position: replace(column, example=None if is_nan(example) else example)
+                for (position, column), example in zip(columns.items(), examples, strict=True)
+            }
+    return columns
+
+
+def is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _is_opaque(part: Any) -> bool:
+    """Whether a part may do anything with its input: it is not scikit-learn's, or runs a function of the user's."""
+    function = getattr(part, "func", None)
+    own = type(part).__module__.partition(".")[0] == "sklearn"
+    return not own or (isinstance(part, TransformerMixin) and not isinstance(function, np.ufunc | None))
+
+
+def _needs_names(part: Any) -> bool:
+    """Whether a part may ask for the names of columns, or hand on a DataFrame."""
+    by_name = hasattr(part, "_transformer_to_input_indices")
+    output = getattr(part, "_sklearn_output_config", {}).get("transform", "default")
+    return by_name or output != "default" or (hasattr(part, "fit") and _is_opaque(part))
+
+
+def find_parts(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Give an estimator and every object of scikit-learn's or of the user's inside it, each once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, type | str | bytes | int | float | None):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        inner: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
+        inner = value
+    elif hasattr(value, "__dict__") and (hasattr(value, "fit") or type(value).__module__.startswith("sklearn.")):
+        yield value
+        inner = vars(value).values()
+    else:
+        return
+    for item in inner:
+        yield from find_parts(item, seen)
+
+
+READERS: dict[str, Callable[[Any, int | None], Columns]] = {  # by an attribute that only such estimators have
+    "steps": _read_steps,
+    "_transformer_to_input_indices": _read_branches,
+    "transformer_list": _read_union,
+    "categories_": _read_encoder,
+    "missing_values": _read_imputer,
+    "n_categories_": _read_category_counts,
+    "_bin_mapper": _read_histogram,
+}
+HANDS_ON = {  # where an estimator keeps those to which it gives its input unchecked, by the name of its class
+    "BaseSearchCV": "best_estimator_",
+    "CalibratedClassifierCV": "calibrated_classifiers_",
+    "_CalibratedClassifier": "estimator",
+    "BaseThresholdClassifier": "estimator_",
+    "SelfTrainingClassifier": "estimator_",
+    "FrozenEstimator": "estimator",
+    "TransformedTargetRegressor": "regressor_",
+    "_BaseHeterogeneousEnsemble": "estimators_",
+    "BaseBagging": "estimators_",
+    "OneVsRestClassifier": "estimators_",
+    "OneVsOneClassifier": "estimators_",
+    "OutputCodeClassifier": "estimators_",
+    "_MultiOutputEstimator": "estimators_",
+}
+
+
 # Contract -------------------------------------------------------------------------------------------------------------
 
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
-FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool}
 MAX_PROBLEMS = 1000  # bad cells named in one answer
 
 
 class Contract:
-    """The types of input: which features a row has, in the order in which the estimator takes them.
+    """The types of input: which features a row has, and how rows become what the estimator takes.
 
-    `names` come from the estimator; `settings.features` completes them. Raises `SettingsError` for a feature that
-    the estimator does not have.
+    `inputs` come from the estimator; `settings.features` completes them, and `row`, one that the model is known to
+    answer, gives examples. Raises `SettingsError` where settings and estimator contradict each other, and `ModelError`
+    where a DataFrame is needed without pandas.
     """
 
-    def __init__(self, names: list[str], settings: Settings) -> None:
-        for name in settings.features.keys() - set(names):
-            place = settings.place("features", name)
-            raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, names)}")
-        self.names = names
-        self.features = {name: settings.features.get(name, FeatureSettings()) for name in names}
+    def __init__(self, inputs: Inputs, settings: Settings, row: Mapping[str, Any] | None = None) -> None:
+        columns = _name_columns(inputs, settings)
+        used = {name: column for name, column in columns.items() if column is not None}
+        _refuse_contradictions(used, settings)
+        self.order = list(columns)  # of the columns that the estimator takes, those that it drops too
+        self.names = list(used)
+        self.features = {name: _complete(name, column, settings, row or {}) for name, column in used.items()}
+        self.nullable = [name for name, feature in self.features.items() if feature.missing]
         cells = {name: _cell_type(feature) for name, feature in self.features.items()}
-        for name, example in self.example.items():
-            try:
-                TypeAdapter(cells[name]).validate_python(example, strict=True)
-            except ValidationError as error:
-                place = settings.place("features", name, "example")
-                raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
-        row = make_typed_dict("Features", cells)
-        row.__pydantic_config__ = ConfigDict(extra="forbid")
-        rows: Any = Annotated[list[row], FailFast()]  # type: ignore[valid-type]
-        self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row)
+        left_out = {name: NotRequired[cells[name]] for name in self.nullable}
+        row_type, query_type = (_row_type(types) for types in (cells, cells | left_out))
+        rows: Any = Annotated[list[row_type], FailFast()]  # type: ignore[valid-type]
+        self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row_type)
         self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
+        self.query_row: TypeAdapter[dict[str, Any]] = TypeAdapter(query_type)
+        texts = any(feature.type == "str" for feature in self.features.values())
+        self.form = "frame" if texts and inputs.names and inputs.form == "array" else inputs.form
+        self._dtype = object if texts else np.float64
+        self._frame = _pandas().DataFrame if self.form == "frame" else None
+        self._nulls = {name: used[name].null for name in self.nullable}
+        if self._dtype is not object and all(map(is_nan, self._nulls.values())):
+            self._nulls = {}  # numpy makes NaN of None itself
 
     @property
     def example(self) -> dict[str, Any]:
-        """One row as the settings' examples give it; the features without one are left out."""
-        return {name: cell.example for name, cell in self.features.items() if cell.example is not None}
+        """One row that fits, of the features' examples; a feature without one has a value within its bounds."""
+        return {name: _some_value(feature) for name, feature in self.features.items()}
+
+    @property
+    def is_known(self) -> bool:
+        """Whether every cell of the example comes from the operator or the model, and none is made up."""
+        return all(feature.example is not None for feature in self.features.values())
 
     def parse_query(self, query: str) -> list[dict[str, Any]]:
-        """Read one row from a query string, in which every value is text. Raises `BadRequest`, `Unprocessable`."""
+        """Read one row from a query string, in which every value is text, and one that may be missing can be left out
+        or empty. Raises `BadRequest`, `Unprocessable`."""
         try:
             pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
         except ValueError:
@@ -564,10 +923,14 @@ class Contract:
         cells = dict(pairs)
         if len(cells) < len(pairs):
             raise Unprocessable(list(_find_repeated(pairs)))
+        for name in self.nullable:
+            if cells.get(name) == "":
+                del cells[name]
         try:
-            return [self.row.validate_strings(cells, strict=False)]
+            row = self.query_row.validate_strings(cells, strict=False)
         except ValidationError as error:
             raise Unprocessable(list(self._problems(["query"], error))) from None
+        return [dict.fromkeys(self.nullable) | row]
 
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
@@ -598,16 +961,134 @@ class Contract:
             kind, message, given = problem["type"], problem["msg"], problem["input"]
             if kind == "extra_forbidden":
                 message = f"Unknown feature; {nearest(str(problem['loc'][-1]), self.names)}"
+            elif kind == "literal_error":
+                choices = self.features[str(problem["loc"][-1])].choices or []
+                message = f"Input is none of the choices; {_right_choice(given, choices)}"
             elif kind == "dict_type":
                 message = "Input should be an object" + (" or an array of objects" if place == ["body"] else "")
             elif kind == "missing":
                 given = None  # not the whole row, once for each feature that it lacks
             yield _problem(kind, [*place, *problem["loc"]], message, given)
 
-    def to_array(self, rows: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
-        """Give checked rows as X, float64 of shape (len(rows), len(names)); a missing value is NaN."""
-        X = np.array([[row[name] for name in self.names] for row in rows], dtype=np.float64)
-        return X.reshape(len(rows), len(self.names))
+    def to_input(self, rows: list[dict[str, Any]]) -> Any:
+        """Give checked rows as the estimator takes them: X, with a column for each of `order`, or a list of texts."""
+        if self.form == "texts":
+            return [row[self.names[0]] for row in rows]
+        if self._nulls:
+            rows = [row | {name: null for name, null in self._nulls.items() if row[name] is None} for row in rows]
+        if self._frame is not None:
+            return self._frame({name: self._to_series([row.get(name) for row in rows], name) for name in self.order})
+        X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
+        return X.reshape(len(rows), len(self.order))
+
+    def _to_series(self, cells: list[Any], name: str) -> Any:
+        feature = self.features.get(name, FeatureSettings(type="str"))
+        dtype = "object" if feature.type == "str" or (feature.type == "bool" and feature.missing) else feature.type
+        if feature.type == "int" and feature.missing and is_nan(self._nulls.get(name, math.nan)):
+            dtype = "float"
+        return _pandas().Series(cells, dtype=dtype)
+
+
+def _name_columns(inputs: Inputs, settings: Settings) -> dict[str, Column | None]:
+    """Name the estimator's columns: as it was fitted, else in the order of the settings, else x0, x1, …"""
+    given = list(settings.features)
+    if inputs.columns is None:
+        if not given:
+            raise ModelError("does not say how many features it takes; name them in [features], in its order")
+        return dict.fromkeys(given, Column())
+    width = len(inputs.columns)
+    if inputs.names is None and given and len(given) != width:
+        raise SettingsError(f"features names {len(given)} features; the model takes {width}")
+    made = ["text"] if inputs.form == "texts" else [f"x{column}" for column in range(width)]
+    return dict(zip(inputs.names or given or made, inputs.columns, strict=True))
+
+
+def _refuse_contradictions(columns: Mapping[str, Column], settings: Settings) -> None:
+    for name in settings.features.keys() - columns.keys():
+        place = settings.place("features", name)
+        raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, columns)}")
+    lines = [
+        f"{settings.place('features', name, key)} is {getattr(given, key)!r}; the model takes {allowed} there"
+        for name, given in settings.features.items()
+        for key, allowed in _find_contradictions(given, columns[name])
+    ]
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
+def _find_contradictions(given: FeatureSettings, column: Column) -> Iterator[tuple[str, str]]:
+    """Give each key of a feature's settings that the estimator contradicts, with what it takes."""
+    if given.type and column.type and given.type != column.type and "str" in (given.type, column.type):
+        yield "type", f"{column.type!r}"
+    if given.missing and column.missing is False:
+        yield "missing", "no missing value"
+    if column.choices is None:
+        return
+    for key in ("ge", "le"):
+        if getattr(given, key) is not None:
+            yield key, f"only {listed(column.choices)}"
+    if not set(given.choices or ()) <= set(column.choices):
+        yield "choices", f"only {listed(column.choices)}"
+
+
+def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, Any]) -> FeatureSettings:
+    """Put together what settings, estimator and a known row say of a feature. Raises `SettingsError`."""
+    given = settings.features.get(name, FeatureSettings())
+    texts = bool(given.choices) and all(isinstance(choice, str) for choice in given.choices or ())
+    said = {
+        "type": column.type or ("str" if texts else "float"),
+        "choices": list(column.choices) if column.choices is not None else None,
+        "missing": bool(column.missing),
+        **given.model_dump(exclude_none=True, exclude={"example"}),
+    }
+    try:
+        feature = FeatureSettings.model_validate(said)
+    except ValidationError as error:
+        place = settings.place("features", name)
+        raise SettingsError(f"{place} does not fit the model: it should {_should(error.errors()[0])}") from None
+    cell: TypeAdapter[Any] = TypeAdapter(_cell_type(feature))
+    example = given.example
+    if example is not None:
+        place = settings.place("features", name, "example")
+        try:
+            is_text = isinstance(example, str) and place.startswith("environment")
+            example = cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
+        except ValidationError as error:
+            raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
+    else:
+        example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], cell), None)
+    return feature.model_copy(update={"example": example})
+
+
+def _fitting(values: Iterable[Any], cell: TypeAdapter[Any]) -> Iterator[Any]:
+    for value in values:
+        with contextlib.suppress(ValidationError):
+            if value is not None:
+                yield cell.validate_python(value, strict=True)
+
+
+def _some_value(feature: FeatureSettings) -> Cell:
+    """Give a feature's example, or the value nearest to nothing that its bounds admit."""
+    kind = FEATURE_TYPES[feature.type or "float"]
+    within = (
+        feature.example,
+        feature.ge if (feature.ge or 0) > 0 else None,
+        feature.le if (feature.le or 0) < 0 else None,
+    )
+    value: Cell = kind(next((value for value in within if value is not None), kind()))
+    return value
+
+
+def _pandas() -> Any:
+    """Import pandas, which only estimators fitted on named, mixed columns need. Raises `ModelError`."""
+    try:
+        import pandas
+    except ImportError:
+        hint = "install pandas: pip install -r requirements-pandas.txt"
+        raise ModelError(
+            f"takes a DataFrame, for it was fitted on named columns that are not all numbers; {hint}"
+        ) from None
+    return pandas
 
 
 def _find_repeated(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -623,105 +1104,267 @@ def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, A
     return {"type": kind, "loc": loc, "msg": message, "input": given}
 
 
+def _right_choice(given: Any, choices: list[Cell]) -> str:
+    if isinstance(given, str) and isinstance(choices[0], str):
+        return nearest(given, map(str, choices))
+    return f"use one of {listed(choices)}"
+
+
+def _row_type(cells: dict[str, Any]) -> Any:
+    row = make_typed_dict("Features", cells)
+    row.__pydantic_config__ = ConfigDict(extra="forbid")
+    return row
+
+
 def _cell_type(feature: FeatureSettings) -> Any:
     """Give the pydantic type of one feature's value."""
-    kind = FEATURE_TYPES[feature.type]
+    kind = FEATURE_TYPES[feature.type or "float"]
     extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
     cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
-    if limit := LIMITS.get(feature.type):
+    if limit := LIMITS.get(feature.type or "float"):
         cell["ge"] = -limit if feature.ge is None else feature.ge
         cell["le"] = limit if feature.le is None else feature.le
     if kind is float:
         cell["allow_inf_nan"] = False
+    if feature.choices is not None:
+        cell = {"examples": cell["examples"]} if "examples" in cell else {}
+        kind = _choice_type(kind, feature.choices)
     return Annotated[kind | None if feature.missing else kind, Field(**cell, json_schema_extra=extra)]
+
+
+def _choice_type(kind: type, choices: list[Cell]) -> Any:
+    """Give the type of one of some values. Python's `Literal` knows neither floats nor 1 from true."""
+    if kind is str:
+        return Literal[tuple(choices)]
+
+    def check(value: Any) -> Any:
+        if value not in choices:
+            raise PydanticCustomError("literal_error", "Input is none of the choices")
+        return value
+
+    return Annotated[kind, AfterValidator(check), WithJsonSchema({"enum": choices})]
 
 
 # Predictor ------------------------------------------------------------------------------------------------------------
 
 
 class Predictor:
-    """A fitted estimator that answers arrays. Raises `ModelError` when it is not a fitted predictor."""
+    """A fitted estimator that answers rows. Raises `ModelError` when it is not a fitted predictor.
 
-    def __init__(self, estimator: Any) -> None:
-        if isinstance(estimator, type):
-            raise ModelError(f"holds the class {estimator.__name__}; fit an instance of it, then save that")
-        kind = type(estimator).__name__
-        if not callable(getattr(estimator, "predict", None)):
-            raise ModelError(f"holds a {kind}, which has no predict(); save a fitted estimator")
-        try:
-            check_is_fitted(estimator)
-        except NotFittedError:
-            raise ModelError(f"holds a {kind} that is not fitted; fit it, then save it") from None
-        except TypeError:
-            pass  # something that predicts without having been fitted by scikit-learn's rules
+    `outputs` names the outputs of an estimator that has several, which else are y0, y1, …
+    """
+
+    def __init__(self, estimator: Any, outputs: Sequence[str] = ()) -> None:
+        _refuse_no_predictor(estimator)
         self.estimator = estimator
-        self.feature_names: list[str] | None = list(map(str, getattr(estimator, "feature_names_in_", ()))) or None
-        self.n_features: int | None = getattr(estimator, "n_features_in_", None)
-        self.classes: list[Any] | None = self._find_classes()
-        self.has_probabilities = self.classes is not None and hasattr(estimator, "predict_proba")
-        self._labels = [str(label) for label in self.classes or ()]
-        # The contract puts the columns in order, so X comes without names, of which scikit-learn would warn each time.
-        for part in (estimator, *getattr(estimator, "named_steps", {}).values()):
-            getattr(part, "__dict__", {}).pop("feature_names_in_", None)
+        self.inputs = read_inputs(estimator)
+        self.outputs = list(outputs)
+        classes = getattr(estimator, "classes_", None)
+        several = isinstance(classes, list) and all(np.ndim(labels) == 1 for labels in classes)
+        by_output = [as_array(labels).tolist() for labels in classes or ()] if several else []
+        self.classes: list[Any] | None = None if classes is None or several else as_array(classes).tolist()
+        if len(by_output) == 1:
+            self.classes, by_output = by_output[0], []
+        self.classes_by_output: list[list[Any]] = by_output
+        self.score, self._method = self._find_score()
+        self._decides_by_pair = self.score == "decision" and _decides_by_pair(estimator)
 
-    def _find_classes(self) -> list[Any] | None:
-        classes = getattr(self.estimator, "classes_", ())
-        if isinstance(classes, list) and classes and np.ndim(classes[0]):
-            kind = type(self.estimator).__name__
-            raise ModelError(f"holds a {kind} of {len(classes)} outputs; save one that predicts a single output")
-        return np.asarray(classes).tolist() or None
+    def _find_score(self) -> tuple[str | None, str]:
+        """Name what the estimator says besides its prediction, and the method for it."""
+        if kind_of(self.estimator) == "outlier_detector":
+            scores = {"score": "decision_function"}
+        else:
+            scores = {"probabilities": "predict_proba", "decision": "decision_function"}
+        found = ((name, method) for name, method in scores.items() if hasattr(self.estimator, method))
+        return next(found, (None, ""))
 
-    def predict(self, X: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-        """Give one answer for each row of X, shape (n_samples, n_features), in their order."""
+    def forget_names(self) -> None:
+        """Have the estimator take X without names, of which scikit-learn would warn at each call."""
+        for part in find_parts(self.estimator):
+            vars(part).pop("feature_names_in_", None)
+
+    def predict(self, X: Any) -> list[dict[str, Any]]:
+        """Give one answer for each row of X, n_samples of them, in their order.
+
+        Raises `ModelError` when the settings name another number of outputs than there are.
+        """
         if not len(X):
             return []
-        predictions = np.asarray(self.estimator.predict(X)).tolist()
-        if not self.has_probabilities:
-            return [{"prediction": prediction} for prediction in predictions]
-        probabilities = np.asarray(self.estimator.predict_proba(X)).tolist()
-        return [
-            {"prediction": prediction, "probabilities": dict(zip(self._labels, row, strict=True))}
-            for prediction, row in zip(predictions, probabilities, strict=True)
-        ]
+        y = as_array(self.estimator.predict(X))
+        answers = [{"prediction": prediction} for prediction in self._name_outputs(y)]
+        if self.score is not None:
+            scores = self._name_scores(getattr(self.estimator, self._method)(X), several=y.ndim == 2)
+            for answer, score in zip(answers, scores, strict=True):
+                answer[self.score] = score
+        return answers
+
+    def _name_outputs(self, y: np.ndarray[Any, Any]) -> list[Any]:
+        """Give each row of y, shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
+        n_outputs = y.shape[1] if y.ndim == 2 else 1
+        if self.outputs and len(self.outputs) != n_outputs:
+            raise ModelError(f"has {n_outputs} outputs, but model.outputs names {len(self.outputs)}")
+        return _name_columns_of(y, self.outputs or [f"y{output}" for output in range(n_outputs)])
+
+    def _name_scores(self, scores: Any, several: bool) -> list[Any]:
+        """Give each row of what `predict_proba` or `decision_function` gave, with the names of outputs or classes."""
+        if isinstance(scores, list) and len(scores) == len(self.classes_by_output):
+            return self._name_outputs(self._join_outputs([as_array(output, squeeze=False) for output in scores]))
+        scores = scores[0] if isinstance(scores, list) else scores
+        scores = as_array(scores, squeeze=several or self.score != "probabilities")
+        if several or scores.ndim == 1:
+            return self._name_outputs(scores) if several else _name_columns_of(scores, ())
+        labels = range(scores.shape[1]) if self.classes is None else self.classes
+        if len(labels) != scores.shape[1] or self._decides_by_pair:
+            return list(scores.tolist())
+        return _name_columns_of(scores, [str(label) for label in labels])
+
+    def _join_outputs(self, scores: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """Give (n_samples, n_outputs): of a label that is there or not its probability, else those of each class."""
+        joined = np.empty((len(scores[0]), len(scores)), dtype=object)
+        is_multilabel = all(set(labels) <= {0, 1} for labels in self.classes_by_output)
+        for output, (columns, labels) in enumerate(zip(scores, self.classes_by_output, strict=True)):
+            if is_multilabel:
+                joined[:, output] = columns[:, labels.index(1)].tolist() if 1 in labels else 0.0
+            else:
+                joined[:, output] = _name_columns_of(columns, [str(label) for label in labels])
+        return joined
+
+
+def kind_of(estimator: Any) -> str | None:
+    """Name the kind of an estimator as scikit-learn does: "classifier", "regressor", "clusterer", …"""
+    return get_tags(estimator).estimator_type if isinstance(estimator, BaseEstimator) else None
+
+
+def _decides_by_pair(estimator: Any) -> bool:
+    """Whether decision values are those of a support vector machine for each pair of its classes."""
+    if hasattr(estimator, "steps"):
+        return _decides_by_pair(estimator.steps[-1][1])
+    inner = [getattr(estimator, name) for name in ("best_estimator_", "estimator_") if hasattr(estimator, name)]
+    return _decides_by_pair(inner[0]) if inner else getattr(estimator, "decision_function_shape", "ovr") == "ovo"
+
+
+def _refuse_no_predictor(estimator: Any) -> None:
+    if isinstance(estimator, type):
+        raise ModelError(f"holds the class {estimator.__name__}; fit an instance of it, then save that")
+    kind = type(estimator).__name__
+    if not callable(getattr(estimator, "predict", None)):
+        raise ModelError(f"holds a {kind}, which has no predict(); save a fitted estimator")
+    try:
+        check_is_fitted(estimator)
+    except NotFittedError:
+        raise ModelError(f"holds a {kind} that is not fitted; fit it, then save it") from None
+    except TypeError:
+        pass  # something that predicts without having been fitted by scikit-learn's rules
+
+
+def as_array(values: Any, squeeze: bool = True) -> np.ndarray[Any, Any]:
+    """Give what an estimator returned, pandas and sparse too, as an array whose `tolist` JSON can say."""
+    array = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+    if array.dtype.kind == "M":
+        array = array.astype("datetime64[us]")  # in nanoseconds tolist gives integers
+    if array.dtype.kind == "O":
+        pandas = sys.modules.get("pandas")  # without which there are no missing values of its own
+        plain = np.empty(array.shape, dtype=object)
+        for index, item in np.ndenumerate(array):
+            missing = pandas is not None and pandas.isna(item) is True
+            plain[index] = None if missing else item.item() if isinstance(item, np.generic) else item
+        array = plain
+    return array[:, 0] if squeeze and array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def _name_columns_of(array: np.ndarray[Any, Any], names: Sequence[str]) -> list[Any]:
+    if array.ndim == 1:
+        rows: list[Any] = array.tolist()
+        return rows
+    return [dict(zip(names, row, strict=True)) for row in array.tolist()]
+
+
+# Artifact -------------------------------------------------------------------------------------------------------------
 
 
 def load_predictor(settings: Settings) -> Predictor:
     """Load the artifact of the settings, by the suffix of its name. Raises `ModelError`."""
-    path = settings.model_path
-    load = LOADERS.get(path.suffix.lower())
+    data = read_artifact(settings.model_path)
+    _check_hash(data, settings)
+    load, _ = FORMATS[settings.model_path.suffix.lower()]
+    return Predictor(load(data, settings.model.trusted_types), settings.model.outputs)
+
+
+def about_artifact(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Put the place and the path of the settings' artifact in front of what is wrong with it."""
+    return about(f"{settings.place('model', 'path')} is {str(settings.model_path)!r}, which")
+
+
+@contextlib.contextmanager
+def about(artifact: str) -> Iterator[None]:
+    """Put the name of an artifact in front of what is wrong with it."""
     try:
-        if load is None:
-            raise ModelError(f"has the suffix {path.suffix!r}; use one of {', '.join(map(repr, LOADERS))}")
-        return Predictor(load(path.read_bytes(), settings.model))
-    except FileNotFoundError:
-        others = [file.name for file in path.parent.glob("*") if file.suffix in LOADERS]
-        hint = f"; {nearest(path.name, others)}" if others else ""
-        problem = f"does not exist{hint}"
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
+        yield
     except ModelError as error:
-        problem = str(error)
-    raise ModelError(f"{settings.place('model', 'path')} is {str(path)!r}, which {problem}")
+        raise ModelError(f"{artifact} {error}") from error.__cause__
 
 
-def _load_skops(data: bytes, settings: ModelSettings) -> Any:
+def read_artifact(path: Path) -> bytes:
+    """Read an artifact whose bytes are of the format that its suffix names. Raises `ModelError`."""
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ModelError(f"has the suffix {path.suffix!r}; use one of {listed([*FORMATS])}")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        others = [file.name for file in path.parent.glob("*") if file.suffix in FORMATS]
+        hint = f"; {nearest(path.name, others)}" if others else ""
+        raise ModelError(f"does not exist{hint}") from None
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}") from None
+    found = next((kind for start, kind in STARTS.items() if data.startswith(start)), None)
+    if found == "skops" and b"schema.json" not in data:
+        found = "a zip archive"
+    if found == "pickle" and b"joblib.numpy_pickle" in data:
+        found = "joblib"
+    _, kinds = FORMATS[suffix]
+    if found is not None and found not in kinds:
+        right = [suffix for suffix, (_, kinds) in FORMATS.items() if kinds[0] == found]
+        raise ModelError(f"is no {kinds[0]} file but {found}" + (f"; name it {right[0]}" if right else ""))
+    return data
+
+
+def _check_hash(data: bytes, settings: Settings) -> None:
+    expected, found = settings.model.sha256.lower(), hashlib.sha256(data).hexdigest()
+    if expected and expected != found:
+        place = settings.place("model", "sha256")
+        raise ModelError(f"has the sha256 {found}, but {place} is {expected}: it is not the file that you trusted")
+    if not expected and settings.model_path.suffix.lower() != ".skops":
+        hint = "set model.sha256 to the hash of a file that you trust; `python -m model.describe PATH` prints it"
+        raise ModelError(f"runs code when it is loaded; {hint}")
+
+
+def load_skops(data: bytes, trusted_types: list[str]) -> Any:
+    """Load a skops file in which all types are trusted, by skops or by the list. Raises `ModelError`."""
     import skops.io  # here, for it takes with it the whole of scikit-learn: a second that other formats can do without
 
-    with _loading("skops"):
-        untrusted = set(skops.io.get_untrusted_types(data=data)) - set(settings.trusted_types)
+    untrusted = find_untrusted_types(data) - set(trusted_types)
     if untrusted:
-        types = json.dumps(sorted({*untrusted, *settings.trusted_types}))
+        types = json.dumps(sorted({*untrusted, *trusted_types}))
         raise ModelError(f"holds types that are not trusted; if you trust them, set model.trusted_types = {types}")
     with _loading("skops"):
-        return skops.io.loads(data, trusted=settings.trusted_types)
+        return skops.io.loads(data, trusted=trusted_types)
 
 
-def _load_joblib(data: bytes, settings: ModelSettings) -> Any:
+def find_untrusted_types(data: bytes) -> set[str]:
+    """Name the types in a skops file that skops does not trust by itself, without loading it. Raises `ModelError`."""
+    import skops.io
+
+    with _loading("skops"):
+        return set(skops.io.get_untrusted_types(data=data))
+
+
+def _load_joblib(data: bytes, trusted_types: list[str]) -> Any:
     with _loading("joblib"):
         return joblib.load(io.BytesIO(data))
 
 
-def _load_pickle(data: bytes, settings: ModelSettings) -> Any:
+def _load_pickle(data: bytes, trusted_types: list[str]) -> Any:
     with _loading("pickle"):
         return pickle.loads(data)
 
@@ -730,17 +1373,94 @@ def _load_pickle(data: bytes, settings: ModelSettings) -> Any:
 def _loading(kind: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # what a damaged or foreign artifact raises has no bounds
+    except ModuleNotFoundError as error:
+        raise ModelError(f"needs the module {error.name!r}, which is not installed") from error
+    except (Exception, SystemExit) as error:  # what a damaged or foreign artifact raises has no bounds
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise ModelError(f"cannot be loaded as {kind}: {reason}") from error
+        raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason}") from error
 
 
-LOADERS: dict[str, Callable[[bytes, ModelSettings], Any]] = {
-    ".skops": _load_skops,
-    ".joblib": _load_joblib,
-    ".pickle": _load_pickle,
-    ".pkl": _load_pickle,
+FORMATS: dict[str, tuple[Callable[[bytes, list[str]], Any], tuple[str, ...]]] = {  # with what the bytes may be
+    ".skops": (load_skops, ("skops",)),
+    ".joblib": (_load_joblib, ("joblib", "pickle")),
+    ".pickle": (_load_pickle, ("pickle",)),
+    ".pkl": (_load_pickle, ("pickle",)),
 }
+STARTS = {
+    b"PK": "skops",
+    b"\x80": "pickle",
+    b"\x78": "joblib",  # compressed by zlib, and by others in what follows
+    b"\x1f\x8b": "joblib",
+    b"BZh": "joblib",
+    b"\xfd7zXZ": "joblib",
+    b"\x5d\0\0": "joblib",
+    b"\x04\x22\x4d\x18": "joblib",
+    b"\x89HDF": "HDF5",
+    b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
+}
+
+
+# Golden rows ----------------------------------------------------------------------------------------------------------
+
+
+class Golden(Section):
+    """Rows that the artifact answered when it was made, what it answered, and with which versions."""
+
+    versions: dict[str, str]
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    predictions: list[dict[str, Any]]
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if len(self.rows) != len(self.predictions):
+            raise ValueError("a golden file should have predictions as many as rows")
+        return self
+
+
+def golden_path(artifact: Path) -> Path:
+    return artifact.with_suffix(".golden.json")
+
+
+def running_versions() -> dict[str, str]:
+    """Give the versions on which an artifact's answers depend."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"python": python, "numpy": np.__version__, "scikit-learn": sklearn.__version__}
+
+
+def load_golden(settings: Settings) -> Golden | None:
+    """Read the golden rows beside the artifact, if there are any. Raises `ModelError`.
+
+    Versions other than the running ones are logged, or refused with `model.strict_versions`.
+    """
+    path = golden_path(settings.model_path)
+    if not path.exists():
+        return None
+    try:
+        golden = Golden.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"has {path.name} beside it, which cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ModelError(f"has {path.name} beside it, where {where or 'all'} should {_should(problem)}") from None
+    running = running_versions()
+    if golden.versions != running:
+        if settings.model.strict_versions:
+            place = settings.place("model", "strict_versions")
+            raise ModelError(f"was made with {golden.versions}, but {running} run here, and {place} is true")
+        log.warning("versions_differ", golden=golden.versions, running=running)
+    return golden
+
+
+def agrees(answer: Any, golden: Any) -> bool:
+    """Whether two answers in JSON are the same, floats up to the rounding of another processor or library."""
+    if isinstance(answer, dict) and isinstance(golden, dict):
+        return answer.keys() == golden.keys() and all(agrees(answer[key], golden[key]) for key in golden)
+    if isinstance(answer, list) and isinstance(golden, list):
+        return len(answer) == len(golden) and all(map(agrees, answer, golden))
+    if isinstance(answer, float) and isinstance(golden, float | int):
+        return math.isclose(answer, golden, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(answer == golden)
 
 
 # Endpoints ------------------------------------------------------------------------------------------------------------
@@ -811,7 +1531,7 @@ class Response:
     @classmethod
     def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
         """Render a payload as JSON; what JSON cannot say of a float becomes null, in an error's `input` a string."""
-        body = to_json(payload, inf_nan_mode="null" if status == 200 else "strings")
+        body = to_json(payload, inf_nan_mode="null" if status == 200 else "strings", fallback=str)
         return cls(
             status, body, {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
         )
@@ -950,14 +1670,19 @@ class ValidationProblem(BaseModel):
     detail: list[BadCell]
 
 
-def describe_api(settings: Settings, contract: Contract, predictor: Predictor) -> dict[str, Any]:
-    """Make the OpenAPI 3.1 document from the table of operations."""
-    schemas = _schemas(contract, predictor)
-    example = _example(contract, predictor)
+NUMBER = {"type": ["number", "null"]}  # what is no number in JSON is null
+
+
+def describe_api(
+    settings: Settings, contract: Contract, predictor: Predictor, sample: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Make the OpenAPI 3.1 document from the table of operations; `sample` is the answer to the contract's example."""
+    schemas = _schemas(contract) | {"Prediction": _describe_prediction(predictor, sample)}
+    example = (contract.example, sample) if contract.is_known and sample is not None else (None, None)
     secured = bool(settings.auth.api_keys)
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        described = _describe(operation, schemas, example, secured)
+        described = _describe(operation, schemas, example, contract.nullable, secured)
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -973,10 +1698,9 @@ def describe_api(settings: Settings, contract: Contract, predictor: Predictor) -
     return document
 
 
-def _schemas(contract: Contract, predictor: Predictor) -> dict[str, Any]:
+def _schemas(contract: Contract) -> dict[str, Any]:
     types: dict[str, Any] = {
         "Features": contract.row,
-        "Prediction": TypeAdapter(_prediction_type(predictor)),
         "Status": TypeAdapter(Status),
         "Problem": TypeAdapter(Problem),
         "ValidationProblem": TypeAdapter(ValidationProblem),
@@ -990,27 +1714,51 @@ def _schemas(contract: Contract, predictor: Predictor) -> dict[str, Any]:
     return schemas
 
 
-def _prediction_type(predictor: Predictor) -> Any:
-    """Give the type of one answer: a class or a number, with a probability for each class where there are any."""
-    if predictor.classes is None:
-        return make_typed_dict("Prediction", {"prediction": float})
-    literal = all(isinstance(label, str | int) for label in predictor.classes)
-    label: Any = Literal[tuple(predictor.classes)] if literal else Any
-    if not predictor.has_probabilities:
-        return make_typed_dict("Prediction", {"prediction": label})
-    probability = Annotated[float, Field(ge=0, le=1)]
-    probabilities = make_typed_dict("Probabilities", {str(name): probability for name in predictor.classes})
-    return make_typed_dict("Prediction", {"prediction": label, "probabilities": probabilities})
+def _describe_prediction(predictor: Predictor, sample: dict[str, Any] | None) -> dict[str, Any]:
+    """Give the JSON Schema of an answer: that of the sample, with the classes that there are."""
+    if sample is None:
+        return {"title": "Prediction", "type": "object", "required": ["prediction"]}
+    prediction = sample["prediction"]
+    if isinstance(prediction, dict):
+        unknown: list[Any] = [None] * len(prediction)
+        outputs = zip(prediction.items(), predictor.classes_by_output or unknown, strict=True)
+        described = _describe_object({name: _describe_output(value, known) for (name, value), known in outputs})
+    else:
+        described = _describe_output(prediction, predictor.classes)
+    properties = {"prediction": described}
+    if predictor.score is not None:
+        properties[predictor.score] = _describe_like(sample[predictor.score], NUMBER)
+    return {"title": "Prediction"} | _describe_object(properties)
 
 
-def _describe(operation: Operation, schemas: Mapping[str, Any], example: Any, secured: bool) -> dict[str, Any]:
-    """Describe an operation; `example` is a row and its prediction."""
+def _describe_output(value: Any, classes: list[Any] | None) -> dict[str, Any]:
+    if classes is not None and all(isinstance(label, str | int) for label in classes):
+        return {"enum": classes}
+    if isinstance(value, int | float | None) and not isinstance(value, bool):
+        return NUMBER
+    return {"type": {bool: "boolean", str: "string"}[type(value)]} if type(value) in (bool, str) else {}
+
+
+def _describe_like(value: Any, leaf: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return _describe_object({name: _describe_like(item, leaf) for name, item in value.items()})
+    return {"type": "array", "items": leaf} if isinstance(value, list) else leaf
+
+
+def _describe_object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def _describe(
+    operation: Operation, schemas: Mapping[str, Any], example: Any, nullable: list[str], secured: bool
+) -> dict[str, Any]:
+    """Describe an operation; `example` is a row and its prediction, `nullable` names what a query can leave out."""
     described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
     row, answer = example if operation.gives == "Prediction" else (None, None)
     schema: dict[str, Any] = _reference(operation.gives)
     if operation.takes == "query":
         described["parameters"] = [
-            {"name": name, "in": "query", "required": True, "schema": cell}
+            {"name": name, "in": "query", "required": name not in nullable, "schema": cell}
             for name, cell in schemas["Features"]["properties"].items()
         ]
     if operation.takes == "body":
@@ -1025,14 +1773,6 @@ def _describe(operation: Operation, schemas: Mapping[str, Any], example: Any, se
     if secured and not operation.open:
         described["security"] = [{"bearer": []}, {"api_key": []}]
     return described
-
-
-def _example(contract: Contract, predictor: Predictor) -> tuple[Any, Any]:
-    """Give the settings' example row and what the model says of it; without a whole row, neither."""
-    row = contract.example
-    if len(row) < len(contract.names):
-        return None, None
-    return row, predictor.predict(contract.to_array([row]))[0]
 
 
 def _reference(name: str) -> dict[str, Any]:
@@ -1059,10 +1799,13 @@ def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
 class Service:
     """Everything the two frameworks share: settings, contract, predictor, and the answer to a request."""
 
-    def __init__(self, settings: Settings, predictor: Predictor) -> None:
+    def __init__(self, settings: Settings, predictor: Predictor, golden: Golden | None = None) -> None:
         self.settings = settings
         self.predictor = predictor
-        self.contract = Contract(_feature_names(settings, predictor), settings)
+        self.golden = golden
+        self.contract = Contract(predictor.inputs, settings, golden.rows[0] if golden else None)
+        if self.contract.form != "frame":
+            predictor.forget_names()
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
@@ -1127,24 +1870,66 @@ class Service:
 
     async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         request.rows = len(rows)
-        return self.predictor.predict(self.contract.to_array(rows))
+        return self.predictor.predict(self.contract.to_input(rows))
+
+    def prove(self) -> None:
+        """Have the model reproduce its golden rows, and answer an example row, without each value that may be missing.
+
+        It is not part of loading, for predicting may start threads, which a process that forks later must not have.
+        Raises `ModelError`.
+        """
+        with about_artifact(self.settings):
+            if self.golden is not None:
+                self._reproduce(self.golden)
+            if self.sample is not None:
+                self._try_missing()
+
+    @functools.cached_property
+    def sample(self) -> dict[str, Any] | None:
+        """What the model says of the contract's example, or None when the example is made up and no row for it."""
+        try:
+            return self.answer([self.contract.example], "its example row")[0]
+        except EstimatorError as error:
+            if self.contract.is_known:
+                raise
+            log.warning("no_example", error=str(error), hint="give examples in [features], or golden rows")
+            return None
+
+    def _reproduce(self, golden: Golden) -> None:
+        path = golden_path(self.settings.model_path)
+        try:
+            rows = self.contract.parse_payload(golden.rows)
+        except Unprocessable as error:
+            problem = error.detail[0]
+            raise ModelError(
+                f"has {path.name} beside it, where {problem['loc']} does not fit: {problem['msg']}"
+            ) from None
+        answers = parse_json(Response.of(self.answer(rows, f"the rows of {path.name}")).body)
+        for index, (answer, expected) in enumerate(zip(answers, golden.predictions, strict=True)):
+            if not agrees(answer, expected):
+                wanted = f"as {path.name} has it"
+                raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
+
+    def _try_missing(self) -> None:
+        rows = {name: self.contract.example | {name: None} for name in self.contract.nullable}
+        with contextlib.suppress(EstimatorError):
+            self.answer([*rows.values()], "missing values")
+            return
+        for name, row in rows.items():
+            self.answer([row], f"a missing {name!r}; set {'.'.join(map(toml_key, ('features', name)))}.missing = false")
+
+    def answer(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+        """Predict rows that are no request's. Raises `EstimatorError`."""
+        try:
+            return self.predictor.predict(self.contract.to_input(rows))
+        except ModelError:
+            raise
+        except Exception as error:  # what an estimator raises has no bounds
+            raise EstimatorError(f"fails on {what}: {type(error).__name__}: {error}") from error
 
     @functools.cached_property
     def openapi(self) -> dict[str, Any]:
-        return describe_api(self.settings, self.contract, self.predictor)
-
-
-def _feature_names(settings: Settings, predictor: Predictor) -> list[str]:
-    """Name the estimator's columns: as it was fitted, else in the order of the settings, else x0, x1, …"""
-    if predictor.feature_names is not None:
-        return predictor.feature_names
-    if predictor.n_features is None:
-        if settings.features:
-            return list(settings.features)
-        raise ModelError("the model does not say how many features it takes; name them in [features], in its order")
-    if settings.features and len(settings.features) != predictor.n_features:
-        raise SettingsError(f"features names {len(settings.features)} features; the model takes {predictor.n_features}")
-    return list(settings.features) or [f"x{column}" for column in range(predictor.n_features)]
+        return describe_api(self.settings, self.contract, self.predictor, self.sample)
 
 
 # Flask ----------------------------------------------------------------------------------------------------------------
@@ -1432,12 +2217,14 @@ def load_service() -> Service:
 def make_service(settings: Settings) -> Service:
     """Build the service that the settings describe. Raises `StartupError`."""
     configure_logging(settings.logging)
-    return Service(settings, load_predictor(settings))
+    with about_artifact(settings):
+        return Service(settings, load_predictor(settings), load_golden(settings))
 
 
 def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:
     """Build the app of the framework that the settings name: a `Flask` or a `FastAPI`, to extend as either is."""
     service = load_service() if settings is None else make_service(settings)
+    service.prove()
     app: flask.Flask | fastapi.FastAPI = FRAMEWORKS[service.settings.framework](service)
     return app
 
@@ -1481,18 +2268,21 @@ def __getattr__(name: str) -> Any:
     return globals()[name]
 
 
+STARTUP_STATUS = 4
+
+
 @contextlib.contextmanager
 def exit_on_startup_error() -> Iterator[None]:
     """End the process with the message alone: an operator's mistake is not worth a traceback.
 
-    Status 4 is gunicorn's "app failed to load", on which its master stops instead of starting worker after worker;
+    Its status is gunicorn's "app failed to load", on which its master stops instead of starting worker after worker;
     3, uvicorn's, would make Flask's reloader start over without end.
     """
     try:
         yield
     except StartupError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(4)
+        sys.exit(STARTUP_STATUS)
 
 
 def print_settings(settings: Settings) -> None:
@@ -1502,9 +2292,9 @@ def print_settings(settings: Settings) -> None:
     for key in sorted(leaves(values), key=len):
         if key[:-1] != table:
             table = key[:-1]
-            print(f"\n[{'.'.join(map(_toml_key, table))}]")
+            print(f"\n[{'.'.join(map(toml_key, table))}]")
         value = functools.reduce(lambda level, part: level[part], key, values)
-        name, shown = _toml_key(key[-1]), _toml_value(value)
+        name, shown = toml_key(key[-1]), toml_value(value)
         print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {settings.source(*key)}")
 
 

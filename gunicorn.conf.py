@@ -6,6 +6,7 @@ a mistake in them stops it, and the workers share their memory. Only names that 
 
 import functools
 import logging
+import multiprocessing
 import signal
 import sys
 from pathlib import Path
@@ -22,9 +23,28 @@ import app
 
 log = structlog.get_logger()
 
+
+def prove(service: app.Service) -> None:
+    """Have a child process answer the golden rows: what predicts here may start threads, which workers that are forked
+    later would lack, and wait for (gunicorn's issue 1891)."""
+
+    def run() -> None:
+        with app.exit_on_startup_error():
+            service.prove()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    if child.exitcode == app.STARTUP_STATUS:
+        sys.exit(app.STARTUP_STATUS)
+    if child.exitcode:
+        raise app.ModelError(f"the process that tried the model ended with status {child.exitcode}")
+
+
 app.load_service.cache_clear()  # gunicorn runs this file again on HUP
 with app.exit_on_startup_error():
     settings = app.load_service().settings
+    prove(app.load_service())
 
 
 class StructuredLogger(Logger):

@@ -1,4 +1,4 @@
-"""Train the shipped predictor and write it as `iris.skops` beside this file: `python -m model.train`.
+"""Train the shipped predictor and write it, with golden rows, beside this file: `python -m model.train`.
 
 The same code, data and libraries give the same bytes. Needs pandas, for the estimator to learn its features' names.
 """
@@ -14,6 +14,9 @@ import skops.io
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
+
+import app
+from model.describe import write_golden
 
 ARTIFACT = Path(__file__).with_name("iris.skops")
 FEATURES = ["sepal_length", "sepal_width", "petal_length", "petal_width"]  # cm
@@ -48,6 +51,14 @@ def dump(estimator: LogisticRegression) -> bytes:
     return target.getvalue()
 
 
+def golden_rows() -> list[dict[str, float]]:
+    """Give every tenth flower, of each species five."""
+    return [dict(zip(FEATURES, row, strict=True)) for row in load_iris().data[::10].tolist()]
+
+
 if __name__ == "__main__":
-    ARTIFACT.write_bytes(dump(train()))
-    print(f"wrote {ARTIFACT}")
+    estimator = train()
+    ARTIFACT.write_bytes(dump(estimator))
+    service = app.Service(app.Settings(model=app.ModelSettings(path=str(ARTIFACT))), app.Predictor(estimator))
+    write_golden(ARTIFACT, service, golden_rows())
+    print(f"wrote {ARTIFACT} and {app.golden_path(ARTIFACT).name}")

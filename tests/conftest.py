@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import hashlib
 import http.client
 import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -22,8 +24,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import joblib
 import pytest
+import skops.io
 from cases import Case
+from sklearn.datasets import load_iris
+from sklearn.ensemble import RandomForestClassifier
 
 import app
 
@@ -225,6 +231,31 @@ def make_settings(**changes: Any) -> app.Settings:
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) and key != "features" else value
     return app.Settings.model_validate(values)
+
+
+def save(estimator: Any, path: Path) -> dict[str, str]:
+    """Save an estimator as its suffix says, and give the settings of [model] that trust it."""
+    if path.suffix == ".skops":
+        skops.io.dump(estimator, path)
+    elif path.suffix == ".joblib":
+        joblib.dump(estimator, path)
+    else:
+        path.write_bytes(pickle.dumps(estimator))
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def serve_estimator(path: Path, estimator: Any, **changes: Any) -> Any:
+    """Save an estimator, and build the app around it from the shipped settings with changes."""
+    model = save(estimator, path) | changes.pop("model", {})
+    return app.create_app(make_settings(model=model, **({"features": {}} | changes)))
+
+
+@pytest.fixture(scope="session")
+def forest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model that takes missing values, as the settings of [model] name it."""
+    iris = load_iris(as_frame=True)
+    estimator = RandomForestClassifier(n_estimators=2).fit(iris.data.set_axis(list(ROW), axis="columns"), iris.target)
+    return save(estimator, tmp_path_factory.mktemp("forest") / "model.joblib")
 
 
 def call(native: Any, case: Case) -> Answer:

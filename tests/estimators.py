@@ -7,7 +7,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 
 
 class Failing(ClassifierMixin, BaseEstimator):
-    """Fitted, and broken whenever it is asked."""
+    """Fitted, and broken for whatever is not zero."""
 
     def __init__(self) -> None:
         self.classes_ = np.array(["a", "b"])
@@ -17,26 +17,32 @@ class Failing(ClassifierMixin, BaseEstimator):
         return True
 
     def predict(self, X: Any) -> Any:
-        raise RuntimeError("the estimator is broken")
+        if np.any(X):
+            raise RuntimeError("the estimator is broken")
+        return np.array(["a"] * len(X))
 
 
-class Undecided(RegressorMixin, BaseEstimator):
-    """Fitted, and without an answer."""
+class Fixed(RegressorMixin, BaseEstimator):
+    """Fitted, and always of the same opinion, which is an answer to one row."""
 
     n_features_in_ = 1
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
     def predict(self, X: Any) -> Any:
-        return np.full(len(X), np.nan)
+        return self.answer
 
 
 class Worrying(Failing):
-    """Fitted, and given to warnings."""
+    """Fitted, and given to warnings of whatever is not zero."""
 
     def predict(self, X: Any) -> Any:
         import warnings
 
-        warnings.warn("a matter of\n  some concern", UserWarning, stacklevel=1)
+        if np.any(X):
+            warnings.warn("a matter of\n  some concern", UserWarning, stacklevel=1)
         return np.array(["a"] * len(X))

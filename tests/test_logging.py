@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import estimators
-import joblib
 import pytest
 from cases import BAD, JSON, QUERY, Case
-from conftest import COMBINATIONS, PROJECT, ROW, Server, call, gunicorn_environment, make_settings, wait_until
+from conftest import COMBINATIONS, PROJECT, ROW, Server, call, gunicorn_environment, make_settings, save, wait_until
 
 import app
 
@@ -22,9 +21,9 @@ Start = Callable[..., Server]
 
 def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
     """Save a fake estimator, and give the settings that serve it."""
-    joblib.dump(estimator, tmp_path / "model.joblib")
+    model = save(estimator, tmp_path / "model.joblib")
     file = tmp_path / "settings.toml"
-    file.write_text('[model]\npath = "model.joblib"')
+    file.write_text(f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"')
     return {"SERVING_SETTINGS": str(file), "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
 
 
@@ -131,7 +130,7 @@ def test_console_format_is_readable(serve: Start, tmp_path: Path) -> None:
     """`logging.format = "console"` writes lines for people, a crash with its traceback below."""
     environment = artifact(tmp_path, estimators.Failing()) | {"SERVING_LOGGING__FORMAT": "console"}
     server = serve(**gunicorn_environment("flask", "gevent", **environment))
-    server.post({"x0": 1}, **{"X_Request_ID": "console"})
+    server.post({"x0": 1.5}, **{"X_Request_ID": "console"})
     server.stop()
     text = re.sub(r"\x1b\[[0-9;]*m", "", server.text)
     assert re.search(r"\[info +\] request +duration_ms=[\d.]+ method=POST path=/predictions .*request_id=console", text)

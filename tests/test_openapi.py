@@ -52,10 +52,10 @@ def test_document_shows_features(document: dict[str, Any]) -> None:
     assert features["additionalProperties"] is False
 
 
-def test_document_shows_bounds() -> None:
+def test_document_shows_bounds(forest: dict[str, str]) -> None:
     """Bounds, types and null of [features] are in the schema."""
     features = {"sepal_length": {"ge": 0, "le": 10}, "sepal_width": {"type": "int"}, "petal_width": {"missing": True}}
-    native = app.create_app(make_settings(features=features))
+    native = app.create_app(make_settings(model=forest, features=features))
     properties = document_of(native)["components"]["schemas"]["Features"]["properties"]
     assert (properties["sepal_length"]["minimum"], properties["sepal_length"]["maximum"]) == (0, 10)
     assert properties["sepal_width"]["type"] == "integer"

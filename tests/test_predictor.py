@@ -1,73 +1,38 @@
-"""What the predictor loads, what it refuses, and what it answers."""
+"""What the predictor answers, for every kind of estimator."""
 
-import os
-import pickle
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import estimators
-import joblib
 import numpy as np
+import pandas as pd
 import pytest
-import skops.io
 from cases import Case
-from conftest import PROJECT, ROW, call, make_settings, post_case
+from conftest import ROW, call, make_settings, post_case, serve_estimator
+from jsonschema import Draft202012Validator
+from scipy.sparse import csr_array
+from sklearn.base import clone
+from sklearn.cluster import KMeans
+from sklearn.cross_decomposition import PLSRegression
 from sklearn.datasets import load_diabetes, load_iris
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.ensemble import IsolationForest, RandomForestClassifier
+from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
+from sklearn.mixture import GaussianMixture
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import ClassifierChain, MultiOutputClassifier
+from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
+from sklearn.svm import SVC, LinearSVC, OneClassSVM
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import app
 
 X, y = load_iris(return_X_y=True)
-SAVE = {
-    ".skops": skops.io.dump,
-    ".joblib": joblib.dump,
-    ".pickle": lambda estimator, path: path.write_bytes(pickle.dumps(estimator)),
-    ".pkl": lambda estimator, path: path.write_bytes(pickle.dumps(estimator)),
-}
-
-
-def serve_estimator(tmp_path: Path, estimator: Any, suffix: str = ".joblib", **model: Any) -> Any:
-    """Save an estimator and build the FastAPI app around it."""
-    path = tmp_path / f"model{suffix}"
-    SAVE[suffix](estimator, path)
-    return app.create_app(make_settings(model={"path": str(path)} | model, features={}))
 
 
 def make_row(values: Any) -> dict[str, float]:
     return {f"x{column}": value for column, value in enumerate(values)}
-
-
-@pytest.mark.parametrize("suffix", app.LOADERS)
-def test_every_format_is_served(tmp_path: Path, suffix: str) -> None:
-    """An artifact of each suffix gives the estimator's own answers."""
-    estimator = LogisticRegression(max_iter=1000).fit(X, y)
-    answer = call(serve_estimator(tmp_path, estimator, suffix), post_case([make_row(row) for row in X[:60].tolist()]))
-    assert [prediction["prediction"] for prediction in answer.json] == estimator.predict(X[:60]).tolist()
-    probabilities = [list(prediction["probabilities"].values()) for prediction in answer.json]
-    assert probabilities == estimator.predict_proba(X[:60]).tolist()
-
-
-def train_again(hash_seed: str) -> bytes:
-    code = "import sys; from model.train import dump, train; sys.stdout.buffer.write(b'bytes:' + dump(train()))"
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, check=True)
-    return done.stdout.partition(b"bytes:")[2]
-
-
-def test_shipped_artifact_comes_from_its_script() -> None:
-    """Training gives the same bytes every time, and the committed file's model up to a processor's rounding."""
-    data = train_again("1")
-    assert data == train_again("2")
-    again, shipped = skops.io.loads(data), skops.io.load(PROJECT / "model/iris.skops")
-    np.testing.assert_allclose(again.coef_, shipped.coef_, rtol=1e-9)
-    assert again.get_params() == shipped.get_params()
 
 
 def test_shipped_model_knows_names_and_species(framework: str) -> None:
@@ -86,181 +51,178 @@ def test_regressor_answers_a_number(tmp_path: Path) -> None:
     """Without classes there are no probabilities."""
     X, y = load_diabetes(return_X_y=True)
     estimator = LinearRegression().fit(X, y)
-    answer = call(serve_estimator(tmp_path, estimator), post_case(make_row(X[0].tolist())))
+    answer = call(serve_estimator(tmp_path / "model.joblib", estimator), post_case(make_row(X[0].tolist())))
     assert answer.json == {"prediction": estimator.predict(X[:1])[0]}
-
-
-def test_answer_that_is_no_number_is_null(tmp_path: Path) -> None:
-    """What JSON cannot say becomes null, so that the answer stays JSON."""
-    assert call(serve_estimator(tmp_path, estimators.Undecided()), post_case({"x0": 1})).json == {"prediction": None}
-
-
-def test_large_numbers_do_not_crash_a_forest(tmp_path: Path) -> None:
-    """Trees compute in float32: what is larger is a bad cell."""
-    native = serve_estimator(tmp_path, RandomForestClassifier(n_estimators=2).fit(X, y))
-    assert call(native, post_case(make_row([3.4e38, -3.4e38, 1e-320, 0]))).status == 200
-    assert call(native, post_case(make_row([3.5e38, 0, 0, 0]))).json["detail"][0]["loc"] == ["body", "x0"]
-
-
-@pytest.mark.parametrize("columns", [[y, y], [y, y == 0]], ids=["alike", "unlike"])
-def test_several_outputs_are_refused(tmp_path: Path, columns: list[Any]) -> None:
-    """A classifier of several outputs is refused at the start."""
-    estimator = RandomForestClassifier(n_estimators=2).fit(X, np.column_stack(columns))
-    with pytest.raises(app.ModelError, match="holds a RandomForestClassifier of 2 outputs"):
-        serve_estimator(tmp_path, estimator)
-
-
-def test_classifier_without_probabilities_answers_a_class(tmp_path: Path) -> None:
-    """An estimator without predict_proba gives its class alone."""
-    answer = call(serve_estimator(tmp_path, LinearSVC().fit(X, y)), post_case(make_row(X[0].tolist())))
-    assert answer.json == {"prediction": 0}
 
 
 def test_named_pipeline_does_not_warn(tmp_path: Path) -> None:
     """An estimator fitted on named columns is asked without names, and says nothing of it: warnings are errors here."""
     frame = load_iris(as_frame=True).data.set_axis(list(ROW), axis="columns")
     estimator = make_pipeline(StandardScaler(), LogisticRegression()).fit(frame, y)
-    assert call(serve_estimator(tmp_path, estimator), post_case(ROW)).json["prediction"] == 0
-
-
-def test_untrusted_types_are_named(tmp_path: Path) -> None:
-    """A .skops file with types that skops does not trust is refused with the setting that would trust them."""
-    estimator = RandomForestClassifier(n_estimators=2).fit(X, y)
-    with pytest.raises(app.ModelError, match=r'set model.trusted_types = \["sklearn.tree._tree.Tree"\]'):
-        serve_estimator(tmp_path, estimator, ".skops")
-    trusted = serve_estimator(tmp_path, estimator, ".skops", trusted_types=["sklearn.tree._tree.Tree"])
-    assert call(trusted, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
-
-
-@pytest.mark.parametrize(
-    ("content", "suffix", "message"),
-    [
-        ({"weights": [1, 2]}, ".joblib", r"holds a dict, which has no predict\(\)"),
-        (StandardScaler(), ".pickle", r"holds a StandardScaler, which has no predict\(\)"),
-        (LogisticRegression(), ".joblib", "holds a LogisticRegression that is not fitted"),
-        (LogisticRegression, ".pickle", "holds the class LogisticRegression"),
-    ],
-    ids=["dict", "transformer", "unfitted", "class"],
-)
-def test_no_predictor_is_refused(tmp_path: Path, content: Any, suffix: str, message: str) -> None:
-    """What is loaded must be a fitted estimator that predicts."""
-    with pytest.raises(app.ModelError, match=message):
-        serve_estimator(tmp_path, content, suffix)
-
-
-@pytest.mark.parametrize("suffix", app.LOADERS)
-@pytest.mark.parametrize("data", [b"", b"nonsense", b"PK\3\4 cut"], ids=["empty", "text", "cut"])
-def test_damaged_artifact_is_refused(tmp_path: Path, suffix: str, data: bytes) -> None:
-    """Bytes that are not of the suffix's format are refused with its name."""
-    path = tmp_path / f"model{suffix}"
-    path.write_bytes(data)
-    kind = {".pkl": "pickle"}.get(suffix, suffix[1:])
-    with pytest.raises(app.ModelError, match=f"cannot be loaded as {kind}"):
-        app.create_app(make_settings(model={"path": str(path)}))
-
-
-def test_array_keeps_the_order_of_the_features() -> None:
-    """Columns follow the estimator's order, whatever the order of the keys."""
-    contract = app.make_service(make_settings()).contract
-    rows = contract.parse_payload([dict(reversed(ROW.items())), ROW])
-    assert contract.to_array(rows).tolist() == [list(ROW.values())] * 2
-
-
-FEATURES = {
-    "sepal_length": {"ge": 0, "le": 10},
-    "sepal_width": {"type": "int"},
-    "petal_length": {"type": "bool"},
-    "petal_width": {"missing": True},
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sepal_length": -1}, "greater than or equal to 0"),
-        ({"sepal_length": 11}, "less than or equal to 10"),
-        ({"sepal_width": 3.5}, "valid integer"),
-        ({"sepal_width": True}, "valid integer"),
-        ({"sepal_width": 2**53 + 1}, "less than or equal to 9007199254740992"),
-        ({"sepal_width": -(10**400)}, "greater than or equal to -9007199254740992"),
-        ({"petal_length": 1}, "valid boolean"),
-        ({"sepal_length": None}, "valid number"),
-    ],
-    ids=str,
-)
-def test_features_of_settings_are_held_to(framework: str, change: dict[str, Any], message: str) -> None:
-    """Types and bounds of [features] refuse what does not fit."""
-    settings = make_settings(framework=framework, features=FEATURES)
-    good = {"sepal_length": 5.1, "sepal_width": 3, "petal_length": True, "petal_width": None}
-    answer = call(app.create_app(settings), post_case(good | change))
-    assert answer.status == 422
-    assert message in answer.json["detail"][0]["msg"]
-
-
-def test_answer_to_many_bad_cells_is_bounded() -> None:
-    """At most 1000 bad cells are named, in little time, however many there are; what was sent is repeated once."""
-    contract = app.make_service(make_settings()).contract
-    started = time.process_time()
-    payloads = (
-        ([{}] * 10_000, 2 * 10**6),
-        ({f"a{number}": 1 for number in range(200_000)}, 2 * 10**6),
-        ([{"a": "x" * 10**6}], 2 * 10**6),
-        ([{f"a{number}": 1 for number in range(120)}] * 9_000, 2 * 10**6),
-        ([{"a" * 8_000_000: 1}], 9 * 10**6),
-    )
-    for payload, most_bytes in payloads:
-        with pytest.raises(app.Unprocessable) as caught:
-            contract.parse_payload(payload)
-        assert len(caught.value.detail) <= 1000
-        assert len(app.Response.of(caught.value.detail, 422).body) < most_bytes
-    assert time.process_time() - started < 5
-
-
-def test_missing_value_reaches_the_estimator_as_nan() -> None:
-    """A null is NaN in the array where the feature may be missing, and true is 1."""
-    contract = app.make_service(make_settings(features=FEATURES)).contract
-    rows = contract.parse_payload({"sepal_length": 5, "sepal_width": 3, "petal_length": True, "petal_width": None})
-    np.testing.assert_array_equal(contract.to_array(rows), [[5.0, 3.0, 1.0, np.nan]])
-
-
-def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:
-    """An estimator fitted on arrays takes the names of [features], in their order, if they are as many."""
-    joblib.dump(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.joblib")
-    model = {"path": str(tmp_path / "model.joblib")}
-    named = app.Settings(model=model, features={name: {} for name in ROW})
-    assert call(app.create_app(named), post_case(ROW)).json["prediction"] == 0
-    with pytest.raises(app.SettingsError, match="names 1 features; the model takes 4"):
-        app.create_app(app.Settings(model=model, features={"a": {}}))
+    assert call(serve_estimator(tmp_path / "model.joblib", estimator), post_case(ROW)).json["prediction"] == 0
 
 
 def test_crash_answers_500_without_internals(tmp_path: Path, framework: str) -> None:
     """What an estimator raises is nobody's business but the log's."""
-    joblib.dump(estimators.Failing(), tmp_path / "model.joblib")
-    settings = make_settings(framework=framework, model={"path": str(tmp_path / "model.joblib")}, features={})
-    answer = call(app.create_app(settings), post_case({"x0": 1.5}))
+    native = serve_estimator(tmp_path / "model.joblib", estimators.Failing(), framework=framework)
+    answer = call(native, post_case({"x0": 1.5}))
     assert answer.status == 500
     assert answer.json == {"detail": "internal error; the log has it under this X-Request-ID"}
 
 
-@pytest.mark.parametrize(
-    "header",
-    [{"Authorization": "Bearer two"}, {"Authorization": "bearer one"}, {"X_API_Key": "one"}, {"X_API_Key": "clé"}],
-)
-def test_valid_key_is_let_in(framework: str, header: dict[str, str]) -> None:
-    """Either header carries a key, and any key of the list counts."""
-    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two", "clé"]}))
-    assert call(native, post_case(ROW, **header)).status == 200
+def answer_of(estimator: Any, X: Any, **model: Any) -> dict[str, Any]:
+    """Give what the predictor says of the first row."""
+    return app.Predictor(estimator, **model).predict(X)[0]
+
+
+LABELS = np.array(["few", "many"])[(y > 0).astype(int)]
+INDICATOR = np.column_stack([y == 0, y > 0]).astype(int)
+SEVERAL = np.column_stack([load_iris().target_names[y], LABELS])
+
+
+@pytest.mark.parametrize("estimator", [LinearSVC(), RidgeClassifier()], ids=lambda estimator: type(estimator).__name__)
+def test_decision_stands_in_for_probabilities(estimator: Any) -> None:
+    """Where there are no probabilities the decision values are given: one for two classes, else one for each class."""
+    binary, several = estimator.fit(X, LABELS), clone(estimator).fit(X, y)
+    assert answer_of(binary, X) == {"prediction": "few", "decision": binary.decision_function(X)[0]}
+    decision = dict(zip("012", several.decision_function(X)[0], strict=True))
+    assert answer_of(several, X) == {"prediction": 0, "decision": decision}
+
+
+def test_decision_by_pairs_of_classes_is_a_list() -> None:
+    """One-vs-one decision values are of no class alone, though there be as many of them."""
+    estimator = SVC(decision_function_shape="ovo").fit(X, y)
+    assert answer_of(estimator, X)["decision"] == estimator.decision_function(X)[0].tolist()
 
 
 @pytest.mark.parametrize(
-    "header",
-    [{}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}, {"X_API_Key": "on"}, {"X_API_Key": "é"}],
+    "estimator",
+    [
+        RandomForestClassifier(n_estimators=3),
+        OneVsRestClassifier(LogisticRegression()),
+        KNeighborsClassifier(),
+        MultiOutputClassifier(LogisticRegression()),
+        ClassifierChain(LogisticRegression()),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
 )
-def test_invalid_key_is_refused(framework: str, header: dict[str, str]) -> None:
-    """Without a key of the list there are no predictions, but health answers."""
-    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two"]}))
-    answer = call(native, post_case(ROW, **header))
-    assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
-    assert "X-API-Key: KEY" in answer.json["detail"]
-    assert call(native, Case("get", "GET", "/health/ready")).status == 200
-    assert call(native, Case("get", "GET", "/openapi.json")).status == 401
+def test_multilabel_has_a_probability_for_each_label(estimator: Any) -> None:
+    """Every multilabel classifier answers alike: for each label whether it is there, and how likely."""
+    estimator.fit(X, INDICATOR)
+    score = estimator.predict_proba(X[:1])
+    likely = [label[0, 1] for label in score] if isinstance(score, list) else score[0].tolist()
+    answer = answer_of(estimator, X, outputs=["setosa", "other"])
+    assert answer["prediction"] == {"setosa": 1, "other": 0}
+    assert answer["probabilities"] == pytest.approx(dict(zip(["setosa", "other"], likely, strict=True)))
+
+
+def test_label_that_was_never_seen_is_impossible() -> None:
+    """A label that is 0 in all of the training data has the probability 0."""
+    estimator = RandomForestClassifier(n_estimators=2).fit(X, INDICATOR * [1, 0])
+    assert answer_of(estimator, X) == {"prediction": {"y0": 1, "y1": 0}, "probabilities": {"y0": 1.0, "y1": 0.0}}
+
+
+def test_several_classes_are_answered_by_output() -> None:
+    """A multi-output classifier gives each output's class and the probabilities of its classes."""
+    estimator = DecisionTreeClassifier().fit(X, SEVERAL)
+    certain = {"setosa": 1.0, "versicolor": 0.0, "virginica": 0.0}
+    answer = {"y0": certain, "y1": {"few": 1.0, "many": 0.0}}
+    assert answer_of(estimator, X) == {"prediction": {"y0": "setosa", "y1": "few"}, "probabilities": answer}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "columns", "expected"),
+    [
+        (LinearRegression(), 1, None),
+        (LinearRegression(), 2, {"y0", "y1"}),
+        (PLSRegression(), 1, None),
+        (DecisionTreeRegressor(), 3, {"y0", "y1", "y2"}),
+    ],
+)
+def test_regressor_answers_each_output(estimator: Any, columns: int, expected: set[str] | None) -> None:
+    """Several numbers are named; a single one, in a column of its own too, is plain."""
+    estimator.fit(X, X[:, :columns] * 2)
+    prediction = answer_of(estimator, X)["prediction"]
+    given = np.ravel(list(prediction.values()) if isinstance(prediction, dict) else prediction)
+    assert (set(prediction) if isinstance(prediction, dict) else None) == expected
+    assert given.tolist() == np.ravel(estimator.predict(X)[0]).tolist()
+
+
+@pytest.mark.parametrize(
+    "estimator", [IsolationForest(n_estimators=5), OneClassSVM(), LocalOutlierFactor(novelty=True)]
+)
+def test_outlier_detector_answers_label_and_score(estimator: Any) -> None:
+    """1 is an inlier, -1 an outlier, and the score is below 0 for outliers."""
+    estimator.fit(X)
+    far = np.full((1, 4), 99.0)
+    assert answer_of(estimator, far) == {"prediction": -1, "score": estimator.decision_function(far)[0]}
+    assert answer_of(estimator, far)["score"] < 0
+
+
+def test_clusters_are_answered_with_what_there_is() -> None:
+    """A clusterer gives the number of the cluster, a mixture the probability of each of its components too."""
+    clusters, mixture = KMeans(2, n_init=1).fit(X), GaussianMixture(2, random_state=0).fit(X)
+    assert answer_of(clusters, X) == {"prediction": clusters.predict(X)[0]}
+    probabilities = dict(zip("01", mixture.predict_proba(X)[0], strict=True))
+    assert answer_of(mixture, X) == {"prediction": mixture.predict(X)[0], "probabilities": probabilities}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (np.array([np.nan]), None),
+        (np.array([np.inf]), None),
+        (np.array([1], dtype=np.int8), 1),
+        (np.array([True]), True),
+        (np.array([0.5], dtype=np.float32), 0.5),
+        (np.array([np.float64(0.5)], dtype=object), 0.5),
+        (np.array([np.str_("a")], dtype=object), "a"),
+        (np.array([b"a"]), "a"),
+        (np.array(["2026-11-24"], dtype="datetime64[ns]"), "2026-11-24T00:00:00"),
+        (pd.Series([1], dtype="Int64"), 1),
+        (pd.Series([pd.NA], dtype="Int64"), None),
+        (pd.Series(["a"], dtype="category"), "a"),
+        (pd.Series([pd.Timestamp("2026-11-24")]), "2026-11-24T00:00:00"),
+        (pd.Series([pd.NaT]), None),
+        (pd.Series([pd.Period("2026-11")]), "2026-11"),
+        (pd.DataFrame({"a": [1.5], "b": [np.nan]}), {"y0": 1.5, "y1": None}),
+        (csr_array([[0, 1]]), {"y0": 0, "y1": 1}),
+        ([1], 1),
+    ],
+)
+def test_answer_is_plain_json(tmp_path: Path, given: Any, expected: Any) -> None:
+    """Whatever type an estimator answers with, numpy's or pandas', it is plain JSON, and null where it is no number."""
+    native = serve_estimator(tmp_path / "model.joblib", estimators.Fixed(given))
+    assert call(native, post_case({"x0": 1})).json == {"prediction": expected}
+    schema = call(native, Case("get", "GET", "/openapi.json")).json["components"]["schemas"]["Prediction"]
+    Draft202012Validator(schema).validate({"prediction": expected})
+
+
+def test_outputs_of_settings_must_be_as_many(tmp_path: Path) -> None:
+    """Names for more or fewer outputs than there are end the start."""
+    for outputs in (["a"], ["a", "b", "c"]):
+        with pytest.raises(app.ModelError, match=f"has 2 outputs, but model.outputs names {len(outputs)}"):
+            serve_estimator(tmp_path / "model.joblib", LinearRegression().fit(X, X[:, :2]), model={"outputs": outputs})
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        RandomForestClassifier(n_estimators=2).fit(X, SEVERAL),
+        RandomForestClassifier(n_estimators=2).fit(X, INDICATOR),
+        LinearSVC().fit(X, y),
+        LinearRegression().fit(X, X[:, :2]),
+        IsolationForest(n_estimators=2).fit(X),
+        GaussianMixture(2).fit(X),
+    ],
+    ids=["several", "multilabel", "decision", "numbers", "outlier", "mixture"],
+)
+def test_document_describes_the_answer(tmp_path: Path, framework: str, estimator: Any) -> None:
+    """The schema of the answer has every name in it, and the answers of every row fit it."""
+    native = serve_estimator(tmp_path / "model.joblib", estimator, framework=framework)
+    schema = call(native, Case("get", "GET", "/openapi.json")).json["components"]["schemas"]["Prediction"]
+    for answer in call(native, post_case([make_row(row) for row in X.tolist()])).json:
+        Draft202012Validator(schema).validate(answer)
+        assert list(schema["properties"]) == list(answer)
+        for name, value in answer.items():
+            assert not isinstance(value, dict) or list(schema["properties"][name]["properties"]) == list(value)

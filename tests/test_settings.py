@@ -28,7 +28,10 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("server", "max_requests_jitter"): ("16", 16),
     ("model", "path"): ("other.joblib", "other.joblib"),
     ("model", "name"): ("123", "123"),
+    ("model", "sha256"): ("0" * 64, "0" * 64),
     ("model", "trusted_types"): ('["a.B"]', ["a.B"]),
+    ("model", "outputs"): ('["a", "b"]', ["a", "b"]),
+    ("model", "strict_versions"): ("true", True),
     ("features",): ('{"Of Two Words": {"unit": "m"}}', {"Of Two Words": {"unit": "m"}}),
     ("limits", "max_body_bytes"): ("17", 17),
     ("limits", "max_rows"): ("18", 18),
@@ -352,7 +355,7 @@ def test_printed_settings_are_toml_with_sources() -> None:
     assert printed["auth"]["api_keys"] == ["**********"]
     assert "workers = 3  # environment: SERVING_SERVER__WORKERS" in done.stdout
     assert 'framework = "fastapi"  # settings.toml' in done.stdout
-    assert "missing = false  # default" in done.stdout
+    assert "# missing is not set" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
 
 

@@ -1,0 +1,229 @@
+"""Which artifacts are loaded, and why others are not."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import skops.io
+from conftest import PROJECT, call, make_settings, post_case, save, serve_estimator
+from sklearn.datasets import load_iris
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+import app
+
+X, y = load_iris(return_X_y=True)
+
+
+def make_row(values: Any) -> dict[str, float]:
+    return {f"x{column}": value for column, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("suffix", app.FORMATS)
+def test_every_format_is_served(tmp_path: Path, suffix: str) -> None:
+    """An artifact of each suffix gives the estimator's own answers."""
+    estimator = LogisticRegression(max_iter=1000).fit(X, y)
+    answer = call(
+        serve_estimator(tmp_path / f"model{suffix}", estimator),
+        post_case([make_row(row) for row in X[:60].tolist()]),
+    )
+    assert [prediction["prediction"] for prediction in answer.json] == estimator.predict(X[:60]).tolist()
+    probabilities = [list(prediction["probabilities"].values()) for prediction in answer.json]
+    assert probabilities == estimator.predict_proba(X[:60]).tolist()
+
+
+def train_again(hash_seed: str) -> bytes:
+    code = "import sys; from model.train import dump, train; sys.stdout.buffer.write(b'bytes:' + dump(train()))"
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, check=True)
+    return done.stdout.partition(b"bytes:")[2]
+
+
+def test_shipped_artifact_comes_from_its_script() -> None:
+    """Training gives the same bytes every time, and the committed file's model up to a processor's rounding."""
+    data = train_again("1")
+    assert data == train_again("2")
+    again, shipped = skops.io.loads(data), skops.io.load(PROJECT / "model/iris.skops")
+    np.testing.assert_allclose(again.coef_, shipped.coef_, rtol=1e-9)
+    assert again.get_params() == shipped.get_params()
+
+
+def test_untrusted_types_are_named(tmp_path: Path) -> None:
+    """A .skops file with types that skops does not trust is refused with the setting that would trust them."""
+    estimator = RandomForestClassifier(n_estimators=2).fit(X, y)
+    path = tmp_path / "model.skops"
+    with pytest.raises(app.ModelError, match=r'set model.trusted_types = \["sklearn.tree._tree.Tree"\]'):
+        serve_estimator(path, estimator)
+    trusted = serve_estimator(path, estimator, model={"trusted_types": ["sklearn.tree._tree.Tree"]})
+    assert call(trusted, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        ({"weights": [1, 2]}, ".joblib", r"holds a dict, which has no predict\(\)"),
+        (StandardScaler(), ".pickle", r"holds a StandardScaler, which has no predict\(\)"),
+        (LogisticRegression(), ".joblib", "holds a LogisticRegression that is not fitted"),
+        (LogisticRegression, ".pickle", "holds the class LogisticRegression"),
+    ],
+    ids=["dict", "transformer", "unfitted", "class"],
+)
+def test_no_predictor_is_refused(tmp_path: Path, content: Any, suffix: str, message: str) -> None:
+    """What is loaded must be a fitted estimator that predicts."""
+    with pytest.raises(app.ModelError, match=message):
+        serve_estimator(tmp_path / f"model{suffix}", content)
+
+
+def refusal_of(path: Path, sha256: str | None = None) -> str:
+    """Give the message with which a file is refused, though its hash is trusted."""
+    trusted = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 is None else sha256
+    with pytest.raises(app.ModelError) as caught:
+        app.create_app(make_settings(model={"path": str(path), "sha256": trusted}, features={}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", app.FORMATS)
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99], ids=str)
+def test_truncated_artifact_is_refused(tmp_path: Path, suffix: str, kept: float) -> None:
+    """Of a file that is cut short, or empty, the message says that it may be."""
+    path = tmp_path / f"model{suffix}"
+    save(LogisticRegression(max_iter=1000).fit(X, y), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data)) if kept < 1 else int(kept)])
+    kind = {".pkl": "pickle"}.get(suffix, suffix[1:])
+    message = refusal_of(path)
+    assert str(path) in message
+    assert re.search(f"cannot be loaded as {kind}, and may be cut short or damaged|is no {kind} file", message)
+
+
+COMPRESSED = {"zlib": 3, "gzip": ("gzip", 3), "bz2": ("bz2", 3), "lzma": ("lzma", 3), "xz": ("xz", 3)}
+
+
+@pytest.mark.parametrize(
+    ("written", "suffix", "message"),
+    [
+        (".skops", ".joblib", "is no joblib file but skops; name it .skops"),
+        (".skops", ".pkl", "is no pickle file but skops; name it .skops"),
+        (".joblib", ".skops", "is no skops file but joblib; name it .joblib"),
+        (".joblib", ".pkl", "is no pickle file but joblib; name it .joblib"),
+        (".pickle", ".skops", "is no skops file but pickle; name it .pickle"),
+    ],
+)
+def test_other_format_is_named(tmp_path: Path, written: str, suffix: str, message: str) -> None:
+    """A file of another format than its suffix says is refused with both names, before anything in it runs."""
+    save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / f"model{written}")
+    path = (tmp_path / f"model{written}").rename(tmp_path / f"other{suffix}")
+    assert message in refusal_of(path)
+    assert message in refusal_of(path, sha256="")
+
+
+@pytest.mark.parametrize("suffix", app.FORMATS)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\3\4 of something else", "but a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "but a Git LFS pointer, whose file was not fetched"),
+        (b"\x89HDF\r\n", "but HDF5"),
+        (b"nonsense", "cannot be loaded as"),
+    ],
+    ids=["zip", "lfs", "hdf5", "text"],
+)
+def test_foreign_file_is_refused(tmp_path: Path, suffix: str, data: bytes, message: str) -> None:
+    """A file that is none of the formats is refused, and named where it is well known."""
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(data)
+    assert message in refusal_of(path)
+
+
+@pytest.mark.parametrize("compress", COMPRESSED.values(), ids=COMPRESSED)
+def test_compressed_joblib_is_served(tmp_path: Path, compress: Any) -> None:
+    """What joblib compressed is a joblib file, and not one of another kind."""
+    path = tmp_path / "model.joblib"
+    joblib.dump(LogisticRegression(max_iter=1000).fit(X, y), path, compress=compress)
+    trust = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest().upper()}
+    native = app.create_app(make_settings(model=trust, features={}))
+    assert call(native, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
+    path.rename(tmp_path / "model.pkl")
+    assert "is no pickle file but joblib; name it .joblib" in refusal_of(tmp_path / "model.pkl")
+
+
+class Trap:
+    """What a pickle can do to the one who loads it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("suffix", [".joblib", ".pickle", ".pkl"])
+def test_code_runs_only_from_trusted_bytes(tmp_path: Path, suffix: str) -> None:
+    """Without the hash of these very bytes in the settings, nothing of a pickle is loaded."""
+    path, mark = tmp_path / f"model{suffix}", tmp_path / "mark"
+    path.write_bytes(pickle.dumps(Trap(os.mkdir, str(mark))))
+    assert "runs code when it is loaded; set model.sha256 to the hash of a file that you trust" in refusal_of(path, "")
+    message = refusal_of(path, "0" * 64)
+    assert f"has the sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, but" in message
+    assert f"model.sha256 is {'0' * 64}: it is not the file that you trusted" in message
+    assert not mark.exists()
+    assert "holds a NoneType, which has no predict()" in refusal_of(path)
+    assert mark.exists()
+
+
+def test_hash_is_held_to_for_skops_too(tmp_path: Path) -> None:
+    """A .skops file goes without a hash, but where there is one it must match."""
+    path = tmp_path / "model.skops"
+    save(LogisticRegression(max_iter=1000).fit(X, y), path)
+    assert "it is not the file that you trusted" in refusal_of(path, "0" * 64)
+
+
+def test_artifact_is_read_once(tmp_path: Path) -> None:
+    """The bytes that are hashed are the bytes that are loaded: a pipe, which gives its bytes once, is enough."""
+    trust = save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.pkl")
+    data = (tmp_path / "model.pkl").read_bytes()
+    (tmp_path / "model.pkl").unlink()
+    os.mkfifo(tmp_path / "model.pkl")
+    writer = threading.Thread(target=(tmp_path / "model.pkl").write_bytes, args=(data,), daemon=True)
+    writer.start()
+    native = app.create_app(make_settings(model=trust, features={}))
+    writer.join()
+    assert call(native, post_case(make_row(X[0].tolist()))).status == 200
+
+
+def test_trust_never_comes_from_beside_the_artifact(tmp_path: Path) -> None:
+    """A golden file that brings types to trust is refused, like any other key that it should not have."""
+    save(RandomForestClassifier(n_estimators=2).fit(X, y), tmp_path / "model.skops")
+    golden = {"versions": {}, "rows": [{}], "predictions": [{}], "trusted_types": ["sklearn.tree._tree.Tree"]}
+    (tmp_path / "model.golden.json").write_text(json.dumps(golden))
+    assert "holds types that are not trusted" in refusal_of(tmp_path / "model.skops")
+    message = refusal_of(shutil.copy(PROJECT / "model/iris.skops", tmp_path / "model.skops"))
+    assert "has model.golden.json beside it, where trusted_types should not be there" in message
+
+
+@pytest.mark.parametrize(
+    ("trap", "message"),
+    [
+        (Trap(sys.exit, 0), "cannot be loaded as pickle, and may be cut short or damaged: SystemExit: 0"),
+        (Trap(int, "x"), "ValueError: invalid literal for int"),
+        (b"\x80\x04cno_such_module\nThing\n.", "needs the module 'no_such_module', which is not installed"),
+    ],
+    ids=["exit", "error", "module"],
+)
+def test_failure_while_loading_is_told(tmp_path: Path, trap: Any, message: str) -> None:
+    """Whatever loading raises, an exit too, ends in one message."""
+    path = tmp_path / "model.pkl"
+    path.write_bytes(trap if isinstance(trap, bytes) else pickle.dumps(trap))
+    assert message in refusal_of(path)

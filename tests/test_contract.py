@@ -1,0 +1,127 @@
+"""Which rows the contract takes, and who may send them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import Case
+from conftest import ROW, call, make_settings, post_case, save, serve_estimator
+from sklearn.datasets import load_iris
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+
+import app
+
+X, y = load_iris(return_X_y=True)
+
+
+def make_row(values: Any) -> dict[str, float]:
+    return {f"x{column}": value for column, value in enumerate(values)}
+
+
+def test_large_numbers_do_not_crash_a_forest(tmp_path: Path) -> None:
+    """Trees compute in float32: what is larger is a bad cell."""
+    native = serve_estimator(tmp_path / "model.joblib", RandomForestClassifier(n_estimators=2).fit(X, y))
+    assert call(native, post_case(make_row([3.4e38, -3.4e38, 1e-320, 0]))).status == 200
+    assert call(native, post_case(make_row([3.5e38, 0, 0, 0]))).json["detail"][0]["loc"] == ["body", "x0"]
+
+
+def test_array_keeps_the_order_of_the_features() -> None:
+    """Columns follow the estimator's order, whatever the order of the keys."""
+    contract = app.make_service(make_settings()).contract
+    rows = contract.parse_payload([dict(reversed(ROW.items())), ROW])
+    assert contract.to_input(rows).tolist() == [list(ROW.values())] * 2
+
+
+FEATURES = {
+    "sepal_length": {"ge": 0, "le": 10},
+    "sepal_width": {"type": "int"},
+    "petal_length": {"type": "bool"},
+    "petal_width": {"missing": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sepal_length": -1}, "greater than or equal to 0"),
+        ({"sepal_length": 11}, "less than or equal to 10"),
+        ({"sepal_width": 3.5}, "valid integer"),
+        ({"sepal_width": True}, "valid integer"),
+        ({"sepal_width": 2**53 + 1}, "less than or equal to 9007199254740992"),
+        ({"sepal_width": -(10**400)}, "greater than or equal to -9007199254740992"),
+        ({"petal_length": 1}, "valid boolean"),
+        ({"sepal_length": None}, "valid number"),
+    ],
+    ids=str,
+)
+def test_features_of_settings_are_held_to(
+    forest: dict[str, str], framework: str, change: dict[str, Any], message: str
+) -> None:
+    """Types and bounds of [features] refuse what does not fit."""
+    settings = make_settings(framework=framework, model=forest, features=FEATURES)
+    good = {"sepal_length": 5.1, "sepal_width": 3, "petal_length": True, "petal_width": None}
+    answer = call(app.create_app(settings), post_case(good | change))
+    assert answer.status == 422
+    assert message in answer.json["detail"][0]["msg"]
+
+
+def test_answer_to_many_bad_cells_is_bounded() -> None:
+    """At most 1000 bad cells are named, in little time, however many there are; what was sent is repeated once."""
+    contract = app.make_service(make_settings()).contract
+    started = time.process_time()
+    payloads = (
+        ([{}] * 10_000, 2 * 10**6),
+        ({f"a{number}": 1 for number in range(200_000)}, 2 * 10**6),
+        ([{"a": "x" * 10**6}], 2 * 10**6),
+        ([{f"a{number}": 1 for number in range(120)}] * 9_000, 2 * 10**6),
+        ([{"a" * 8_000_000: 1}], 9 * 10**6),
+    )
+    for payload, most_bytes in payloads:
+        with pytest.raises(app.Unprocessable) as caught:
+            contract.parse_payload(payload)
+        assert len(caught.value.detail) <= 1000
+        assert len(app.Response.of(caught.value.detail, 422).body) < most_bytes
+    assert time.process_time() - started < 5
+
+
+def test_missing_value_reaches_the_estimator_as_nan(forest: dict[str, str]) -> None:
+    """A null is NaN in the array where the feature may be missing, and true is 1."""
+    contract = app.make_service(make_settings(model=forest, features=FEATURES)).contract
+    rows = contract.parse_payload({"sepal_length": 5, "sepal_width": 3, "petal_length": True, "petal_width": None})
+    np.testing.assert_array_equal(contract.to_input(rows), [[5.0, 3.0, 1.0, np.nan]])
+
+
+def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:
+    """An estimator fitted on arrays takes the names of [features], in their order, if they are as many."""
+    model = save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.joblib")
+    named = app.Settings(model=model, features={name: {} for name in ROW})
+    assert call(app.create_app(named), post_case(ROW)).json["prediction"] == 0
+    with pytest.raises(app.SettingsError, match="names 1 features; the model takes 4"):
+        app.create_app(app.Settings(model=model, features={"a": {}}))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"Authorization": "Bearer two"}, {"Authorization": "bearer one"}, {"X_API_Key": "one"}, {"X_API_Key": "clé"}],
+)
+def test_valid_key_is_let_in(framework: str, header: dict[str, str]) -> None:
+    """Either header carries a key, and any key of the list counts."""
+    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two", "clé"]}))
+    assert call(native, post_case(ROW, **header)).status == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}, {"X_API_Key": "on"}, {"X_API_Key": "é"}],
+)
+def test_invalid_key_is_refused(framework: str, header: dict[str, str]) -> None:
+    """Without a key of the list there are no predictions, but health answers."""
+    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two"]}))
+    answer = call(native, post_case(ROW, **header))
+    assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert "X-API-Key: KEY" in answer.json["detail"]
+    assert call(native, Case("get", "GET", "/health/ready")).status == 200
+    assert call(native, Case("get", "GET", "/openapi.json")).status == 401

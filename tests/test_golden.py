@@ -1,0 +1,281 @@
+"""The golden rows beside an artifact: reproduced at the start, or refused; and `model.describe`, which writes them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import (
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    Server,
+    call,
+    gunicorn_environment,
+    make_settings,
+    post_case,
+    save,
+    serve_estimator,
+)
+from sklearn.datasets import load_iris
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from test_artifact import Trap
+from test_inputs import PENGUINS, fitted, rows_of
+
+import app
+
+GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())
+
+
+@pytest.fixture
+def iris(tmp_path: Path) -> Path:
+    """A copy of the shipped artifact and its golden rows."""
+    shutil.copy(PROJECT / "model/iris.skops", tmp_path)
+    shutil.copy(PROJECT / "model/iris.golden.json", tmp_path)
+    return tmp_path / "iris.skops"
+
+
+def start(artifact: Path, changes: dict[str, Any], **model: Any) -> Any:
+    """Start the app with some parts of the golden file changed."""
+    (artifact.parent / "iris.golden.json").write_text(json.dumps(GOLDEN | changes))
+    return app.create_app(make_settings(model={"path": str(artifact)} | model))
+
+
+def test_shipped_golden_rows_are_the_models_own() -> None:
+    """The shipped file has rows of each species, what the model says of them, and the pinned versions."""
+    service = app.make_service(make_settings())
+    answers = app.parse_json(app.Response.of(service.answer(GOLDEN["rows"], "golden rows")).body)
+    assert len(GOLDEN["rows"]) == 15
+    assert {prediction["prediction"] for prediction in GOLDEN["predictions"]} == {"setosa", "versicolor", "virginica"}
+    assert all(map(app.agrees, answers, GOLDEN["predictions"]))
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (PROJECT / "requirements.txt").read_text(), re.MULTILINE))
+    assert {name: GOLDEN["versions"][name] for name in ("numpy", "scikit-learn")}.items() <= pinned.items()
+
+
+def test_golden_rows_are_reproduced_up_to_rounding(iris: Path) -> None:
+    """The last digits of a float are the processor's, so they may differ."""
+    rounded = json.loads(json.dumps(GOLDEN["predictions"]), parse_float=lambda text: float(f"{float(text):.8g}"))
+    assert call(start(iris, {"predictions": rounded}), post_case(ROW)).status == 200
+
+
+def changed(index: int, **change: Any) -> list[Any]:
+    """Give the golden predictions with one changed, and a later one too."""
+    return [
+        prediction | change if row in (index, 13) else prediction
+        for row, prediction in enumerate(GOLDEN["predictions"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"predictions": changed(3, prediction="virginica")}, r'answers row 3 with {"prediction": "setosa", .*}, not'),
+        ({"predictions": changed(7, probabilities={"setosa": 1.0})}, "answers row 7 with"),
+        ({"predictions": changed(0, probabilities={"setosa": 0.97, "versicolor": 0.03, "virginica": 0})}, "row 0 with"),
+        ({"predictions": GOLDEN["predictions"][1:]}, "where all should have predictions as many as rows"),
+        ({"rows": [{"sepal_length": 1}] * 15}, r"where \['body', 0, 'sepal_width'\] does not fit: Field required"),
+        ({"rows": []}, "where rows should have at least 1 item"),
+        ({"versions": 3}, "where versions should be a table of keys"),
+        ({"more": 3}, "where more should not be there"),
+    ],
+    ids=["class", "keys", "number", "fewer", "row", "empty", "versions", "unknown"],
+)
+def test_other_answer_is_refused(iris: Path, changes: dict[str, Any], message: str) -> None:
+    """The first row that differs is named; a file that is not what it should be is refused with the place."""
+    with pytest.raises(app.ModelError, match=message) as caught:
+        start(iris, changes)
+    assert f"model.path is '{iris}', which" in str(caught.value)
+    assert "iris.golden.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{nonsense", '{"rows": NaN}'])
+def test_unreadable_golden_rows_are_refused(iris: Path, text: str) -> None:
+    """Golden rows that are no JSON object end the start."""
+    (iris.parent / "iris.golden.json").write_text(text)
+    with pytest.raises(app.ModelError, match=r"has iris.golden.json beside it, where"):
+        app.create_app(make_settings(model={"path": str(iris)}))
+
+
+def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Golden rows made with other versions are told in the log, and refused with `model.strict_versions`."""
+    versions = GOLDEN["versions"] | {"numpy": "1.0.0"}
+    assert call(start(iris, {"versions": versions}), post_case(ROW)).status == 200
+    warning, *_ = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (warning["event"], warning["level"]) == ("versions_differ", "warning")
+    assert (warning["golden"]["numpy"], warning["running"]["numpy"]) == ("1.0.0", np.__version__)
+    with pytest.raises(
+        app.ModelError, match=r"was made with .*'1.0.0'.*, but .* run here, and .*strict_versions is true"
+    ):
+        start(iris, {"versions": versions}, strict_versions=True)
+
+
+def test_same_versions_are_no_news(iris: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the versions of the golden rows `model.strict_versions` lets the service start, and nothing is logged."""
+    start(iris, {"versions": app.running_versions()}, strict_versions=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_example_is_tried_where_there_are_no_golden_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that fails on the operator's own example is not served; on a made-up one it is, with a warning."""
+    estimator = RandomForestClassifier(n_estimators=2).fit(*load_iris(return_X_y=True))
+    del estimator.estimators_[0].tree_
+    features = {name: {"example": 1.5} for name in ROW}
+    with pytest.raises(app.ModelError, match="fails on its example row: AttributeError"):
+        serve_estimator(tmp_path / "model.joblib", estimator, features=features)
+    serve_estimator(tmp_path / "model.joblib", estimator)
+    assert json.loads(capsys.readouterr().err)["event"] == "no_example"
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, str]) -> None:
+    """Golden rows that are not reproduced end gunicorn with one line and status 4, and it never listens."""
+    golden = GOLDEN | {"predictions": changed(3, prediction="virginica")}
+    (iris.parent / "iris.golden.json").write_text(json.dumps(golden))
+    environment = os.environ | gunicorn_environment(*combination, SERVING_MODEL__PATH=str(iris))
+    done = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py"],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 4
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("ModelError: environment: SERVING_MODEL__PATH is ")
+    assert "answers row 3 with" in done.stderr
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_proving_leaves_no_threads_to_the_workers(
+    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
+) -> None:
+    """An estimator that computes in parallel is tried in a child of its own, so that forked workers can use it too."""
+    X, y = load_iris(return_X_y=True)
+    estimator = HistGradientBoostingClassifier(max_iter=20).fit(X, y)
+    model = save(estimator, tmp_path / "model.joblib")
+    rows = [{f"x{column}": value for column, value in enumerate(row)} for row in X.tolist()]
+    describe(tmp_path / "model.joblib", "--trust", "--golden", write(tmp_path / "rows.json", rows[:20]))
+    file = write(tmp_path / "settings.toml", f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"')
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file))
+    answers = server.post(rows * 10).json
+    assert [answer["prediction"] for answer in answers[:150]] == estimator.predict(X).tolist()
+
+
+def write(path: Path, content: Any) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def describe(*arguments: Any, status: int = 0, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+    """Run `python -m model.describe` as an operator does."""
+    command = [sys.executable, "-m", "model.describe", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("boosting", ".skops"), ("native-categories", ".joblib"), ("several-outputs", ".pickle"), ("numbers", ".pkl")],
+)
+def test_description_is_ready_to_paste(tmp_path: Path, name: str, suffix: str) -> None:
+    """What is printed with `--trust` is the whole of a settings file that serves the artifact."""
+    path = tmp_path / f"model{suffix}"
+    estimator, table = fitted(name)
+    save(estimator, path)
+    printed = describe(path, "--trust").stdout
+    file = write(tmp_path / "settings.toml", printed.replace(os.path.relpath(path, PROJECT), path.name))
+    settings = app.load_settings(file)
+    assert tomllib.loads(printed)["features"].keys() == set(table)
+    assert call(app.create_app(settings), post_case(rows_of(table))).status == 200
+
+
+def test_description_shows_what_the_estimator_says(tmp_path: Path) -> None:
+    """Types, choices, null and examples are printed; those of golden rows before the estimator's own."""
+    path = tmp_path / "penguins.joblib"
+    save(fitted("boosting")[0], path)
+    features = tomllib.loads(describe(path, "--trust").stdout)["features"]
+    island = {"type": "str", "choices": ["Biscoe", "Dream", "Torgersen"], "missing": True, "example": "Biscoe"}
+    assert features["island"] == island
+    assert features["bill_length_mm"] == {"type": "float", "missing": True, "example": 43.92}
+    rows = write(tmp_path / "rows.json", rows_of(PENGUINS)[:4])
+    features = tomllib.loads(describe(path, "--trust", "--golden", rows).stdout)["features"]
+    assert (features["island"]["example"], features["bill_length_mm"]["example"]) == ("Torgersen", 39.1)
+    golden = json.loads((tmp_path / "penguins.golden.json").read_text())
+    assert golden["rows"] == rows_of(PENGUINS)[:4]
+    assert [prediction["prediction"] for prediction in golden["predictions"]] == ["Adelie"] * 4
+
+
+@pytest.mark.parametrize("suffix", [".joblib", ".pickle", ".pkl"])
+def test_description_runs_nothing_without_trust(tmp_path: Path, suffix: str) -> None:
+    """Without `--trust` no code of a pickle runs: its hash is printed, and why its features are not."""
+    path, mark = tmp_path / f"model{suffix}", tmp_path / "mark"
+    save(Trap(os.mkdir, str(mark)), path)
+    printed = describe(path).stdout
+    assert not mark.exists()
+    assert tomllib.loads(printed)["model"]["sha256"] == app.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "# If you trust it, add --trust." in printed
+    assert "holds a NoneType" in describe(path, "--trust", status=4).stderr
+
+
+def test_description_names_types_without_loading(tmp_path: Path) -> None:
+    """The types to trust in a .skops file are printed without loading it; one that needs none is read at once."""
+    path = tmp_path / "model.skops"
+    save(RandomForestClassifier(n_estimators=2).fit(*load_iris(return_X_y=True)), path)
+    printed = describe(path).stdout
+    assert tomllib.loads(printed)["model"]["trusted_types"] == ["sklearn.tree._tree.Tree"]
+    assert "add --trust" in printed
+    assert set(tomllib.loads(describe("model/iris.skops").stdout)["features"]) == set(ROW)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model/iris.skop"], "'model/iris.skop' has the suffix '.skop'; use one of '.skops', '.joblib'"),
+        (["model/iriss.skops"], "'model/iriss.skops' does not exist; did you mean 'iris.skops'?"),
+        (["model/iris.skops", "--golden", "no.json"], "golden rows of no.json, which cannot be read: No such file"),
+        (["model/iris.skops", "--golden", "README.md"], "golden rows of README.md: the body is not JSON"),
+        (["model/iris.skops", "--golden", "model/iris.golden.json"], "which should be a JSON array of objects"),
+    ],
+    ids=["suffix", "missing", "no-rows", "no-json", "no-array"],
+)
+def test_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    """A wrong path or wrong rows end in one line that says what is wrong."""
+    stderr = describe(*arguments, status=4).stderr
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """Golden rows are held to the contract, and nothing is written."""
+    path = tmp_path / "model.joblib"
+    save(LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True)), path)
+    rows = write(tmp_path / "rows.json", [{"x0": 1, "x1": 1, "x2": 1, "x3": 1}, {"x0": 1}])
+    assert (
+        "does not take golden row [1, 'x1']: Field required"
+        in describe(path, "--trust", "--golden", rows, status=4).stderr
+    )
+    assert not (tmp_path / "model.golden.json").exists()
+
+
+def test_description_keeps_the_features_of_the_settings_in_force(tmp_path: Path) -> None:
+    """For the artifact that the settings are about, the names, bounds and units given there are printed too."""
+    trust = save(LinearRegression().fit(np.eye(2), [1, 2]), tmp_path / "model.joblib")
+    features = "[features]\nwidth = { unit = 'cm', ge = 0 }\nheight = {}"
+    write(tmp_path / "settings.toml", f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n{features}')
+    environment = os.environ | {"SERVING_SETTINGS": str(tmp_path / "settings.toml")}
+    command = [sys.executable, "-m", "model.describe", str(tmp_path / "model.joblib"), "--trust"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+    printed = tomllib.loads(done.stdout)
+    assert printed["model"]["path"] == "model.joblib"
+    assert printed["features"] == {"width": {"type": "float", "ge": 0.0, "unit": "cm"}, "height": {"type": "float"}}

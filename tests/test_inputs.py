@@ -1,0 +1,463 @@
+"""What the contract takes from a fitted estimator, and that real tables are served right by it."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from cases import Case
+from conftest import PROJECT, call, make_settings, post_case, save, serve_estimator
+from palmerpenguins import load_penguins
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import TransformedTargetRegressor, make_column_transformer
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+    StackingClassifier,
+    VotingClassifier,
+)
+from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
+from sklearn.impute import KNNImputer, SimpleImputer
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.multioutput import MultiOutputClassifier
+from sklearn.naive_bayes import CategoricalNB
+from sklearn.pipeline import make_pipeline, make_union
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    OrdinalEncoder,
+    PolynomialFeatures,
+    StandardScaler,
+    TargetEncoder,
+)
+
+import app
+
+PENGUINS = load_penguins()  # of Palmer Station: strings, numbers, missing values
+SPECIES = PENGUINS.pop("species")
+TEXTS = ["island", "sex"]
+NUMBERS = [name for name in PENGUINS if name not in TEXTS]
+CATEGORIES = PENGUINS.astype(dict.fromkeys(TEXTS, "category"))
+WEIGHED = PENGUINS[PENGUINS["body_mass_g"].notna()].drop(columns="body_mass_g")
+MASS = PENGUINS["body_mass_g"].dropna()
+FILMS = ["a good film", "a bad film", "good, good", "bad and dull"]
+ISLANDS = ["Biscoe", "Dream", "Torgersen"]
+
+
+def preprocessing() -> Any:
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
+    return make_column_transformer((texts, TEXTS), (make_pipeline(SimpleImputer(), StandardScaler()), NUMBERS))
+
+
+def forest() -> Any:
+    return make_pipeline(preprocessing(), RandomForestClassifier(n_estimators=5, random_state=0))
+
+
+def weigh() -> Any:
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
+    numbers = [name for name in NUMBERS if name != "body_mass_g"]
+    return make_pipeline(make_column_transformer((texts, TEXTS), (KNNImputer(), numbers)), Ridge())
+
+
+ESTIMATORS: dict[str, Callable[[], tuple[Any, Any]]] = {  # fitted, with the table that it was fitted on
+    "boosting": lambda: fit(make_pipeline(preprocessing(), GradientBoostingClassifier(n_estimators=5))),
+    "native-categories": lambda: fit(HistGradientBoostingClassifier(max_iter=5), CATEGORIES),
+    "grid-search": lambda: fit(
+        GridSearchCV(make_pipeline(preprocessing(), LogisticRegression()), {"logisticregression__C": [1, 10]}, cv=2)
+    ),
+    "calibrated": lambda: fit(CalibratedClassifierCV(forest(), cv=2)),
+    "stacking": lambda: fit(StackingClassifier([("a", forest()), ("b", forest())], cv=2)),
+    "voting": lambda: fit(VotingClassifier([("a", forest()), ("b", forest())], voting="soft")),
+    "several-outputs": lambda: fit(MultiOutputClassifier(forest()), y=np.column_stack([SPECIES, SPECIES.str[0]])),
+    "log-target": lambda: fit(TransformedTargetRegressor(weigh(), func=np.log, inverse_func=np.exp), WEIGHED, MASS),
+    "passthrough": lambda: fit(
+        make_pipeline(
+            make_column_transformer((OrdinalEncoder(), ["island"]), remainder="passthrough"),
+            HistGradientBoostingClassifier(max_iter=5),
+        ),
+        PENGUINS.drop(columns="sex"),
+    ),
+    "function": lambda: fit(
+        make_pipeline(FunctionTransformer(add_ratio), SimpleImputer(), LinearRegression()), WEIGHED[NUMBERS[:3]], MASS
+    ),
+    "dataframe-output": lambda: fit(
+        make_pipeline(SimpleImputer(), StandardScaler(), LinearRegression()).set_output(transform="pandas"),
+        WEIGHED[NUMBERS[:3]],
+        MASS,
+    ),
+    "numbers": lambda: fit(
+        GridSearchCV(make_pipeline(SimpleImputer(), StandardScaler(), Ridge()), {"ridge__alpha": [1, 2]}),
+        WEIGHED[NUMBERS[:3]],
+        MASS,
+    ),
+}
+
+
+def add_ratio(X: pd.DataFrame) -> pd.DataFrame:
+    return X.assign(ratio=X["bill_length_mm"] / X["bill_depth_mm"])
+
+
+def fit(estimator: Any, X: Any = PENGUINS, y: Any = SPECIES) -> tuple[Any, Any]:
+    return estimator.fit(X, y), X
+
+
+@functools.cache
+def fitted(name: str) -> tuple[Any, Any]:
+    return ESTIMATORS[name]()
+
+
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return rows
+
+
+def contract_of(estimator: Any, **features: Any) -> app.Contract:
+    return app.Contract(app.Predictor(estimator).inputs, make_settings(features=features))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_table_is_served_as_the_estimator_answers_it(tmp_path: Path, framework: str, name: str) -> None:
+    """Every row of a real table, nulls and strings included, gets the estimator's own answer, and no warning."""
+    estimator, table = fitted(name)
+    expected = estimator.predict(table)
+    scores = estimator.predict_proba(table) if hasattr(estimator, "predict_proba") else None
+    native = serve_estimator(tmp_path / "model.joblib", estimator, framework=framework)
+    answers = call(native, post_case(rows_of(table))).json
+    given = [answer["prediction"] for answer in answers]
+    if isinstance(scores, list):
+        assert [list(prediction.values()) for prediction in given] == expected.tolist()
+        probabilities = [[list(each.values()) for each in answer["probabilities"].values()] for answer in answers]
+        for output, score in enumerate(scores):
+            np.testing.assert_allclose([row[output] for row in probabilities], score, rtol=1e-12)
+    elif scores is not None:
+        assert given == expected.tolist()
+        np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], scores, rtol=1e-12)
+    else:
+        np.testing.assert_allclose(given, expected, rtol=1e-12)
+    one = call(native, post_case(rows_of(table)[3])).json["prediction"]
+    assert one == (given[3] if isinstance(one, dict | str) else pytest.approx(given[3], rel=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("boosting", "frame"),
+        ("native-categories", "frame"),
+        ("function", "frame"),
+        ("dataframe-output", "frame"),
+        ("numbers", "array"),
+    ],
+)
+def test_dataframe_is_made_only_where_it_is_needed(name: str, form: str) -> None:
+    """Numbers go to scikit-learn's own as one float array, though it was fitted on named columns."""
+    estimator, table = fitted(name)
+    contract = contract_of(estimator)
+    X = contract.to_input(contract.parse_payload(rows_of(table)[:5]))
+    assert contract.form == form
+    if form == "frame":
+        assert list(X.columns) == list(table.columns)
+        assert [X[column].dtype.kind for column in NUMBERS if column in X] == ["f"] * len(set(NUMBERS) & set(X))
+    else:
+        assert (X.dtype, X.shape) == (np.float64, (5, 3))
+
+
+def test_features_come_from_the_estimator() -> None:
+    """Encoders give choices, imputers null and typical values, and every feature its type."""
+    features = contract_of(fitted("boosting")[0]).features
+    island, sex, bill = (features[name] for name in ("island", "sex", "bill_length_mm"))
+    assert (island.type, island.choices, island.missing, island.example) == ("str", ISLANDS, True, "Biscoe")
+    assert (sex.choices, sex.example) == (["female", "male"], "male")
+    assert (bill.type, bill.choices, bill.missing, bill.example) == ("float", None, True, 43.92)
+
+
+def read(estimator: Any, X: Any, y: Any) -> app.FeatureSettings:
+    contract = contract_of(estimator.fit(X, y))
+    return contract.features[contract.names[0]]
+
+
+NAMED = pd.DataFrame({"a": ["x", "y", "z", "x"], "n": [1.0, 2.0, 3.0, 4.0]})
+GAP = pd.DataFrame({"a": ["x", np.nan, "z", "x"]}, dtype=object)
+NONE = pd.DataFrame({"a": ["x", None, "z", "x"]}, dtype=object)
+COUNTS = pd.DataFrame({"a": [1, 2, 3, 1], "b": [0, 1, 0, 1]})
+FLAGS = pd.DataFrame({"a": [True, False, True, True]})
+Y = [0, 1, 0, 1]
+
+
+def encoded(encoder: Any) -> Any:
+    return make_pipeline(make_column_transformer((encoder, ["a"]), remainder="passthrough"), LogisticRegression())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "X", "kind", "choices", "missing"),
+    [
+        (encoded(OneHotEncoder()), NAMED, "str", ["x", "y", "z"], False),
+        (encoded(OneHotEncoder(handle_unknown="ignore")), NAMED, "str", None, False),
+        (encoded(OneHotEncoder(handle_unknown="infrequent_if_exist")), NAMED, "str", None, False),
+        (encoded(OneHotEncoder()), GAP, "str", ["x", "z"], True),
+        (encoded(OneHotEncoder()), NONE, "str", ["x", "z"], True),
+        (encoded(OrdinalEncoder()), NAMED, "str", ["x", "y", "z"], False),
+        (encoded(OrdinalEncoder()), COUNTS, "int", [1, 2, 3], False),
+        (encoded(OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)), NAMED, "str", None, False),
+        (encoded(OrdinalEncoder(encoded_missing_value=-1)), GAP, "str", ["x", "z"], True),
+        (encoded(TargetEncoder(cv=2)), NAMED, "str", None, False),
+        (encoded(OneHotEncoder()), FLAGS, "bool", [False, True], False),
+        (make_pipeline(OneHotEncoder(), LogisticRegression()), NAMED[["a"]].to_numpy(), "str", ["x", "y", "z"], False),
+        (encoded(make_pipeline(OrdinalEncoder(), SimpleImputer())), GAP, "str", ["x", "z"], True),
+        (make_pipeline(StandardScaler(), SimpleImputer(), Ridge()), NAMED[["n"]], "float", None, True),
+        (make_pipeline(StandardScaler(), Ridge()), NAMED[["n"]], "float", None, False),
+        (make_pipeline(PolynomialFeatures(), SimpleImputer(), Ridge()), NAMED[["n"]], "float", None, False),
+        (make_pipeline(make_union(SimpleImputer(), StandardScaler()), Ridge()), NAMED[["n"]], "float", None, False),
+        (make_pipeline("passthrough", SimpleImputer(), Ridge()), NAMED[["n"]], "float", None, True),
+        (CategoricalNB(), COUNTS, "int", [0, 1, 2, 3], False),
+        (RandomForestClassifier(n_estimators=2), NAMED[["n"]], "float", None, False),
+        (HistGradientBoostingClassifier(max_iter=2), NAMED[["n"]], "float", None, True),
+    ],
+)
+def test_parts_say_what_they_take(estimator: Any, X: Any, kind: str, choices: Any, missing: bool) -> None:
+    """Each kind of encoder, imputer and estimator gives its first feature's type, choices and missing."""
+    feature = read(estimator, X, Y)
+    assert (feature.type, feature.choices, feature.missing) == (kind, choices, missing)
+
+
+@pytest.mark.parametrize("null", [-1, -1.0, np.nan], ids=repr)
+def test_null_is_what_the_imputer_fills(tmp_path: Path, null: float) -> None:
+    """A null reaches the imputer as the missing value that it was fitted with."""
+    X = np.array([[1, 5], [null, 6], [3, 7], [4, 9]])
+    estimator = make_pipeline(SimpleImputer(missing_values=null), LinearRegression()).fit(X, [1, 2, 3, 4])
+    expected = estimator.predict([[null, 6]])[0]
+    answer = call(serve_estimator(tmp_path / "model.joblib", estimator), post_case({"x0": None, "x1": 6}))
+    assert answer.json == {"prediction": pytest.approx(expected, rel=1e-12)}
+
+
+@pytest.mark.parametrize("table", [GAP, NONE], ids=["nan", "none"])
+def test_null_is_the_category_that_was_missing(tmp_path: Path, table: Any) -> None:
+    """A null is the encoder's own missing category, NaN or None."""
+    estimator = encoded(OneHotEncoder()).fit(table, Y)
+    expected = estimator.predict_proba(table)[1].tolist()
+    answer = call(serve_estimator(tmp_path / "model.joblib", estimator), post_case({"a": None}))
+    assert [*answer.json["probabilities"].values()] == pytest.approx(expected, rel=1e-12)
+
+
+def test_dropped_columns_are_not_asked_for(tmp_path: Path) -> None:
+    """What a ColumnTransformer drops is no feature, and the estimator gets the others in their places."""
+    transformer = make_column_transformer((StandardScaler(), ["year"]), (OneHotEncoder(), ["island"]))
+    estimator = make_pipeline(transformer, LogisticRegression()).fit(PENGUINS, SPECIES)
+    row = {"island": "Dream", "year": 2008}
+    expected = estimator.predict_proba(PENGUINS.head(1).assign(**row))[0].tolist()
+    native = serve_estimator(tmp_path / "model.joblib", estimator)
+    assert [*call(native, post_case(row)).json["probabilities"].values()] == pytest.approx(expected, rel=1e-12)
+    assert "Unknown feature" in call(native, post_case(row | {"sex": "male"})).json["detail"][0]["msg"]
+
+
+@pytest.mark.parametrize(
+    "vectorizer",
+    [TfidfVectorizer(), CountVectorizer(), HashingVectorizer(n_features=8), make_union(TfidfVectorizer())],
+    ids=["tfidf", "count", "hashing", "union"],
+)
+@pytest.mark.parametrize("name", ["text", "review"])
+def test_text_is_one_feature(tmp_path: Path, framework: str, vectorizer: Any, name: str) -> None:
+    """A text classifier has one string feature, which the settings may name, and takes a list of texts."""
+    estimator = GridSearchCV(make_pipeline(vectorizer, LogisticRegression()), {}, cv=2).fit(FILMS, Y)
+    expected = estimator.predict_proba(["dull film", ""])
+    features = {} if name == "text" else {name: {"example": "so so"}}
+    native = serve_estimator(tmp_path / "model.joblib", estimator, framework=framework, features=features)
+    answers = call(native, post_case([{name: "dull film"}, {name: ""}])).json
+    np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], expected)
+    assert call(native, Case("get", "GET", f"/predictions?{name}=dull+film")).json == answers[0]
+    assert call(native, post_case({name: 1})).json["detail"][0]["msg"] == "Input should be a valid string"
+
+
+def test_text_column_is_one_of_several(tmp_path: Path) -> None:
+    """A vectorizer in a ColumnTransformer makes its column a string."""
+    table = pd.DataFrame({"review": FILMS, "stars": [5, 1, 4, 2]})
+    transformer = make_column_transformer((TfidfVectorizer(), "review"), (StandardScaler(), ["stars"]))
+    estimator = make_pipeline(transformer, LogisticRegression()).fit(table, Y)
+    expected = estimator.predict(table).tolist()
+    answers = call(serve_estimator(tmp_path / "model.joblib", estimator), post_case(rows_of(table))).json
+    assert [answer["prediction"] for answer in answers] == expected
+
+
+BAD_CELLS: list[tuple[dict[str, Any], str, str]] = [
+    ({"island": "Dreem"}, "literal_error", "Input is none of the choices; did you mean 'Dream'?"),
+    ({"island": "Elba"}, "literal_error", "Input is none of the choices; use one of 'Biscoe', 'Dream', 'Torgersen'"),
+    ({"island": 3}, "literal_error", "Input is none of the choices; use one of 'Biscoe', 'Dream', 'Torgersen'"),
+    ({"bill_length_mm": "39.1"}, "float_type", "Input should be a valid number"),
+]
+
+
+@pytest.fixture(scope="module", params=["fastapi", "flask"])
+def penguins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The app around the boosted trees."""
+    path = tmp_path_factory.mktemp("penguins") / "model.joblib"
+    return serve_estimator(path, fitted("boosting")[0], framework=request.param)
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD_CELLS)
+def test_bad_cell_is_named_among_many(penguins: Any, change: dict[str, Any], kind: str, message: str) -> None:
+    """In 10 000 rows one wrong string, category or number is named by its row and feature."""
+    rows = [rows_of(PENGUINS)[0]] * 10_000
+    rows[7654] = rows[7654] | change
+    (name, given), *_ = change.items()
+    answer = call(penguins, post_case(rows))
+    assert answer.status == 422
+    assert answer.json["detail"] == [{"type": kind, "loc": ["body", 7654, name], "msg": message, "input": given}]
+
+
+def test_query_leaves_out_what_is_missing(penguins: Any) -> None:
+    """In a query a feature that may be missing can be left out or empty; an unknown category is named."""
+    row = dict.fromkeys(PENGUINS) | {"island": "Dream", "year": 2008}
+    expected = call(penguins, post_case(row)).json
+    for query in ("island=Dream&year=2008", "island=Dream&year=2008&sex=&body_mass_g="):
+        assert call(penguins, Case("get", "GET", f"/predictions?{query}")).json == expected
+    problem = call(penguins, Case("get", "GET", "/predictions?island=Elba")).json["detail"][0]
+    assert (problem["type"], problem["loc"], problem["input"]) == ("literal_error", ["query", "island"], "Elba")
+
+
+def test_document_shows_choices_and_a_real_row(penguins: Any) -> None:
+    """The OpenAPI document has the categories, null where it is allowed, and an example with its own answer."""
+    document = call(penguins, Case("openapi", "GET", "/openapi.json")).json
+    island = document["components"]["schemas"]["Features"]["properties"]["island"]
+    assert island["anyOf"] == [{"enum": ISLANDS, "type": "string"}, {"type": "null"}]
+    operation = document["paths"]["/predictions"]["post"]
+    row = operation["requestBody"]["content"]["application/json"]["example"]
+    assert row["island"] == "Biscoe"
+    assert (
+        operation["responses"]["200"]["content"]["application/json"]["example"] == call(penguins, post_case(row)).json
+    )
+    parameters = document["paths"]["/predictions"]["get"]["parameters"]
+    assert [parameter["required"] for parameter in parameters] == [False] * 7
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"island": {"type": "float"}}, "features.island.type is 'float'; the model takes 'str' there"),
+        ({"year": {"type": "str"}}, "features.year.type is 'str'; the model takes 'float' there"),
+        ({"year": {"missing": True}}, "features.year.missing is True; the model takes no missing value there"),
+        (
+            {"island": {"choices": ["Elba"]}},
+            "features.island.choices is ['Elba']; the model takes only 'Biscoe', 'Dream'",
+        ),
+        ({"island": {"choices": ["Dream", 1]}}, "features.island.choices is ['Dream', 1]; the model takes only"),
+        ({"island": {"ge": 1}}, "features.island.ge is 1.0; the model takes only 'Biscoe', 'Dream', 'Torgersen' there"),
+        (
+            {"year": {"choices": [2007, "a"]}},
+            "features.year does not fit the model: it should have the type 'float', unlike",
+        ),
+        ({"year": {"example": "a"}}, "features.year.example is 'a'; it should be a valid number"),
+        ({"island": {"example": "Elba"}}, "features.island.example is 'Elba'; it should be 'Biscoe', 'Dream' or"),
+        ({"sex": {}}, "features.sex is not about a feature of the model; use one of 'island', 'year'"),
+    ],
+    ids=str,
+)
+def test_contradiction_is_refused(features: dict[str, Any], message: str) -> None:
+    """Where settings and estimator contradict each other, a message names the setting, its value and what is taken."""
+    transformer = make_column_transformer((StandardScaler(), ["year"]), (OneHotEncoder(), ["island"]))
+    estimator = make_pipeline(transformer, LogisticRegression()).fit(PENGUINS, SPECIES)
+    with pytest.raises(app.SettingsError) as caught:
+        contract_of(estimator, **features)
+    assert message in str(caught.value)
+
+
+def test_contradictions_are_told_together() -> None:
+    """All contradictions are in one message, a line each."""
+    wrong = {"island": {"type": "int"}, "sex": {"type": "bool", "choices": [True]}, "year": {"type": "str"}}
+    with pytest.raises(app.SettingsError) as caught:
+        contract_of(fitted("boosting")[0], **wrong)
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_settings_narrow_what_the_estimator_takes() -> None:
+    """Fewer choices, bounds, a narrower type and no null are the operator's to ask for."""
+    narrow = {"island": {"choices": ["Dream"], "missing": False}, "year": {"type": "int", "ge": 2007, "missing": False}}
+    contract = contract_of(fitted("boosting")[0], **narrow)
+    row = rows_of(PENGUINS)[200] | {"island": "Dream", "year": 2007}
+    assert len(contract.parse_payload([row])) == 1
+    for change in ({"island": "Biscoe"}, {"island": None}, {"year": 2006}, {"year": 2007.5}, {"year": None}):
+        with pytest.raises(app.Unprocessable):
+            contract.parse_payload([row | change])
+
+
+@pytest.mark.parametrize(
+    ("choices", "good", "bad"),
+    [([1, 2], 1, 3), ([1, 2], 2, True), ([1, 2], 1, 1.5), ([0.5, 2.5], 0.5, 1), ([0.5, 2.0], 2, "2")],
+)
+def test_choices_of_numbers_are_held_to(choices: list[Any], good: Any, bad: Any) -> None:
+    """A number is a choice by its value, true is none, and a query's text is parsed first."""
+    estimator = LinearRegression().fit(COUNTS, Y)
+    kind = "int" if all(isinstance(choice, int) for choice in choices) else "float"
+    contract = contract_of(estimator, a={"choices": choices, "type": kind})
+    assert contract.parse_payload({"a": good, "b": 1}) == contract.parse_query(f"a={good}&b=1")
+    with pytest.raises(app.Unprocessable) as caught:
+        contract.parse_payload([{"a": good, "b": 1}, {"a": bad, "b": 1}])
+    assert caught.value.detail[0]["loc"] == ["body", 1, "a"]
+    assert contract.row.json_schema()["properties"]["a"]["enum"] == choices
+
+
+def test_missing_is_tried_at_the_start(tmp_path: Path) -> None:
+    """Where nobody can say whether null is taken, it is tried before the service starts."""
+    estimator = make_pipeline(FunctionTransformer(np.asarray), LogisticRegression()).fit(COUNTS, Y)
+    with pytest.raises(app.ModelError, match=r"fails on a missing 'b'; set features.b.missing = false: ValueError"):
+        serve_estimator(tmp_path / "model.joblib", estimator, features={"b": {"missing": True}})
+
+
+def test_odd_names_are_refused() -> None:
+    """Names that are not one for each feature are no contract."""
+    estimator = LinearRegression().fit(COUNTS, Y)
+    for names in (["a"], ["a", "a"]):
+        estimator.feature_names_in_ = np.array(names, dtype=object)
+        with pytest.raises(app.ModelError, match="names for 2 features"):
+            app.Predictor(estimator)
+
+
+def test_wide_model_answers_in_bounded_time_and_length() -> None:
+    """With a thousand features or categories, a thousand bad cells are answered soon, and a message lists a few."""
+    X = np.array([f"category {number}" for number in range(1000)], dtype=object).reshape(-1, 1)
+    contract = contract_of(make_pipeline(OneHotEncoder(), LogisticRegression()).fit(X, np.arange(1000) % 2))
+    wide = contract_of(LinearRegression().fit(np.eye(1000), np.arange(1000)))
+    for payload, checked in (
+        ([{"x0": f"categorie {number}"} for number in range(1000)], contract),
+        ({f"y{number}": 1 for number in range(1000)}, wide),
+    ):
+        with pytest.raises(app.Unprocessable) as caught:
+            checked.parse_payload(payload)
+        assert len(app.Response.of(caught.value.detail, 422).body) < 10**6
+
+
+WITHOUT_PANDAS = """
+import sys
+
+class Hidden:
+    @staticmethod
+    def find_spec(name, *others):
+        if name == "pandas":
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Hidden)
+import app
+app.native_app()
+print("served")
+"""
+
+
+@pytest.mark.parametrize("name", ["iris", "numbers", "boosting"])
+def test_pandas_is_there_only_where_it_is_needed(tmp_path: Path, name: str) -> None:
+    """Numbers are served without pandas; where a DataFrame is needed and pandas is not there, the message says how."""
+    model = {} if name == "iris" else save(fitted(name)[0], tmp_path / "model.joblib")
+    file = tmp_path / "settings.toml"
+    path = model.get("path", str(PROJECT / "model/iris.skops"))
+    file.write_text(f'[model]\npath = "{path}"\nsha256 = "{model.get("sha256", "")}"')
+    command = [sys.executable, "-c", WITHOUT_PANDAS]
+    done = subprocess.run(command, cwd=PROJECT, env={"SERVING_SETTINGS": str(file)}, capture_output=True, text=True)
+    if name == "boosting":
+        assert "not all numbers; install pandas: pip install -r requirements-pandas.txt" in done.stderr
+    else:
+        assert done.stdout == "served\n", done.stderr
