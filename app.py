@@ -187,6 +187,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+SHORT = reprlib.Repr()
+SHORT.maxstring = 200  # characters of a wrong value that a message shows
 ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+|fd://[0-9]+", re.ASCII)
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str}
 LIMITS: dict[str, float] = {  # of a feature, by its type
@@ -467,7 +469,7 @@ def _explain(error: ValidationError, sources: Sources) -> list[str]:
             names = FeatureSettings.model_fields if key[0] == "features" else dict.fromkeys(siblings)
             lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
         else:
-            seen = "**********" if key[0] == "auth" else reprlib.repr(problem["input"])
+            seen = "**********" if key[0] == "auth" else SHORT.repr(problem["input"])
             shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem))
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
@@ -1375,6 +1377,8 @@ def _loading(kind: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModelError(f"needs the module {error.name!r}, which is not installed") from error
+    except AttributeError as error:  # pickle names classes and functions by module; those of a script are in __main__
+        raise ModelError(f"needs what is not there: {error}; have it in a module that can be imported") from error
     except (Exception, SystemExit) as error:  # what a damaged or foreign artifact raises has no bounds
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason}") from error

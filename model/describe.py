@@ -29,12 +29,16 @@ def main() -> None:
             if not arguments.trust and (untrusted or path.suffix.lower() != ".skops"):
                 print("\n# Its features can be read only by loading it, which may run code that is inside.")
                 print("# If you trust it, add --trust.")
+                if arguments.golden:
+                    raise app.ModelError("answers no golden rows without --trust")
                 return
             service = load(path, data, untrusted, settings)
             if arguments.golden:
                 write_golden(path, service, read_rows(arguments.golden))
                 service = load(path, data, untrusted, settings)
     print_features(service.contract)
+    if arguments.golden:
+        print(f"# wrote {app.golden_path(path)}")
 
 
 def read_arguments() -> argparse.Namespace:

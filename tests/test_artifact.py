@@ -218,9 +218,10 @@ def test_trust_never_comes_from_beside_the_artifact(tmp_path: Path) -> None:
     [
         (Trap(sys.exit, 0), "cannot be loaded as pickle, and may be cut short or damaged: SystemExit: 0"),
         (Trap(int, "x"), "ValueError: invalid literal for int"),
+        (b"\x80\x04csys\nThing\n.", "needs what is not there: Can't get attribute 'Thing' on"),
         (b"\x80\x04cno_such_module\nThing\n.", "needs the module 'no_such_module', which is not installed"),
     ],
-    ids=["exit", "error", "module"],
+    ids=["exit", "error", "class", "module"],
 )
 def test_failure_while_loading_is_told(tmp_path: Path, trap: Any, message: str) -> None:
     """Whatever loading raises, an exit too, ends in one message."""

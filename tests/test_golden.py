@@ -235,6 +235,8 @@ def test_description_names_types_without_loading(tmp_path: Path) -> None:
     printed = describe(path).stdout
     assert tomllib.loads(printed)["model"]["trusted_types"] == ["sklearn.tree._tree.Tree"]
     assert "add --trust" in printed
+    rows = write(tmp_path / "rows.json", [{}])
+    assert "answers no golden rows without --trust" in describe(path, "--golden", rows, status=4).stderr
     assert set(tomllib.loads(describe("model/iris.skops").stdout)["features"]) == set(ROW)
 
 

@@ -1,20 +1,24 @@
 """The README's commands give what it shows, and its tables list what there is."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COMBINATIONS, PROJECT, Server, gunicorn_environment
+from conftest import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment
 from test_development import SERVING
 
 import app
 
 README = (PROJECT / "README.md").read_text()
-EXAMPLES = re.findall(r"^\$ (curl [^\n]+)\n([^\n]+)$", README, re.MULTILINE)
+SHIPPED = README.partition("## Serve your own model")[0]
+EXAMPLES = re.findall(r"^\$ (curl [^\n]+)\n([^\n]+)$", SHIPPED, re.MULTILINE)
 
 
 def rounded(value: Any) -> Any:
@@ -44,7 +48,7 @@ def test_examples_are_there() -> None:
 
 def test_settings_table_lists_every_key() -> None:
     """The table of settings has each key with its default, in the file's order."""
-    rows = re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `([^`]+)` \|", README, re.MULTILINE)
     defaults = app.Settings().model_dump()
     expected = []
     for key in app.setting_keys():
@@ -97,3 +101,59 @@ def test_make_serve_serves(serve: Callable[..., Server]) -> None:
     server = serve("make serve", **gunicorn_environment("fastapi", "auto"))
     assert server.get("/health/ready").json == {"status": "ready", "model": "iris"}
     server.stop(signal.SIGTERM)
+
+
+OWN = README.partition("## Serve your own model")[2].partition("\n## ")[0]
+HASH = re.compile(r"\b[0-9a-f]{64}\b")
+
+
+def console_steps(text: str) -> list[tuple[str, str]]:
+    """Give the commands of a console block, each with what stands below it."""
+    block = text.partition("```console\n")[2].partition("```")[0]
+    return [
+        (command, shown.strip()) for command, shown in re.findall(r"^\$ (.*)\n((?:[^$\n].*\n|\n(?!\$))*)", block, re.M)
+    ]
+
+
+def paste(tables: str, file: Path) -> None:
+    """Replace the tables of a settings file by those of the same names, as one does by hand."""
+    text = file.read_text()
+    for name in ("model", "features"):
+        table = re.compile(rf"^\[{name}\]\n(?:(?!\[).*\n)*", re.M)
+        (new,) = table.findall(tables)
+        text = table.sub(lambda _, new=new: new + "\n", text)
+    file.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is deployed, in which the model of the README was trained, described, and pasted in."""
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(PROJECT / "model", folder / "model")
+    for name in ("app.py", "gunicorn.conf.py", "settings.toml", "requirements-pandas.txt"):
+        shutil.copy(PROJECT / name, folder)
+    (folder / "penguins.py").write_text(OWN.partition("```python\n")[2].partition("```")[0])
+    activate, *commands = console_steps(OWN)
+    assert activate[0] == ". .venv/bin/activate"
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    for command, shown in commands[:3]:
+        done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert HASH.sub("…", done.stdout.strip()) == HASH.sub("…", shown)
+    paste(done.stdout, folder / "settings.toml")
+    assert (folder / "model/penguins.golden.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_own_model_is_served_as_shown(
+    serve: Callable[..., Server], penguins: Path, combination: tuple[str, str]
+) -> None:
+    """The transcript for a model of one's own holds: train, describe, paste, serve, predict."""
+    _, _, _, _, (start, _), *requests = console_steps(OWN)
+    server = serve(start, penguins, **gunicorn_environment(*combination))
+    assert len(requests) == 2
+    for command, shown in requests:
+        command = command.replace("localhost:8000", f"127.0.0.1:{server.port}")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert rounded(json.loads(done.stdout)) == rounded(json.loads(shown))
