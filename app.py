@@ -629,7 +629,10 @@ def read_inputs(estimator: Any) -> Inputs:
     width = _find_width(estimator, len(names) if names else None)
     if names and (width != len(names) or len(set(names)) < len(names)):
         raise ModelError(f"has {len(names)} names for {width} features, {len(set(names))} of them different")
-    read = read_columns(estimator, width)
+    try:
+        read = read_columns(estimator, width)
+    except AttributeError as error:
+        raise ModelError(f"is not as this version of scikit-learn fits it: {error}; save it with this one") from error
     if any(column.is_text for column in read.values()):
         return Inputs(None, [replace(read[0], is_text=False)], "texts")
     columns = [read.get(position) for position in range(width)] if width is not None else None
@@ -651,23 +654,19 @@ def read_columns(part: Any, width: int | None) -> Columns:
     """Read what a part of an estimator, fitted on `width` features, says of each of them."""
     if isinstance(part, str) or part is None:
         return {} if part == "drop" else dict.fromkeys(range(width or 0), Column())
-    for attribute, read in READERS.items():
-        if getattr(part, attribute, None) is not None:
-            return read(part, width)
-    handed_on = [kind.__name__ for kind in type(part).__mro__ if kind.__name__ in HANDS_ON]
-    if handed_on:
-        return _read_inner(part, HANDS_ON[handed_on[0]], width)
-    return _read_plain(part, width)
+    own = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("sklearn.")]
+    read = next((READERS[name] for name in own if name in READERS), _read_plain)
+    return read(part, width)
 
 
 def _read_steps(pipeline: Any, width: int | None) -> Columns:
     """Read the steps of a pipeline: what one does not say is asked of the next, while columns stay what they were."""
-    columns: Columns | None = None
+    columns: Columns = {}
     same = True
     for _, step in pipeline.steps:
         if step is None or isinstance(step, str):
             continue
-        if columns is None:
+        if not columns:
             columns = read_columns(step, width)
         else:
             read = read_columns(step, getattr(step, "n_features_in_", None))
@@ -677,55 +676,55 @@ def _read_steps(pipeline: Any, width: int | None) -> Columns:
                 for position, column in columns.items()
             }
         same = same and _keeps_columns(step)
-    return columns or {}
+    return columns
 
 
 def _all_missing(columns: Columns) -> bool | None:
     answers = [column.missing for column in columns.values()]
-    return False if False in answers or not answers else None if None in answers else True
+    return False if False in answers else True if answers and all(answers) else None
 
 
 def _keeps_columns(step: Any) -> bool:
     """Whether a step gives as many columns as it takes, each made from its own."""
     if hasattr(step, "missing_values"):
-        return not step.add_indicator and len(step.get_feature_names_out()) == step.n_features_in_
+        return not getattr(step, "add_indicator", True) and len(step.get_feature_names_out()) == step.n_features_in_
     return isinstance(step, OneToOneFeatureMixin) and not hasattr(step, "categories_")
 
 
 def _read_branches(transformer: Any, width: int | None) -> Columns:
     """Read a ColumnTransformer, of which each branch gets some of the columns."""
-    branches = {name: (part, positions) for name, part, positions in transformer.transformers_}
-    columns: Columns = {}
-    for name, positions in transformer._transformer_to_input_indices.items():
-        if name in branches:
-            for inner, column in read_columns(branches[name][0], len(positions)).items():
-                column, position = replace(column, is_text=False), positions[inner]
-                columns[position] = columns[position].beside(column) if position in columns else column
-    return columns
+    positions = transformer._transformer_to_input_indices
+    return _join(
+        {
+            positions[name][inner]: replace(column, is_text=False)
+            for inner, column in read_columns(part, len(positions[name])).items()
+        }
+        for name, part, _ in transformer.transformers_
+    )
 
 
 def _read_union(union: Any, width: int | None) -> Columns:
-    return _read_beside([part for _, part in union.transformer_list], width)
+    return _join(read_columns(part, width) for _, part in union.transformer_list)
 
 
-def _read_beside(parts: Iterable[Any], width: int | None) -> Columns:
-    """Read parts of which each gets all columns."""
-    columns: Columns = {}
-    for part in parts:
-        for position, column in read_columns(part, width).items():
-            columns[position] = columns[position].beside(column) if position in columns else column
-    return columns
-
-
-def _read_inner(part: Any, attribute: str, width: int | None) -> Columns:
+def _read_inner(part: Any, width: int | None, attribute: str) -> Columns:
     """Read the estimators inside one that hands its input to them as it is."""
     inner = getattr(part, attribute)
     parts = [item for item in (inner if isinstance(inner, list) else [inner]) if item != "drop"]
     if any(getattr(item, "n_features_in_", width) != width for item in parts):
         return _read_plain(part, width)
-    columns = _read_beside(parts, width)
+    columns = _join(read_columns(item, width) for item in parts)
     if getattr(part, "passthrough", False):  # a stacking estimator gives its own final one X too
         columns = {position: replace(column, missing=False) for position, column in columns.items()}
+    return columns
+
+
+def _join(readings: Iterable[Columns]) -> Columns:
+    """Say of each column what all parts say that get it."""
+    columns: Columns = {}
+    for reading in readings:
+        for position, column in reading.items():
+            columns[position] = columns[position].beside(column) if position in columns else column
     return columns
 
 
@@ -773,9 +772,11 @@ def _type_of(values: Iterable[Any]) -> str | None:
 def _read_imputer(imputer: Any, width: int | None) -> Columns:
     column = Column("float", missing=True, null=imputer.missing_values)
     columns = _with_examples(imputer, dict.fromkeys(range(imputer.n_features_in_), column))
-    if getattr(imputer, "_fit_dtype", np.dtype(float)).kind not in "OU":
-        return columns
-    return {j: replace(column, type=_type_of([column.example])) for j, column in columns.items()}
+    if getattr(imputer, "_fit_dtype", np.dtype(float)).kind in "OU":
+        columns = {j: replace(column, type=_type_of([column.example])) for j, column in columns.items()}
+    if getattr(imputer, "strategy", "") == "constant":  # which is typical of nothing
+        columns = {j: replace(column, example=None) for j, column in columns.items()}
+    return columns
 
 
 def _read_plain(part: Any, width: int | None) -> Columns:
@@ -842,29 +843,36 @@ def find_parts(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
         yield from find_parts(item, seen)
 
 
-READERS: dict[str, Callable[[Any, int | None], Columns]] = {  # by an attribute that only such estimators have
-    "steps": _read_steps,
-    "_transformer_to_input_indices": _read_branches,
-    "transformer_list": _read_union,
-    "categories_": _read_encoder,
-    "missing_values": _read_imputer,
-    "n_categories_": _read_category_counts,
-    "_bin_mapper": _read_histogram,
-}
-HANDS_ON = {  # where an estimator keeps those to which it gives its input unchecked, by the name of its class
-    "BaseSearchCV": "best_estimator_",
-    "CalibratedClassifierCV": "calibrated_classifiers_",
-    "_CalibratedClassifier": "estimator",
-    "BaseThresholdClassifier": "estimator_",
-    "SelfTrainingClassifier": "estimator_",
-    "FrozenEstimator": "estimator",
-    "TransformedTargetRegressor": "regressor_",
-    "_BaseHeterogeneousEnsemble": "estimators_",
-    "BaseBagging": "estimators_",
-    "OneVsRestClassifier": "estimators_",
-    "OneVsOneClassifier": "estimators_",
-    "OutputCodeClassifier": "estimators_",
-    "_MultiOutputEstimator": "estimators_",
+Reader = Callable[[Any, int | None], Columns]
+
+
+def _inside(attribute: str) -> Reader:
+    return functools.partial(_read_inner, attribute=attribute)
+
+
+READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of the others the tags are read
+    "Pipeline": _read_steps,
+    "ColumnTransformer": _read_branches,
+    "FeatureUnion": _read_union,
+    "_BaseEncoder": _read_encoder,
+    "_BaseImputer": _read_imputer,
+    "MissingIndicator": _read_imputer,
+    "CategoricalNB": _read_category_counts,
+    "BaseHistGradientBoosting": _read_histogram,
+    # Those that give their input unchecked to what they keep under this name.
+    "BaseSearchCV": _inside("best_estimator_"),
+    "CalibratedClassifierCV": _inside("calibrated_classifiers_"),
+    "_CalibratedClassifier": _inside("estimator"),
+    "BaseThresholdClassifier": _inside("estimator_"),
+    "SelfTrainingClassifier": _inside("estimator_"),
+    "FrozenEstimator": _inside("estimator"),
+    "TransformedTargetRegressor": _inside("regressor_"),
+    "_BaseHeterogeneousEnsemble": _inside("estimators_"),
+    "BaseBagging": _inside("estimators_"),
+    "OneVsRestClassifier": _inside("estimators_"),
+    "OneVsOneClassifier": _inside("estimators_"),
+    "OutputCodeClassifier": _inside("estimators_"),
+    "_MultiOutputEstimator": _inside("estimators_"),
 }
 
 

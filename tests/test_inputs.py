@@ -15,7 +15,7 @@ from cases import Case
 from conftest import PROJECT, call, make_settings, post_case, save, serve_estimator
 from palmerpenguins import load_penguins
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.compose import TransformedTargetRegressor, make_column_transformer
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor, make_column_selector, make_column_transformer
 from sklearn.ensemble import (
     GradientBoostingClassifier,
     HistGradientBoostingClassifier,
@@ -24,7 +24,7 @@ from sklearn.ensemble import (
     VotingClassifier,
 )
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
-from sklearn.impute import KNNImputer, SimpleImputer
+from sklearn.impute import KNNImputer, MissingIndicator, SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.multioutput import MultiOutputClassifier
@@ -38,6 +38,7 @@ from sklearn.preprocessing import (
     StandardScaler,
     TargetEncoder,
 )
+from sklearn.tree import DecisionTreeClassifier
 
 import app
 
@@ -52,9 +53,12 @@ FILMS = ["a good film", "a bad film", "good, good", "bad and dull"]
 ISLANDS = ["Biscoe", "Dream", "Torgersen"]
 
 
+def encoding() -> Any:
+    return make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
+
+
 def preprocessing() -> Any:
-    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
-    return make_column_transformer((texts, TEXTS), (make_pipeline(SimpleImputer(), StandardScaler()), NUMBERS))
+    return make_column_transformer((encoding(), TEXTS), (make_pipeline(SimpleImputer(), StandardScaler()), NUMBERS))
 
 
 def forest() -> Any:
@@ -62,9 +66,8 @@ def forest() -> Any:
 
 
 def weigh() -> Any:
-    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())
     numbers = [name for name in NUMBERS if name != "body_mass_g"]
-    return make_pipeline(make_column_transformer((texts, TEXTS), (KNNImputer(), numbers)), Ridge())
+    return make_pipeline(make_column_transformer((encoding(), TEXTS), (KNNImputer(), numbers)), Ridge())
 
 
 ESTIMATORS: dict[str, Callable[[], tuple[Any, Any]]] = {  # fitted, with the table that it was fitted on
@@ -84,6 +87,36 @@ ESTIMATORS: dict[str, Callable[[], tuple[Any, Any]]] = {  # fitted, with the tab
             HistGradientBoostingClassifier(max_iter=5),
         ),
         PENGUINS.drop(columns="sex"),
+    ),
+    "columns-by-place": lambda: fit(
+        make_pipeline(
+            ColumnTransformer(
+                [
+                    ("texts", encoding(), [0, 5]),
+                    ("slice", SimpleImputer(), slice(1, 3)),
+                    ("dropped", "drop", [4]),
+                    ("mask", SimpleImputer(), [False] * 6 + [True]),
+                ]
+            ),
+            LogisticRegression(max_iter=10_000),
+        )
+    ),
+    "columns-by-kind": lambda: fit(
+        make_pipeline(
+            make_column_transformer(
+                (encoding(), make_column_selector(dtype_exclude="number")), remainder=make_pipeline(SimpleImputer())
+            ),
+            DecisionTreeClassifier(max_depth=3),
+        )
+    ),
+    "nested": lambda: fit(
+        make_pipeline(
+            make_column_transformer(
+                (make_column_transformer((encoding(), ["sex"]), (OneHotEncoder(), ["island"])), TEXTS),
+                (make_union(SimpleImputer(), MissingIndicator(features="all")), NUMBERS),
+            ),
+            DecisionTreeClassifier(max_depth=3),
+        )
     ),
     "function": lambda: fit(
         make_pipeline(FunctionTransformer(add_ratio), SimpleImputer(), LinearRegression()), WEIGHED[NUMBERS[:3]], MASS
@@ -129,8 +162,9 @@ def test_table_is_served_as_the_estimator_answers_it(tmp_path: Path, framework: 
     estimator, table = fitted(name)
     expected = estimator.predict(table)
     scores = estimator.predict_proba(table) if hasattr(estimator, "predict_proba") else None
+    rows = rows_of(table[contract_of(estimator).names])
     native = serve_estimator(tmp_path / "model.joblib", estimator, framework=framework)
-    answers = call(native, post_case(rows_of(table))).json
+    answers = call(native, post_case(rows)).json
     given = [answer["prediction"] for answer in answers]
     if isinstance(scores, list):
         assert [list(prediction.values()) for prediction in given] == expected.tolist()
@@ -142,7 +176,7 @@ def test_table_is_served_as_the_estimator_answers_it(tmp_path: Path, framework: 
         np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], scores, rtol=1e-12)
     else:
         np.testing.assert_allclose(given, expected, rtol=1e-12)
-    one = call(native, post_case(rows_of(table)[3])).json["prediction"]
+    one = call(native, post_case(rows[3])).json["prediction"]
     assert one == (given[3] if isinstance(one, dict | str) else pytest.approx(given[3], rel=1e-12))
 
 
@@ -257,10 +291,24 @@ def test_dropped_columns_are_not_asked_for(tmp_path: Path) -> None:
     assert "Unknown feature" in call(native, post_case(row | {"sex": "male"})).json["detail"][0]["msg"]
 
 
+def lengths(texts: list[str]) -> Any:
+    return np.array([[len(text)] for text in texts])
+
+
+def lower(texts: list[str]) -> list[str]:
+    return [text.lower() for text in texts]
+
+
 @pytest.mark.parametrize(
     "vectorizer",
-    [TfidfVectorizer(), CountVectorizer(), HashingVectorizer(n_features=8), make_union(TfidfVectorizer())],
-    ids=["tfidf", "count", "hashing", "union"],
+    [
+        TfidfVectorizer(),
+        CountVectorizer(),
+        HashingVectorizer(n_features=8),
+        make_union(TfidfVectorizer(), make_pipeline(FunctionTransformer(lengths))),
+        make_pipeline(FunctionTransformer(lower), TfidfVectorizer()),
+    ],
+    ids=["tfidf", "count", "hashing", "union", "cleaned"],
 )
 @pytest.mark.parametrize("name", ["text", "review"])
 def test_text_is_one_feature(tmp_path: Path, framework: str, vectorizer: Any, name: str) -> None:
@@ -416,6 +464,16 @@ def test_odd_names_are_refused() -> None:
         estimator.feature_names_in_ = np.array(names, dtype=object)
         with pytest.raises(app.ModelError, match="names for 2 features"):
             app.Predictor(estimator)
+
+
+def test_estimator_of_another_version_is_refused() -> None:
+    """What scikit-learn keeps otherwise in another version ends in a message, not in a traceback."""
+    estimator, _ = ESTIMATORS["boosting"]()
+    del estimator[0]._transformer_to_input_indices
+    with pytest.raises(
+        app.ModelError, match=r"is not as this version of scikit-learn fits it: .*_transformer_to_input"
+    ):
+        app.Predictor(estimator)
 
 
 def test_wide_model_answers_in_bounded_time_and_length() -> None:
