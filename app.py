@@ -905,12 +905,14 @@ class Contract:
         self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row_type)
         self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
         self.query_row: TypeAdapter[dict[str, Any]] = TypeAdapter(query_type)
+        self._nulls = {name: used[name].null for name in self.nullable}
         texts = any(feature.type == "str" for feature in self.features.values())
         self.form = "frame" if texts and inputs.names and inputs.form == "array" else inputs.form
         self._dtype = object if texts else np.float64
-        self._frame = _pandas().DataFrame if self.form == "frame" else None
-        self._nulls = {name: used[name].null for name in self.nullable}
-        if self._dtype is not object and all(map(is_nan, self._nulls.values())):
+        if self.form == "frame":
+            self._pandas = _import_pandas()
+            self._dtypes = {name: self._column_dtype(name) for name in self.order}
+        elif not texts and all(map(is_nan, self._nulls.values())):
             self._nulls = {}  # numpy makes NaN of None itself
 
     @property
@@ -986,17 +988,21 @@ class Contract:
             return [row[self.names[0]] for row in rows]
         if self._nulls:
             rows = [row | {name: null for name, null in self._nulls.items() if row[name] is None} for row in rows]
-        if self._frame is not None:
-            return self._frame({name: self._to_series([row.get(name) for row in rows], name) for name in self.order})
+        if self.form == "frame":
+            columns = {name: [row.get(name) for row in rows] for name in self.order}
+            series = {name: self._pandas.Series(columns[name], dtype=self._dtypes[name]) for name in self.order}
+            return self._pandas.DataFrame(series)
         X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
         return X.reshape(len(rows), len(self.order))
 
-    def _to_series(self, cells: list[Any], name: str) -> Any:
-        feature = self.features.get(name, FeatureSettings(type="str"))
-        dtype = "object" if feature.type == "str" or (feature.type == "bool" and feature.missing) else feature.type
-        if feature.type == "int" and feature.missing and is_nan(self._nulls.get(name, math.nan)):
-            dtype = "float"
-        return _pandas().Series(cells, dtype=dtype)
+    def _column_dtype(self, name: str) -> str:
+        """Give the type of a DataFrame's column; a column that the estimator drops can be of any."""
+        kind = self.features[name].type if name in self.features else None
+        if kind == "int":
+            return "float64" if is_nan(self._nulls.get(name)) else "int64"
+        if kind == "bool" and name not in self._nulls:
+            return "bool"
+        return "float64" if kind == "float" else "object"
 
 
 def _name_columns(inputs: Inputs, settings: Settings) -> dict[str, Column | None]:
@@ -1057,17 +1063,19 @@ def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, A
         place = settings.place("features", name)
         raise SettingsError(f"{place} does not fit the model: it should {_should(error.errors()[0])}") from None
     cell: TypeAdapter[Any] = TypeAdapter(_cell_type(feature))
-    example = given.example
-    if example is not None:
-        place = settings.place("features", name, "example")
-        try:
-            is_text = isinstance(example, str) and place.startswith("environment")
-            example = cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
-        except ValidationError as error:
-            raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
+    if given.example is not None:
+        example = _check_example(given.example, cell, settings.place("features", name, "example"))
     else:
         example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], cell), None)
     return feature.model_copy(update={"example": example})
+
+
+def _check_example(example: Cell, cell: TypeAdapter[Any], place: str) -> Any:
+    is_text = isinstance(example, str) and place.startswith("environment")
+    try:
+        return cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
+    except ValidationError as error:
+        raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
 
 
 def _fitting(values: Iterable[Any], cell: TypeAdapter[Any]) -> Iterator[Any]:
@@ -1089,15 +1097,14 @@ def _some_value(feature: FeatureSettings) -> Cell:
     return value
 
 
-def _pandas() -> Any:
+def _import_pandas() -> Any:
     """Import pandas, which only estimators fitted on named, mixed columns need. Raises `ModelError`."""
     try:
         import pandas
     except ImportError:
         hint = "install pandas: pip install -r requirements-pandas.txt"
-        raise ModelError(
-            f"takes a DataFrame, for it was fitted on named columns that are not all numbers; {hint}"
-        ) from None
+        problem = "takes a DataFrame, for it was fitted on named columns that are not all numbers"
+        raise ModelError(f"{problem}; {hint}") from None
     return pandas
 
 
@@ -1273,13 +1280,18 @@ def as_array(values: Any, squeeze: bool = True) -> np.ndarray[Any, Any]:
     if array.dtype.kind == "M":
         array = array.astype("datetime64[us]")  # in nanoseconds tolist gives integers
     if array.dtype.kind == "O":
-        pandas = sys.modules.get("pandas")  # without which there are no missing values of its own
         plain = np.empty(array.shape, dtype=object)
         for index, item in np.ndenumerate(array):
-            missing = pandas is not None and pandas.isna(item) is True
-            plain[index] = None if missing else item.item() if isinstance(item, np.generic) else item
+            plain[index] = item if type(item) is str else _as_plain(item)
         array = plain
     return array[:, 0] if squeeze and array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def _as_plain(item: Any) -> Any:
+    pandas = sys.modules.get("pandas")  # without which there are no missing values of its own
+    if pandas is not None and pandas.isna(item) is True:
+        return None
+    return item.item() if isinstance(item, np.generic) else item
 
 
 def _name_columns_of(array: np.ndarray[Any, Any], names: Sequence[str]) -> list[Any]:
