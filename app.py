@@ -1339,16 +1339,20 @@ def read_artifact(path: Path) -> bytes:
         raise ModelError(f"does not exist{hint}") from None
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}") from None
-    found = next((kind for start, kind in STARTS.items() if data.startswith(start)), None)
-    if found == "skops" and b"schema.json" not in data:
-        found = "a zip archive"
-    if found == "pickle" and b"joblib.numpy_pickle" in data:
-        found = "joblib"
     _, kinds = FORMATS[suffix]
+    found = _format_of(data)
     if found is not None and found not in kinds:
         right = [suffix for suffix, (_, kinds) in FORMATS.items() if kinds[0] == found]
         raise ModelError(f"is no {kinds[0]} file but {found}" + (f"; name it {right[0]}" if right else ""))
     return data
+
+
+def _format_of(data: bytes) -> str | None:
+    """Name the format of a file by its first bytes, where they tell."""
+    found = next((kind for start, kind in STARTS.items() if data.startswith(start)), None)
+    if found == "skops" and b"schema.json" not in data:
+        return "a zip archive"
+    return "joblib" if found == "pickle" and b"joblib.numpy_pickle" in data else found
 
 
 def _check_hash(data: bytes, settings: Settings) -> None:
@@ -1457,7 +1461,10 @@ def load_golden(settings: Settings) -> Golden | None:
     Versions other than the running ones are logged, or refused with `model.strict_versions`.
     """
     path = golden_path(settings.model_path)
+    place = settings.place("model", "strict_versions")
     if not path.exists():
+        if settings.model.strict_versions:
+            raise ModelError(f"has no {path.name} beside it, and so no versions to compare, but {place} is true")
         return None
     try:
         golden = Golden.model_validate_json(path.read_bytes())
@@ -1470,7 +1477,6 @@ def load_golden(settings: Settings) -> Golden | None:
     running = running_versions()
     if golden.versions != running:
         if settings.model.strict_versions:
-            place = settings.place("model", "strict_versions")
             raise ModelError(f"was made with {golden.versions}, but {running} run here, and {place} is true")
         log.warning("versions_differ", golden=golden.versions, running=running)
     return golden

@@ -118,6 +118,13 @@ def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[
         start(iris, {"versions": versions}, strict_versions=True)
 
 
+def test_strict_versions_need_golden_rows(iris: Path) -> None:
+    """Without golden rows there is nothing to compare, so `model.strict_versions` refuses."""
+    (iris.parent / "iris.golden.json").unlink()
+    with pytest.raises(app.ModelError, match=r"has no iris.golden.json beside it, and so no versions to compare"):
+        app.create_app(make_settings(model={"path": str(iris), "strict_versions": True}))
+
+
 def test_same_versions_are_no_news(iris: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the versions of the golden rows `model.strict_versions` lets the service start, and nothing is logged."""
     start(iris, {"versions": app.running_versions()}, strict_versions=True)
