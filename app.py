@@ -4,16 +4,16 @@ The path of a request, the same under both frameworks:
 
 1. the framework's route hands it to the binding, which makes a `Request` of it;
 2. `Service.respond` gives it an id, reads its body up to the limit and finds its `Operation`;
-3. the operation's endpoint turns bytes into an array, by the `Contract`;
-4. the `Predictor` turns the array into predictions;
+3. the operation's endpoint turns bytes into rows, and these into what the estimator takes, by the `Contract`;
+4. the `Predictor` turns that into predictions;
 5. the `Response` goes back through the binding, byte for byte the same under each.
 
 Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or
 `uvicorn app:app --reload`; `python app.py` prints the settings in force. `app:app` is the framework's own object,
 `app:asgi` and `app:wsgi` are the same service behind either interface.
 
-Sections: errors, settings, logging, contract, predictor, endpoints, OpenAPI, service, Flask, FastAPI, bridges,
-factory.
+Sections: errors, settings, logging, inputs, contract, predictor, artifact, golden rows, endpoints, OpenAPI, service,
+Flask, FastAPI, bridges, factory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, to_json
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
@@ -93,10 +93,12 @@ MAX_NAMES = 200  # names with which it is compared
 MAX_LISTED = 20  # values that a message lists
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: Any, names: Iterable[Any]) -> str:
     """Say what `name` should have been: the one name close to it, or else all of `names`, if they are not many."""
     names = list(names)
-    close = difflib.get_close_matches(name, names[:MAX_NAMES], n=1) if len(name) <= MAX_NAME else []
+    texts = [text for text in names[:MAX_NAMES] if isinstance(text, str)]
+    comparable = isinstance(name, str) and len(name) <= MAX_NAME
+    close = difflib.get_close_matches(name, texts, n=1) if comparable else []
     return f"did you mean {close[0]!r}?" if close else f"use one of {listed(names)}"
 
 
@@ -580,6 +582,8 @@ class Column:
     choices: tuple[Cell, ...] | None = None  # the only values that it knows
     missing: bool | None = None  # True: it takes a missing value; False: it fails on one; None: it hands it on
     null: Any = math.nan  # a missing value as it was fitted with
+    is_object: bool = False  # it was fitted on Python's own values, and takes no others
+    is_category: bool = False  # strings of which all are known are a category of pandas' to it
     example: Cell | None = None
     is_text: bool = False  # it is the whole input, which is then one-dimensional
     is_opaque: bool = False  # it goes into code of which nothing is known
@@ -602,9 +606,13 @@ class Column:
         return replace(self._or(other), type=kind, choices=self.choices or other.choices, missing=missing)
 
     def _or(self, other: Column) -> Column:
-        null = other.null if is_nan(self.null) else self.null
-        example = other.example if self.example is None else self.example
-        return replace(self, null=null, example=example, is_opaque=self.is_opaque or other.is_opaque)
+        return replace(
+            self,
+            null=other.null if is_nan(self.null) else self.null,
+            example=other.example if self.example is None else self.example,
+            is_object=self.is_object or other.is_object,
+            is_opaque=self.is_opaque or other.is_opaque,
+        )
 
 
 Columns = dict[int, Column]  # by their position in X; one that is not used is left out
@@ -660,7 +668,7 @@ def read_columns(part: Any, width: int | None) -> Columns:
 
 
 def _read_steps(pipeline: Any, width: int | None) -> Columns:
-    """Read the steps of a pipeline: what one does not say is asked of the next, while columns stay what they were."""
+    """Read the steps of a pipeline: what one does not say is asked of the next, while values stay what they were."""
     columns: Columns = {}
     same = True
     for _, step in pipeline.steps:
@@ -675,7 +683,7 @@ def _read_steps(pipeline: Any, width: int | None) -> Columns:
                 position: column.before(read[position] if same and position in read else rest)
                 for position, column in columns.items()
             }
-        same = same and _keeps_columns(step)
+        same = same and _keeps_values(step)
     return columns
 
 
@@ -684,11 +692,12 @@ def _all_missing(columns: Columns) -> bool | None:
     return False if False in answers else True if answers and all(answers) else None
 
 
-def _keeps_columns(step: Any) -> bool:
-    """Whether a step gives as many columns as it takes, each made from its own."""
-    if hasattr(step, "missing_values"):
-        return not getattr(step, "add_indicator", True) and len(step.get_feature_names_out()) == step.n_features_in_
-    return isinstance(step, OneToOneFeatureMixin) and not hasattr(step, "categories_")
+def _keeps_values(step: Any) -> bool:
+    """Whether the columns that a step gives begin with those that it takes, but for missing values the same."""
+    if not hasattr(step, "statistics_"):
+        return isinstance(step, FunctionTransformer) and step.func is None
+    names = getattr(step, "feature_names_in_", [f"x{column}" for column in range(step.n_features_in_)])
+    return list(step.get_feature_names_out()[: len(names)]) == list(names)
 
 
 def _read_branches(transformer: Any, width: int | None) -> Columns:
@@ -710,13 +719,27 @@ def _read_union(union: Any, width: int | None) -> Columns:
 def _read_inner(part: Any, width: int | None, attribute: str) -> Columns:
     """Read the estimators inside one that hands its input to them as it is."""
     inner = getattr(part, attribute)
-    parts = [item for item in (inner if isinstance(inner, list) else [inner]) if item != "drop"]
-    if any(getattr(item, "n_features_in_", width) != width for item in parts):
-        return _read_plain(part, width)
-    columns = _join(read_columns(item, width) for item in parts)
-    if getattr(part, "passthrough", False):  # a stacking estimator gives its own final one X too
-        columns = {position: replace(column, missing=False) for position, column in columns.items()}
-    return columns
+    return _join(read_columns(item, width) for item in (inner if isinstance(inner, list) else [inner]))
+
+
+def _read_stack(stack: Any, width: int | None) -> Columns:
+    """Read a stacking estimator, whose final one may get X too, after the answers of the others."""
+    columns = _read_inner(stack, width, "estimators_")
+    if not stack.passthrough or width is None:
+        return columns
+    final, n_inputs = stack.final_estimator_, stack.final_estimator_.n_features_in_
+    read = read_columns(final, n_inputs)
+    answers = n_inputs - width
+    return _join([columns, {position - answers: read[position] for position in read if position >= answers}])
+
+
+def _read_bag(bag: Any, width: int | None) -> Columns:
+    """Read a bagging estimator, which may give each of its own some of the columns only."""
+    pairs = zip(bag.estimators_, bag.estimators_features_, strict=True)
+    return _join(
+        {int(positions[inner]): column for inner, column in read_columns(part, len(positions)).items()}
+        for part, positions in pairs
+    )
 
 
 def _join(readings: Iterable[Columns]) -> Columns:
@@ -746,14 +769,22 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
         values = categories.tolist()
         nulls = [value for value in values if value is None or is_nan(value)]
         known = tuple(value for value in values if value is not None and not is_nan(value))
+        if known and _type_of(known) is None:
+            raise ModelError(f"has categories of the type {type(known[0]).__name__}, which JSON does not have")
         columns[position] = Column(
             type=_type_of(known),
             choices=None if takes_unknown else known,
             missing=(None if hands_on else True) if nulls else None if takes_unknown else False,
             null=nulls[0] if nulls else math.nan,
+            is_object=categories.dtype == object,
             example=known[0] if known else None,
         )
     return columns
+
+
+def _read_nothing(part: Any, width: int | None) -> Columns:
+    """Read an estimator that does not look at its input."""
+    return dict.fromkeys(range(width or 0), Column(missing=True))
 
 
 def _read_category_counts(bayes: Any, width: int | None) -> Columns:
@@ -785,8 +816,9 @@ def _read_plain(part: Any, width: int | None) -> Columns:
     if tags is not None and tags.string and not tags.two_d_array:
         return {0: Column(type="str", missing=False, is_text=True)}
     if tags is None or _is_opaque(part):
-        takes = tags is not None and tags.allow_nan and hasattr(part, "predict")
-        column = Column(missing=True if takes else None, is_opaque=True)
+        predicts = hasattr(part, "predict")  # as LightGBM and XGBoost do
+        takes = tags is not None and tags.allow_nan and predicts
+        column = Column(missing=True if takes else None, is_category=predicts, is_opaque=True)
     else:
         hands_on = isinstance(part, FunctionTransformer)
         column = Column(None if hands_on else "float", missing=None if tags.allow_nan or hands_on else False)
@@ -814,14 +846,15 @@ def _is_opaque(part: Any) -> bool:
     """Whether a part may do anything with its input: it is not scikit-learn's, or runs a function of the user's."""
     function = getattr(part, "func", None)
     own = type(part).__module__.partition(".")[0] == "sklearn"
-    return not own or (isinstance(part, TransformerMixin) and not isinstance(function, np.ufunc | None))
+    if not own or not isinstance(part, TransformerMixin) or isinstance(function, np.ufunc | None):
+        return not own
+    return not getattr(function, "func", function).__module__.startswith("sklearn.")  # a partial of its own check_array
 
 
 def _needs_names(part: Any) -> bool:
     """Whether a part may ask for the names of columns, or hand on a DataFrame."""
-    by_name = hasattr(part, "_transformer_to_input_indices")
     output = getattr(part, "_sklearn_output_config", {}).get("transform", "default")
-    return by_name or output != "default" or (hasattr(part, "fit") and _is_opaque(part))
+    return output != "default" or (hasattr(part, "fit") and _is_opaque(part))
 
 
 def find_parts(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
@@ -859,6 +892,11 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
     "MissingIndicator": _read_imputer,
     "CategoricalNB": _read_category_counts,
     "BaseHistGradientBoosting": _read_histogram,
+    "_BaseStacking": _read_stack,
+    "BaseBagging": _read_bag,
+    "DummyClassifier": _read_nothing,
+    "DummyRegressor": _read_nothing,
+    "_ConstantPredictor": _read_nothing,
     # Those that give their input unchecked to what they keep under this name.
     "BaseSearchCV": _inside("best_estimator_"),
     "CalibratedClassifierCV": _inside("calibrated_classifiers_"),
@@ -867,8 +905,7 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
     "SelfTrainingClassifier": _inside("estimator_"),
     "FrozenEstimator": _inside("estimator"),
     "TransformedTargetRegressor": _inside("regressor_"),
-    "_BaseHeterogeneousEnsemble": _inside("estimators_"),
-    "BaseBagging": _inside("estimators_"),
+    "_BaseVoting": _inside("estimators_"),
     "OneVsRestClassifier": _inside("estimators_"),
     "OneVsOneClassifier": _inside("estimators_"),
     "OutputCodeClassifier": _inside("estimators_"),
@@ -880,6 +917,7 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
 
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 MAX_PROBLEMS = 1000  # bad cells named in one answer
+JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", str: "string"}
 
 
 class Contract:
@@ -905,15 +943,16 @@ class Contract:
         self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row_type)
         self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
         self.query_row: TypeAdapter[dict[str, Any]] = TypeAdapter(query_type)
-        self._nulls = {name: used[name].null for name in self.nullable}
-        texts = any(feature.type == "str" for feature in self.features.values())
-        self.form = "frame" if texts and inputs.names and inputs.form == "array" else inputs.form
-        self._dtype = object if texts else np.float64
+        objects = any(self.features[name].type == "str" or used[name].is_object for name in used)
+        self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
+        self._dtype = object if objects else np.float64
+        self._nulls = {name: column.null for name, column in used.items()}
         if self.form == "frame":
             self._pandas = _import_pandas()
-            self._dtypes = {name: self._column_dtype(name) for name in self.order}
-        elif not texts and all(map(is_nan, self._nulls.values())):
-            self._nulls = {}  # numpy makes NaN of None itself
+            self._dtypes = {name: self._column_dtype(name, column) for name, column in columns.items()}
+        elif not objects:  # in which None becomes NaN, and so is any null but a number
+            self._nulls = {name: null for name, null in self._nulls.items() if isinstance(null, int | float)}
+            self._nulls = {name: null for name, null in self._nulls.items() if not is_nan(null)}
 
     @property
     def example(self) -> dict[str, Any]:
@@ -975,7 +1014,7 @@ class Contract:
                 message = f"Unknown feature; {nearest(str(problem['loc'][-1]), self.names)}"
             elif kind == "literal_error":
                 choices = self.features[str(problem["loc"][-1])].choices or []
-                message = f"Input is none of the choices; {_right_choice(given, choices)}"
+                message = f"Input is none of the choices; {nearest(given, choices)}"
             elif kind == "dict_type":
                 message = "Input should be an object" + (" or an array of objects" if place == ["body"] else "")
             elif kind == "missing":
@@ -995,28 +1034,39 @@ class Contract:
         X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
         return X.reshape(len(rows), len(self.order))
 
-    def _column_dtype(self, name: str) -> str:
-        """Give the type of a DataFrame's column; a column that the estimator drops can be of any."""
-        kind = self.features[name].type if name in self.features else None
-        if kind == "int":
-            return "float64" if is_nan(self._nulls.get(name)) else "int64"
-        if kind == "bool" and name not in self._nulls:
-            return "bool"
-        return "float64" if kind == "float" else "object"
+    def _column_dtype(self, name: str, column: Column | None) -> Any:
+        """Give the type of a DataFrame's column, as the estimator was fitted; one that it drops can be of any."""
+        if column is None or column.is_object:
+            return "object"
+        feature = self.features[name]
+        kind = column.type or feature.type
+        if column.null is self._pandas.NA:
+            return {"float": "Float64", "int": "Int64", "bool": "boolean"}.get(kind or "", "object")
+        if kind == "str" and column.is_category and feature.choices is not None:
+            return self._pandas.CategoricalDtype(feature.choices)
+        if feature.missing and is_nan(column.null) and kind == "int":
+            return "float64"
+        return {"float": "float64", "int": "int64", "bool": "object" if feature.missing else "bool"}.get(
+            kind or "", "object"
+        )
 
 
 def _name_columns(inputs: Inputs, settings: Settings) -> dict[str, Column | None]:
-    """Name the estimator's columns: as it was fitted, else in the order of the settings, else x0, x1, …"""
+    """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings."""
     given = list(settings.features)
     if inputs.columns is None:
         if not given:
             raise ModelError("does not say how many features it takes; name them in [features], in its order")
         return dict.fromkeys(given, Column())
-    width = len(inputs.columns)
-    if inputs.names is None and given and len(given) != width:
-        raise SettingsError(f"features names {len(given)} features; the model takes {width}")
-    made = ["text"] if inputs.form == "texts" else [f"x{column}" for column in range(width)]
-    return dict(zip(inputs.names or given or made, inputs.columns, strict=True))
+    made = ["text"] if inputs.form == "texts" else [f"x{column}" for column in range(len(inputs.columns))]
+    names = inputs.names or made
+    if inputs.names is None and not set(given) <= set(made):
+        used = [name for name, column in zip(made, inputs.columns, strict=True) if column is not None]
+        if len(given) != len(used):
+            raise SettingsError(f"features names {len(given)} features; the model takes {len(used)}: {listed(used)}")
+        new = dict(zip(used, given, strict=True))
+        names = [new.get(name, name) for name in made]
+    return dict(zip(names, inputs.columns, strict=True))
 
 
 def _refuse_contradictions(columns: Mapping[str, Column], settings: Settings) -> None:
@@ -1024,7 +1074,7 @@ def _refuse_contradictions(columns: Mapping[str, Column], settings: Settings) ->
         place = settings.place("features", name)
         raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, columns)}")
     lines = [
-        f"{settings.place('features', name, key)} is {getattr(given, key)!r}; the model takes {allowed} there"
+        f"{settings.place('features', name, key)} is {SHORT.repr(getattr(given, key))}; the model takes {allowed} there"
         for name, given in settings.features.items()
         for key, allowed in _find_contradictions(given, columns[name])
     ]
@@ -1121,12 +1171,6 @@ def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, A
     return {"type": kind, "loc": loc, "msg": message, "input": given}
 
 
-def _right_choice(given: Any, choices: list[Cell]) -> str:
-    if isinstance(given, str) and isinstance(choices[0], str):
-        return nearest(given, map(str, choices))
-    return f"use one of {listed(choices)}"
-
-
 def _row_type(cells: dict[str, Any]) -> Any:
     row = make_typed_dict("Features", cells)
     row.__pydantic_config__ = ConfigDict(extra="forbid")
@@ -1150,16 +1194,16 @@ def _cell_type(feature: FeatureSettings) -> Any:
 
 
 def _choice_type(kind: type, choices: list[Cell]) -> Any:
-    """Give the type of one of some values. Python's `Literal` knows neither floats nor 1 from true."""
-    if kind is str:
-        return Literal[tuple(choices)]
+    """Give the type of one of some values. Python's `Literal` knows no floats, nor 1 from true, and lists all choices
+    in each of its errors."""
+    known, shown = frozenset(choices), listed(choices)
 
     def check(value: Any) -> Any:
-        if value not in choices:
-            raise PydanticCustomError("literal_error", "Input is none of the choices")
+        if value not in known:
+            raise PydanticCustomError("literal_error", "Input should be one of {choices}", {"choices": shown})
         return value
 
-    return Annotated[kind, AfterValidator(check), WithJsonSchema({"enum": choices})]
+    return Annotated[kind, AfterValidator(check), WithJsonSchema({"type": JSON_TYPES[kind], "enum": choices})]
 
 
 # Predictor ------------------------------------------------------------------------------------------------------------
@@ -1199,6 +1243,8 @@ class Predictor:
         """Have the estimator take X without names, of which scikit-learn would warn at each call."""
         for part in find_parts(self.estimator):
             vars(part).pop("feature_names_in_", None)
+            if positions := vars(part).get("_transformer_to_input_indices"):  # a ColumnTransformer selects by name
+                part.transformers_ = [(name, branch, positions[name]) for name, branch, _ in part.transformers_]
 
     def predict(self, X: Any) -> list[dict[str, Any]]:
         """Give one answer for each row of X, n_samples of them, in their order.
@@ -1233,7 +1279,7 @@ class Predictor:
         labels = range(scores.shape[1]) if self.classes is None else self.classes
         if len(labels) != scores.shape[1] or self._decides_by_pair:
             return list(scores.tolist())
-        return _name_columns_of(scores, [str(label) for label in labels])
+        return _name_columns_of(scores, [_as_key(label) for label in labels])
 
     def _join_outputs(self, scores: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
         """Give (n_samples, n_outputs): of a label that is there or not its probability, else those of each class."""
@@ -1243,7 +1289,7 @@ class Predictor:
             if is_multilabel:
                 joined[:, output] = columns[:, labels.index(1)].tolist() if 1 in labels else 0.0
             else:
-                joined[:, output] = _name_columns_of(columns, [str(label) for label in labels])
+                joined[:, output] = _name_columns_of(columns, [_as_key(label) for label in labels])
         return joined
 
 
@@ -1270,7 +1316,7 @@ def _refuse_no_predictor(estimator: Any) -> None:
         check_is_fitted(estimator)
     except NotFittedError:
         raise ModelError(f"holds a {kind} that is not fitted; fit it, then save it") from None
-    except TypeError:
+    except (TypeError, AttributeError):
         pass  # something that predicts without having been fitted by scikit-learn's rules
 
 
@@ -1285,6 +1331,11 @@ def as_array(values: Any, squeeze: bool = True) -> np.ndarray[Any, Any]:
             plain[index] = item if type(item) is str else _as_plain(item)
         array = plain
     return array[:, 0] if squeeze and array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def _as_key(label: Any) -> str:
+    """Write a class as a key of a JSON object: as in a value, without the quotes."""
+    return label if isinstance(label, str) else to_json(label, fallback=str).decode().strip('"')
 
 
 def _as_plain(item: Any) -> Any:
@@ -1339,6 +1390,8 @@ def read_artifact(path: Path) -> bytes:
         raise ModelError(f"does not exist{hint}") from None
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}") from None
+    if not data:
+        raise ModelError("is empty")
     _, kinds = FORMATS[suffix]
     found = _format_of(data)
     if found is not None and found not in kinds:
@@ -1351,7 +1404,7 @@ def _format_of(data: bytes) -> str | None:
     """Name the format of a file by its first bytes, where they tell."""
     found = next((kind for start, kind in STARTS.items() if data.startswith(start)), None)
     if found == "skops" and b"schema.json" not in data:
-        return "a zip archive"
+        return "a zip archive, or part of one"
     return "joblib" if found == "pickle" and b"joblib.numpy_pickle" in data else found
 
 
@@ -1365,7 +1418,7 @@ def _check_hash(data: bytes, settings: Settings) -> None:
         raise ModelError(f"runs code when it is loaded; {hint}")
 
 
-def load_skops(data: bytes, trusted_types: list[str]) -> Any:
+def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
     """Load a skops file in which all types are trusted, by skops or by the list. Raises `ModelError`."""
     import skops.io  # here, for it takes with it the whole of scikit-learn: a second that other formats can do without
 
@@ -1409,7 +1462,7 @@ def _loading(kind: str) -> Iterator[None]:
 
 
 FORMATS: dict[str, tuple[Callable[[bytes, list[str]], Any], tuple[str, ...]]] = {  # with what the bytes may be
-    ".skops": (load_skops, ("skops",)),
+    ".skops": (_load_skops, ("skops",)),
     ".joblib": (_load_joblib, ("joblib", "pickle")),
     ".pickle": (_load_pickle, ("pickle",)),
     ".pkl": (_load_pickle, ("pickle",)),
@@ -1482,15 +1535,29 @@ def load_golden(settings: Settings) -> Golden | None:
     return golden
 
 
-def agrees(answer: Any, golden: Any) -> bool:
-    """Whether two answers in JSON are the same, floats up to the rounding of another processor or library."""
+def agrees(answer: Any, golden: Any, scale: float = 1.0) -> bool:
+    """Whether two answers in JSON are the same, floats up to the rounding of another processor or library.
+
+    `scale` is the size of numbers against which one may be nothing but rounding.
+    """
     if isinstance(answer, dict) and isinstance(golden, dict):
-        return answer.keys() == golden.keys() and all(agrees(answer[key], golden[key]) for key in golden)
+        return answer.keys() == golden.keys() and all(agrees(answer[key], golden[key], scale) for key in golden)
     if isinstance(answer, list) and isinstance(golden, list):
-        return len(answer) == len(golden) and all(map(agrees, answer, golden))
-    if isinstance(answer, float) and isinstance(golden, float | int):
-        return math.isclose(answer, golden, rel_tol=1e-6, abs_tol=1e-9)
-    return bool(answer == golden)
+        return len(answer) == len(golden) and all(agrees(*pair, scale) for pair in zip(answer, golden, strict=True))
+    if isinstance(answer, float) and isinstance(golden, float | int) and not isinstance(golden, bool):
+        return math.isclose(answer, golden, rel_tol=1e-6, abs_tol=1e-9 * scale)
+    return bool(answer == golden) and isinstance(answer, bool) == isinstance(golden, bool)
+
+
+def rename(answer: Any, names: Mapping[str, str]) -> Any:
+    """Give the outputs in an answer other names."""
+    return {names.get(key, key): value for key, value in answer.items()} if isinstance(answer, dict) else answer
+
+
+def largest(answer: Any) -> float:
+    """Give the largest float in an answer, or 0."""
+    inner = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, list) else ()
+    return abs(answer) if isinstance(answer, float) else max(map(largest, inner), default=0.0)
 
 
 # Endpoints ------------------------------------------------------------------------------------------------------------
@@ -1704,11 +1771,11 @@ NUMBER = {"type": ["number", "null"]}  # what is no number in JSON is null
 
 
 def describe_api(
-    settings: Settings, contract: Contract, predictor: Predictor, sample: dict[str, Any] | None
+    settings: Settings, contract: Contract, predictor: Predictor, sample: dict[str, Any]
 ) -> dict[str, Any]:
     """Make the OpenAPI 3.1 document from the table of operations; `sample` is the answer to the contract's example."""
     schemas = _schemas(contract) | {"Prediction": _describe_prediction(predictor, sample)}
-    example = (contract.example, sample) if contract.is_known and sample is not None else (None, None)
+    example = (contract.example, sample) if contract.is_known else (None, None)
     secured = bool(settings.auth.api_keys)
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
@@ -1744,10 +1811,8 @@ def _schemas(contract: Contract) -> dict[str, Any]:
     return schemas
 
 
-def _describe_prediction(predictor: Predictor, sample: dict[str, Any] | None) -> dict[str, Any]:
+def _describe_prediction(predictor: Predictor, sample: dict[str, Any]) -> dict[str, Any]:
     """Give the JSON Schema of an answer: that of the sample, with the classes that there are."""
-    if sample is None:
-        return {"title": "Prediction", "type": "object", "required": ["prediction"]}
     prediction = sample["prediction"]
     if isinstance(prediction, dict):
         unknown: list[Any] = [None] * len(prediction)
@@ -1911,34 +1976,37 @@ class Service:
         with about_artifact(self.settings):
             if self.golden is not None:
                 self._reproduce(self.golden)
-            if self.sample is not None:
+            if self.sample:
                 self._try_missing()
 
     @functools.cached_property
-    def sample(self) -> dict[str, Any] | None:
-        """What the model says of the contract's example, or None when the example is made up and no row for it."""
-        try:
-            return self.answer([self.contract.example], "its example row")[0]
-        except EstimatorError as error:
-            if self.contract.is_known:
-                raise
-            log.warning("no_example", error=str(error), hint="give examples in [features], or golden rows")
-            return None
+    def sample(self) -> dict[str, Any]:
+        """What the model says of the contract's example."""
+        made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
+        hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
+        return self.answer([self.contract.example], f"its example row{hint}")[0]
 
     def _reproduce(self, golden: Golden) -> None:
+        """Compare by the names that the estimator has by itself: the settings may have given it others since."""
         path = golden_path(self.settings.model_path)
-        try:
-            rows = self.contract.parse_payload(golden.rows)
-        except Unprocessable as error:
-            problem = error.detail[0]
-            raise ModelError(
-                f"has {path.name} beside it, where {problem['loc']} does not fit: {problem['msg']}"
-            ) from None
+        rows = [self._rename(row, index, path.name) for index, row in enumerate(golden.rows)]
+        outputs = {f"y{output}": name for output, name in enumerate(self.predictor.outputs)}
         answers = parse_json(Response.of(self.answer(rows, f"the rows of {path.name}")).body)
-        for index, (answer, expected) in enumerate(zip(answers, golden.predictions, strict=True)):
-            if not agrees(answer, expected):
+        scale = largest(golden.predictions)
+        for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
+            expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
+            if not agrees(answer, expected, scale):
                 wanted = f"as {path.name} has it"
                 raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
+
+    def _rename(self, row: dict[str, Any], index: int, file: str) -> dict[str, Any]:
+        names = self.contract.names
+        if self.predictor.inputs.names is None and len(row) == len(names):
+            return dict(zip(names, row.values(), strict=True))
+        if row.keys() != set(names):
+            problem = f"has {file} beside it, of which row {index} has the features {listed([*row])}"
+            raise ModelError(f"{problem}; it should have {listed(names)}")
+        return row
 
     def _try_missing(self) -> None:
         rows = {name: self.contract.example | {name: None} for name in self.contract.nullable}

@@ -17,48 +17,47 @@ import app
 
 
 def main() -> None:
-    arguments = read_arguments()
-    path: Path = arguments.path
-    with app.exit_on_startup_error():
-        settings = app.load_settings()
-        app.configure_logging(settings.logging)
-        with app.about(f"{str(path)!r}"):
-            data = app.read_artifact(path)
-            untrusted = app.find_untrusted_types(data) if path.suffix.lower() == ".skops" else set()
-            print_model(path, data, untrusted, settings)
-            if not arguments.trust and (untrusted or path.suffix.lower() != ".skops"):
-                print("\n# Its features can be read only by loading it, which may run code that is inside.")
-                print("# If you trust it, add --trust.")
-                if arguments.golden:
-                    raise app.ModelError("answers no golden rows without --trust")
-                return
-            service = load(path, data, untrusted, settings)
-            if arguments.golden:
-                write_golden(path, service, read_rows(arguments.golden))
-                service = load(path, data, untrusted, settings)
-    print_features(service.contract)
-    if arguments.golden:
-        print(f"# wrote {app.golden_path(path)}")
-
-
-def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m model.describe", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("path", type=Path, metavar="PATH", help="the artifact: .skops, .joblib, .pickle or .pkl")
     parser.add_argument("--trust", action="store_true", help="load it, though it may run code that is inside")
     parser.add_argument("--golden", type=Path, metavar="ROWS.json", help="rows to answer and keep beside the artifact")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    with app.exit_on_startup_error(), app.about(repr(str(arguments.path))):
+        describe(arguments.path, arguments.trust, arguments.golden)
+
+
+def describe(path: Path, trust: bool, rows: Path | None) -> None:
+    """Print the tables of an artifact; with a file of rows, make them golden. Raises `StartupError`."""
+    settings = app.load_settings()
+    app.configure_logging(settings.logging)
+    data = app.read_artifact(path)
+    is_skops = path.suffix.lower() == ".skops"
+    untrusted = app.find_untrusted_types(data) if is_skops else set()
+    if rows and not trust and (untrusted or not is_skops):
+        raise app.ModelError("can answer golden rows only with --trust")
+    print_model(path, data, untrusted, settings)
+    if not trust and (untrusted or not is_skops):
+        print("\n# Its features can be read only by loading it, which may run code that is inside.")
+        print("# If you trust it, add --trust.")
+        return
+    service = load(path, data, untrusted, settings)
+    golden = write_golden(path, service, read_rows(rows)) if rows else app.load_golden(service.settings)
+    known = golden.rows[0] if golden else None
+    print_features(app.Contract(service.predictor.inputs, service.settings, known))
+    if rows:
+        print(f"# wrote {app.golden_path(path)}")
 
 
 def load(path: Path, data: bytes, trusted_types: set[str], settings: app.Settings) -> app.Service:
     """Build the service around an artifact; where the settings are about it, with their features."""
     is_current = settings.model_path.absolute() == path.absolute()
-    own = app.Settings(
-        model=app.ModelSettings(path=str(path.absolute()), outputs=settings.model.outputs if is_current else []),
-        features=settings.features if is_current else {},
-    )
+    changes = {
+        "model": app.ModelSettings(path=str(path.absolute())),
+        "features": settings.features if is_current else {},
+    }
     load_format, _ = app.FORMATS[path.suffix.lower()]
-    predictor = app.Predictor(load_format(data, sorted(trusted_types)), own.model.outputs)
-    return app.Service(own, predictor, app.load_golden(own))
+    predictor = app.Predictor(load_format(data, sorted(trusted_types)))
+    return app.Service(settings.model_copy(update=changes), predictor)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -74,7 +73,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]]) -> None:
+def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]]) -> app.Golden:
     """Write rows, the answers to them and the running versions beside the artifact. Raises `ModelError`."""
     try:
         checked = service.contract.parse_payload(rows)
@@ -82,8 +81,13 @@ def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]
         problem = error.detail[0]
         raise app.ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
     answers = app.parse_json(app.Response.of(service.answer(checked, "the golden rows")).body)
-    document = {"versions": app.running_versions(), "rows": rows, "predictions": answers}
-    app.golden_path(artifact).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = [
+        {name: row[name] for name in service.contract.names} for row in rows
+    ]  # in the order of a nameless estimator
+    golden = app.Golden(versions=app.running_versions(), rows=rows, predictions=answers)
+    text = json.dumps(golden.model_dump(), indent=1, ensure_ascii=False)
+    app.golden_path(artifact).write_text(text + "\n", encoding="utf-8")
+    return golden
 
 
 def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Settings) -> None:

@@ -46,3 +46,24 @@ class Worrying(Failing):
         if np.any(X):
             warnings.warn("a matter of\n  some concern", UserWarning, stacklevel=1)
         return np.array(["a"] * len(X))
+
+
+class Duck:
+    """No estimator of scikit-learn's, but it fits and predicts."""
+
+    def fit(self, X: Any, y: Any) -> "Duck":
+        return self
+
+    def predict(self, X: Any) -> Any:
+        return [int(value == "y") for value in np.asarray(X).ravel()]
+
+
+class Categorical(Duck):
+    """One that knows its columns by name, and takes categories of pandas' only, as LightGBM does."""
+
+    feature_names_in_ = np.array(["a"], dtype=object)
+
+    def predict(self, X: Any) -> Any:
+        if list(X.columns) != ["a"] or X["a"].dtype.name != "category":
+            raise ValueError("train and valid dataset categorical_feature do not match")
+        return super().predict(X)

@@ -29,6 +29,7 @@ import app
 # FrozenEstimator takes its methods from the estimator inside, so its class has none.
 ESTIMATORS = {name: kind for name, kind in all_estimators() if hasattr(kind, "predict") or kind is FrozenEstimator}
 EXCEPTIONS: dict[str, str] = {  # class: why one of the formats does not serve it, in the words of what refuses it
+    "RadiusNeighborsClassifier": "give examples in",  # a row that is made up has no neighbours
     "Birch": "Objects of type Birch are not supported yet",  # it is on skops's list of what it cannot save
 }
 FRAMEWORKS = {".joblib": "flask", ".skops": "fastapi"}

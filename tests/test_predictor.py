@@ -1,5 +1,6 @@
 """What the predictor answers, for every kind of estimator."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sklearn.base import clone
 from sklearn.cluster import KMeans
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import IsolationForest, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
 from sklearn.mixture import GaussianMixture
@@ -196,6 +198,30 @@ def test_answer_is_plain_json(tmp_path: Path, given: Any, expected: Any) -> None
     assert call(native, post_case({"x0": 1})).json == {"prediction": expected}
     schema = call(native, Case("get", "GET", "/openapi.json")).json["components"]["schemas"]["Prediction"]
     Draft202012Validator(schema).validate({"prediction": expected})
+
+
+@pytest.mark.parametrize(
+    ("labels", "keys"),
+    [
+        ([False, True], ["false", "true"]),
+        ([0, 1], ["0", "1"]),
+        ([0.5, 1.5], ["0.5", "1.5"]),
+        ([b"a", b"b"], ["a", "b"]),
+        (
+            np.array(["2026-01-01", "2026-01-02"], dtype="datetime64[us]"),
+            ["2026-01-01T00:00:00", "2026-01-02T00:00:00"],
+        ),
+    ],
+    ids=["bool", "int", "float", "bytes", "date"],
+)
+def test_probabilities_have_the_classes_as_the_prediction_has_them(
+    tmp_path: Path, labels: Any, keys: list[str]
+) -> None:
+    """The key of a class is what a prediction of it is, as text."""
+    estimator = DummyClassifier().fit(X[:2], np.asarray(labels))
+    answer = call(serve_estimator(tmp_path / "model.joblib", estimator), post_case(make_row(X[0].tolist()))).json
+    assert list(answer["probabilities"]) == keys
+    assert json.dumps(answer["prediction"]).strip('"') in keys
 
 
 def test_outputs_of_settings_must_be_as_many(tmp_path: Path) -> None:
