@@ -212,6 +212,18 @@ def _check_key(key: SecretStr) -> SecretStr:
     return key
 
 
+def _check_hash(text: str) -> str:
+    if not re.fullmatch(r"([0-9a-fA-F]{64})?", text):
+        raise ValueError("a hash should be 64 hexadecimal digits, or empty")
+    return text
+
+
+def _check_each_once(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError("a list should have each value once")
+    return values
+
+
 Address = Annotated[str, AfterValidator(_check_address)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Cell = bool | int | Finite | str  # of a row
@@ -234,9 +246,9 @@ class ServerSettings(Section):
 class ModelSettings(Section):
     path: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
-    sha256: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
+    sha256: Annotated[str, AfterValidator(_check_hash)] = ""
     trusted_types: list[str] = []
-    outputs: list[Annotated[str, Field(min_length=1)]] = []
+    outputs: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_check_each_once)] = []
     strict_versions: bool = False
 
 
@@ -246,7 +258,7 @@ class FeatureSettings(Section):
     type: Literal["float", "int", "bool", "str"] | None = None
     ge: Finite | None = None
     le: Finite | None = None
-    choices: Annotated[list[Cell], Field(min_length=1)] | None = None
+    choices: Annotated[list[Cell], Field(min_length=1), AfterValidator(_check_each_once)] | None = None
     missing: bool | None = None
     unit: str | None = None
     example: Cell | None = None
@@ -278,8 +290,6 @@ class FeatureSettings(Section):
         ]
         if wrong and self.type is not None:
             raise ValueError(f"choices should have the type {self.type!r}, unlike {wrong[0]!r}")
-        if len(set(choices)) < len(choices):
-            raise ValueError("choices should have each value once")
         return self
 
 
@@ -472,7 +482,8 @@ def _explain(error: ValidationError, sources: Sources) -> list[str]:
             lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
         else:
             seen = "**********" if key[0] == "auth" else SHORT.repr(problem["input"])
-            shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem))
+            as_json = " (as JSON)" if isinstance(problem["input"], str) and problem["type"] in NESTED else ""
+            shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem) + as_json)
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
 
@@ -482,13 +493,11 @@ def _setting_of(loc: list[str]) -> Key:
     return tuple(loc[:3] if loc[0] == "features" else loc[: lengths[0]] if lengths else loc)
 
 
+NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}
+
+
 def _should(problem: Any) -> str:
-    kinds = {
-        "model_type": "be a table of keys",
-        "extra_forbidden": "not be there",
-        "dict_type": "be a table of keys",
-        "list_type": "be a list (in a variable, as JSON)",
-    }
+    kinds = NESTED | {"extra_forbidden": "not be there", "missing": "be there", "json_invalid": "be JSON"}
     said: str = kinds.get(problem["type"], re.sub(r"^.* should ", "", problem["msg"]))
     return said.partition(", unable to")[0]
 
@@ -583,7 +592,7 @@ class Column:
     missing: bool | None = None  # True: it takes a missing value; False: it fails on one; None: it hands it on
     null: Any = math.nan  # a missing value as it was fitted with
     is_object: bool = False  # it was fitted on Python's own values, and takes no others
-    is_category: bool = False  # strings of which all are known are a category of pandas' to it
+    is_category: bool = False  # where all values are known, they are a category of pandas' to it
     example: Cell | None = None
     is_text: bool = False  # it is the whole input, which is then one-dimensional
     is_opaque: bool = False  # it goes into code of which nothing is known
@@ -769,10 +778,10 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
         values = categories.tolist()
         nulls = [value for value in values if value is None or is_nan(value)]
         known = tuple(value for value in values if value is not None and not is_nan(value))
-        if known and _type_of(known) is None:
+        if known and type_of(known) is None:
             raise ModelError(f"has categories of the type {type(known[0]).__name__}, which JSON does not have")
         columns[position] = Column(
-            type=_type_of(known),
+            type=type_of(known),
             choices=None if takes_unknown else known,
             missing=(None if hands_on else True) if nulls else None if takes_unknown else False,
             null=nulls[0] if nulls else math.nan,
@@ -780,6 +789,10 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
             example=known[0] if known else None,
         )
     return columns
+
+
+def _refuse_dicts(part: Any, width: int | None) -> Columns:
+    raise ModelError(f"has a {type(part).__name__} in it, which takes dictionaries; fit a ColumnTransformer on columns")
 
 
 def _read_nothing(part: Any, width: int | None) -> Columns:
@@ -793,7 +806,8 @@ def _read_category_counts(bayes: Any, width: int | None) -> Columns:
     return {j: Column("int", tuple(range(count)), missing=False, example=0) for j, count in enumerate(counts)}
 
 
-def _type_of(values: Iterable[Any]) -> str | None:
+def type_of(values: Iterable[Any]) -> str | None:
+    """Name the one type of feature that all values are of, if there is one."""
     kinds = {type(value) for value in values}
     if kinds == {int, float}:
         return "float"
@@ -804,7 +818,7 @@ def _read_imputer(imputer: Any, width: int | None) -> Columns:
     column = Column("float", missing=True, null=imputer.missing_values)
     columns = _with_examples(imputer, dict.fromkeys(range(imputer.n_features_in_), column))
     if getattr(imputer, "_fit_dtype", np.dtype(float)).kind in "OU":
-        columns = {j: replace(column, type=_type_of([column.example])) for j, column in columns.items()}
+        columns = {j: replace(column, type=type_of([column.example])) for j, column in columns.items()}
     if getattr(imputer, "strategy", "") == "constant":  # which is typical of nothing
         columns = {j: replace(column, example=None) for j, column in columns.items()}
     return columns
@@ -887,6 +901,8 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
     "Pipeline": _read_steps,
     "ColumnTransformer": _read_branches,
     "FeatureUnion": _read_union,
+    "DictVectorizer": _refuse_dicts,
+    "FeatureHasher": _refuse_dicts,
     "_BaseEncoder": _read_encoder,
     "_BaseImputer": _read_imputer,
     "MissingIndicator": _read_imputer,
@@ -929,7 +945,7 @@ class Contract:
     """
 
     def __init__(self, inputs: Inputs, settings: Settings, row: Mapping[str, Any] | None = None) -> None:
-        columns = _name_columns(inputs, settings)
+        columns = name_columns(inputs, settings)
         used = {name: column for name, column in columns.items() if column is not None}
         _refuse_contradictions(used, settings)
         self.order = list(columns)  # of the columns that the estimator takes, those that it drops too
@@ -1042,7 +1058,7 @@ class Contract:
         kind = column.type or feature.type
         if column.null is self._pandas.NA:
             return {"float": "Float64", "int": "Int64", "bool": "boolean"}.get(kind or "", "object")
-        if kind == "str" and column.is_category and feature.choices is not None:
+        if column.is_category and feature.choices is not None:
             return self._pandas.CategoricalDtype(feature.choices)
         if feature.missing and is_nan(column.null) and kind == "int":
             return "float64"
@@ -1051,9 +1067,12 @@ class Contract:
         )
 
 
-def _name_columns(inputs: Inputs, settings: Settings) -> dict[str, Column | None]:
-    """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings."""
-    given = list(settings.features)
+def name_columns(inputs: Inputs, settings: Settings, row: Iterable[str] = ()) -> dict[str, Column | None]:
+    """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings.
+
+    `row` has the names for an estimator that does not even say how many it takes.
+    """
+    given = list(settings.features) or (list(row) if inputs.columns is None else [])
     if inputs.columns is None:
         if not given:
             raise ModelError("does not say how many features it takes; name them in [features], in its order")
@@ -1063,7 +1082,8 @@ def _name_columns(inputs: Inputs, settings: Settings) -> dict[str, Column | None
     if inputs.names is None and not set(given) <= set(made):
         used = [name for name, column in zip(made, inputs.columns, strict=True) if column is not None]
         if len(given) != len(used):
-            raise SettingsError(f"features names {len(given)} features; the model takes {len(used)}: {listed(used)}")
+            place, problem = settings.place("features"), f"names {len(given)} features, {listed(given)}"
+            raise SettingsError(f"{place} {problem}; the model takes {len(used)}: {listed(used)}")
         new = dict(zip(used, given, strict=True))
         names = [new.get(name, name) for name in made]
     return dict(zip(names, inputs.columns, strict=True))
@@ -1153,7 +1173,9 @@ def _import_pandas() -> Any:
         import pandas
     except ImportError:
         hint = "install pandas: pip install -r requirements-pandas.txt"
-        problem = "takes a DataFrame, for it was fitted on named columns that are not all numbers"
+        problem = (
+            "takes a DataFrame: it was fitted on one, with more than numbers in it or code that is not scikit-learn's"
+        )
         raise ModelError(f"{problem}; {hint}") from None
     return pandas
 
@@ -1264,6 +1286,8 @@ class Predictor:
     def _name_outputs(self, y: np.ndarray[Any, Any]) -> list[Any]:
         """Give each row of y, shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
         n_outputs = y.shape[1] if y.ndim == 2 else 1
+        if self.outputs and y.ndim == 1:
+            raise ModelError("has a single output, which goes without a name; set model.outputs = []")
         if self.outputs and len(self.outputs) != n_outputs:
             raise ModelError(f"has {n_outputs} outputs, but model.outputs names {len(self.outputs)}")
         return _name_columns_of(y, self.outputs or [f"y{output}" for output in range(n_outputs)])
@@ -1311,7 +1335,7 @@ def _refuse_no_predictor(estimator: Any) -> None:
         raise ModelError(f"holds the class {estimator.__name__}; fit an instance of it, then save that")
     kind = type(estimator).__name__
     if not callable(getattr(estimator, "predict", None)):
-        raise ModelError(f"holds a {kind}, which has no predict(); save a fitted estimator")
+        raise ModelError(f"holds a {kind}, which has no predict(); save a fitted estimator that has")
     try:
         check_is_fitted(estimator)
     except NotFittedError:
@@ -1358,7 +1382,7 @@ def _name_columns_of(array: np.ndarray[Any, Any], names: Sequence[str]) -> list[
 def load_predictor(settings: Settings) -> Predictor:
     """Load the artifact of the settings, by the suffix of its name. Raises `ModelError`."""
     data = read_artifact(settings.model_path)
-    _check_hash(data, settings)
+    _refuse_untrusted(data, settings)
     load, _ = FORMATS[settings.model_path.suffix.lower()]
     return Predictor(load(data, settings.model.trusted_types), settings.model.outputs)
 
@@ -1408,7 +1432,7 @@ def _format_of(data: bytes) -> str | None:
     return "joblib" if found == "pickle" and b"joblib.numpy_pickle" in data else found
 
 
-def _check_hash(data: bytes, settings: Settings) -> None:
+def _refuse_untrusted(data: bytes, settings: Settings) -> None:
     expected, found = settings.model.sha256.lower(), hashlib.sha256(data).hexdigest()
     if expected and expected != found:
         place = settings.place("model", "sha256")
@@ -1457,7 +1481,7 @@ def _loading(kind: str) -> Iterator[None]:
     except AttributeError as error:  # pickle names classes and functions by module; those of a script are in __main__
         raise ModelError(f"needs what is not there: {error}; have it in a module that can be imported") from error
     except (Exception, SystemExit) as error:  # what a damaged or foreign artifact raises has no bounds
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
         raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason}") from error
 
 
@@ -1494,7 +1518,7 @@ class Golden(Section):
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         if len(self.rows) != len(self.predictions):
-            raise ValueError("a golden file should have predictions as many as rows")
+            raise ValueError("a golden file should have as many predictions as rows")
         return self
 
 
@@ -1526,7 +1550,8 @@ def load_golden(settings: Settings) -> Golden | None:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ModelError(f"has {path.name} beside it, where {where or 'all'} should {_should(problem)}") from None
+        what = f"in which {where}" if where else "which"
+        raise ModelError(f"has {path.name} beside it, {what} should {_should(problem)}") from None
     running = running_versions()
     if golden.versions != running:
         if settings.model.strict_versions:

@@ -2,7 +2,9 @@
 
 What is inside an artifact may run code when it is loaded, so its features are read only with `--trust`; a .skops file
 of which skops trusts every type is read without. `--golden ROWS.json` has the estimator answer the rows of a JSON array
-and writes them, with its answers, beside the artifact, which must reproduce them whenever it is served.
+and writes them, with its answers, beside the artifact, which must reproduce them whenever it is served; such rows also
+say what the estimator does not, as the types that code of the user's takes. For the artifact that the settings in force
+are about, their `[features]` count too.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +29,69 @@ def main() -> None:
         describe(arguments.path, arguments.trust, arguments.golden)
 
 
-def describe(path: Path, trust: bool, rows: Path | None) -> None:
+def describe(path: Path, trust: bool, golden: Path | None) -> None:
     """Print the tables of an artifact; with a file of rows, make them golden. Raises `StartupError`."""
     settings = app.load_settings()
     app.configure_logging(settings.logging)
     data = app.read_artifact(path)
     is_skops = path.suffix.lower() == ".skops"
     untrusted = app.find_untrusted_types(data) if is_skops else set()
-    if rows and not trust and (untrusted or not is_skops):
+    is_safe = is_skops and not untrusted
+    if golden and not (trust or is_safe):
         raise app.ModelError("can answer golden rows only with --trust")
     print_model(path, data, untrusted, settings)
-    if not trust and (untrusted or not is_skops):
+    if not (trust or is_safe):
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
         return
-    service = load(path, data, untrusted, settings)
-    golden = write_golden(path, service, read_rows(rows)) if rows else app.load_golden(service.settings)
-    known = golden.rows[0] if golden else None
-    print_features(app.Contract(service.predictor.inputs, service.settings, known))
-    if rows:
+    load, _ = app.FORMATS[path.suffix.lower()]
+    predictor = app.Predictor(load(data, sorted(untrusted)))
+    own = choose_settings(settings, path, predictor.inputs)
+    known = app.load_golden(own) if golden is None else None
+    rows = read_rows(golden) if golden else known.rows if known else []
+    columns = app.name_columns(predictor.inputs, own, rows[0] if rows else ())
+    rows = [{name: cell for name, cell in row.items() if columns.get(name, app.Column()) is not None} for row in rows]
+    features = complete(columns, own, rows)
+    own = own.model_copy(update={"features": features})
+    if golden:
+        write_golden(path, app.Service(own, predictor), rows)
+    print_features(app.Contract(predictor.inputs, own, rows[0] if rows else None), columns, features)
+    if golden:
         print(f"# wrote {app.golden_path(path)}")
 
 
-def load(path: Path, data: bytes, trusted_types: set[str], settings: app.Settings) -> app.Service:
-    """Build the service around an artifact; where the settings are about it, with their features."""
-    is_current = settings.model_path.absolute() == path.absolute()
-    changes = {
-        "model": app.ModelSettings(path=str(path.absolute())),
-        "features": settings.features if is_current else {},
-    }
-    load_format, _ = app.FORMATS[path.suffix.lower()]
-    predictor = app.Predictor(load_format(data, sorted(trusted_types)))
-    return app.Service(settings.model_copy(update=changes), predictor)
+def choose_settings(settings: app.Settings, path: Path, inputs: app.Inputs) -> app.Settings:
+    """Give the settings for an artifact: with the [features] in force where these are about it, and still fit it."""
+    own = settings.model_copy(update={"model": app.ModelSettings(path=str(path.absolute())), "features": {}})
+    current = own.model_copy(update={"features": settings.features})
+    if settings.model_path.absolute() != path.absolute():
+        return own
+    try:
+        app.Contract(inputs, current)
+    except app.SettingsError as error:
+        print("\n# Left out, for the artifact has changed:")
+        print("\n".join(f"# {line}" for line in str(error).splitlines()))
+        return own
+    return current
+
+
+def complete(
+    columns: Mapping[str, app.Column | None], settings: app.Settings, rows: list[dict[str, Any]]
+) -> dict[str, app.FeatureSettings]:
+    """Add to the settings of features what the estimator does not say, but rows that it takes do."""
+    features: dict[str, app.FeatureSettings] = {}
+    for name, column in columns.items():
+        if column is None:
+            continue
+        cells = [row.get(name) for row in rows]
+        kind = app.type_of(cell for cell in cells if cell is not None)
+        said: dict[str, Any] = settings.features.get(name, app.FeatureSettings()).model_dump(exclude_none=True)
+        if column.type is None or (column.type == "float" and kind == "bool"):
+            said = {"type": kind} | said
+        if column.missing is None and None in cells:
+            said = {"missing": True} | said
+        features[name] = app.FeatureSettings.model_validate(said)
+    return features
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -68,12 +102,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise app.ModelError(f"cannot have the golden rows of {path}, which cannot be read: {error.strerror}") from None
     except app.ServingError as error:
         raise app.ModelError(f"cannot have the golden rows of {path}: {error}") from None
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise app.ModelError(f"cannot have the golden rows of {path}, which should be a JSON array of objects")
     return rows
 
 
-def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]]) -> app.Golden:
+def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]]) -> None:
     """Write rows, the answers to them and the running versions beside the artifact. Raises `ModelError`."""
     try:
         checked = service.contract.parse_payload(rows)
@@ -84,10 +118,8 @@ def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]
     rows = [
         {name: row[name] for name in service.contract.names} for row in rows
     ]  # in the order of a nameless estimator
-    golden = app.Golden(versions=app.running_versions(), rows=rows, predictions=answers)
-    text = json.dumps(golden.model_dump(), indent=1, ensure_ascii=False)
-    app.golden_path(artifact).write_text(text + "\n", encoding="utf-8")
-    return golden
+    document = {"versions": app.running_versions(), "rows": rows, "predictions": answers}
+    app.golden_path(artifact).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Settings) -> None:
@@ -99,13 +131,22 @@ def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Sett
     print_key("trusted_types", sorted(untrusted))
 
 
-def print_features(contract: app.Contract) -> None:
-    """Print the [features] table: what settings and estimator together say of each feature."""
+def print_features(
+    contract: app.Contract,
+    columns: Mapping[str, app.Column | None],
+    features: Mapping[str, app.FeatureSettings],
+) -> None:
+    """Print the [features] table: what settings, rows and estimator together say of each feature."""
     print("\n[features]")
     for name, feature in contract.features.items():
         said = feature.model_dump(exclude_none=True) | {"missing": feature.missing or None}
         pairs = ", ".join(f"{key} = {app.toml_value(value)}" for key, value in said.items() if value is not None)
-        print(f"{app.toml_key(name)} = {{ {pairs} }}")
+        column = columns[name]
+        is_guess = column is not None and column.type is None and features[name].type is None
+        print(
+            f"{app.toml_key(name)} = {{ {pairs} }}"
+            + ("  # of what type the estimator does not say" if is_guess else "")
+        )
 
 
 def print_key(name: str, value: Any) -> None:

@@ -1,9 +1,12 @@
-"""Estimators that fail in the ways that the tests need; the only fakes there are."""
+"""Estimators with code of their own, many of which fail in the ways that the tests need; the only fakes there are."""
 
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
 
 class Failing(ClassifierMixin, BaseEstimator):
@@ -67,3 +70,12 @@ class Categorical(Duck):
         if list(X.columns) != ["a"] or X["a"].dtype.name != "category":
             raise ValueError("train and valid dataset categorical_feature do not match")
         return super().predict(X)
+
+
+def as_words(table: Any) -> Any:
+    return table.astype(str)
+
+
+def worded() -> Any:
+    """Give a pipeline to which 1 is another category than 1.0, as only its function knows."""
+    return make_pipeline(FunctionTransformer(as_words), OneHotEncoder(handle_unknown="ignore"), LogisticRegression())

@@ -210,7 +210,7 @@ def test_trust_never_comes_from_beside_the_artifact(tmp_path: Path) -> None:
     (tmp_path / "model.golden.json").write_text(json.dumps(golden))
     assert "holds types that are not trusted" in refusal_of(tmp_path / "model.skops")
     message = refusal_of(shutil.copy(PROJECT / "model/iris.skops", tmp_path / "model.skops"))
-    assert "has model.golden.json beside it, where trusted_types should not be there" in message
+    assert "has model.golden.json beside it, in which trusted_types should not be there" in message
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:
     model = save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.joblib")
     named = app.Settings(model=model, features={name: {} for name in ROW})
     assert call(app.create_app(named), post_case(ROW)).json["prediction"] == 0
-    with pytest.raises(app.SettingsError, match="names 1 features; the model takes 4"):
+    with pytest.raises(app.SettingsError, match="names 1 features, 'a'; the model takes 4: 'x0'"):
         app.create_app(app.Settings(model=model, features={"a": {}}))
 
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import estimators
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import (
     COMBINATIONS,
@@ -25,9 +27,12 @@ from conftest import (
     save,
     serve_estimator,
 )
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 from test_artifact import Trap
 from test_inputs import PENGUINS, fitted, rows_of
 
@@ -81,12 +86,12 @@ def changed(index: int, **change: Any) -> list[Any]:
         ({"predictions": changed(3, prediction="virginica")}, r'answers row 3 with {"prediction": "setosa", .*}, not'),
         ({"predictions": changed(7, probabilities={"setosa": 1.0})}, "answers row 7 with"),
         ({"predictions": changed(0, probabilities={"setosa": 0.97, "versicolor": 0.03, "virginica": 0})}, "row 0 with"),
-        ({"predictions": GOLDEN["predictions"][1:]}, "where all should have predictions as many as rows"),
+        ({"predictions": GOLDEN["predictions"][1:]}, "which should have as many predictions as rows"),
         ({"rows": [{"sepal_length": 1}] * 15}, "row 0 has the features 'sepal_length'; it should have"),
         ({"rows": [ROW | {"sepal_length": "long"}] * 15}, "fails on the rows of iris.golden.json: ValueError"),
-        ({"rows": []}, "where rows should have at least 1 item"),
-        ({"versions": 3}, "where versions should be a table of keys"),
-        ({"more": 3}, "where more should not be there"),
+        ({"rows": []}, "in which rows should have at least 1 item"),
+        ({"versions": 3}, "in which versions should be a table of keys"),
+        ({"more": 3}, "in which more should not be there"),
     ],
     ids=["class", "keys", "number", "fewer", "row", "cell", "empty", "versions", "unknown"],
 )
@@ -102,7 +107,7 @@ def test_other_answer_is_refused(iris: Path, changes: dict[str, Any], message: s
 def test_unreadable_golden_rows_are_refused(iris: Path, text: str) -> None:
     """Golden rows that are no JSON object end the start."""
     (iris.parent / "iris.golden.json").write_text(text)
-    with pytest.raises(app.ModelError, match=r"has iris.golden.json beside it, where"):
+    with pytest.raises(app.ModelError, match=r"has iris.golden.json beside it, (in )?which .*should be"):
         app.create_app(make_settings(model={"path": str(iris)}))
 
 
@@ -223,10 +228,11 @@ def write(path: Path, content: Any) -> str:
     return str(path)
 
 
-def describe(*arguments: Any, status: int = 0, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
-    """Run `python -m model.describe` as an operator does."""
+def describe(*arguments: Any, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m model.describe` as an operator does, who has the modules of the tests."""
     command = [sys.executable, "-m", "model.describe", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT / "tests")} | environment
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     return done
 
@@ -263,6 +269,61 @@ def test_description_shows_what_the_estimator_says(tmp_path: Path) -> None:
     golden = json.loads((tmp_path / "penguins.golden.json").read_text())
     assert golden["rows"] == rows_of(PENGUINS)[:4]
     assert [prediction["prediction"] for prediction in golden["predictions"]] == ["Adelie"] * 4
+
+
+def described(tmp_path: Path, estimator: Any, rows: Any = None) -> tuple[dict[str, Any], str]:
+    """Give the features that are printed for an estimator, and all that is printed."""
+    path = tmp_path / "model.joblib"
+    save(estimator, path)
+    golden = [] if rows is None else ["--golden", write(tmp_path / "rows.json", rows)]
+    printed = describe(path, "--trust", *golden).stdout
+    return tomllib.loads(printed)["features"], printed
+
+
+def test_golden_rows_say_what_the_estimator_does_not(tmp_path: Path, framework: str) -> None:
+    """Types that only code of the user's knows are those of the golden rows: whole numbers reach it as such."""
+    table = pd.DataFrame({"rank": [1, 2, 3, 1], "alone": [True, False, True, True], "age": [1.5, np.nan, 3, 4]})
+    expected = (estimator := estimators.worded().fit(table, [0, 1, 0, 1])).predict_proba(table)
+    rows = json.loads(table.to_json(orient="records"))
+    features, _ = described(tmp_path, estimator, rows)
+    assert {name: (feature["type"], feature.get("missing")) for name, feature in features.items()} == {
+        "rank": ("int", None),
+        "alone": ("bool", None),
+        "age": ("float", True),
+    }
+    answers = call(
+        serve_estimator(tmp_path / "model.joblib", estimator, framework=framework, features=features), post_case(rows)
+    ).json
+    np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], expected)
+
+
+def test_guess_is_marked(tmp_path: Path) -> None:
+    """Where neither estimator nor rows say of what type a feature is, the printed one is marked."""
+    table = pd.DataFrame({"rank": [1, 2, 3, 1]})
+    features, printed = described(tmp_path, estimators.worded().fit(table, [0, 1, 0, 1]))
+    assert features == {"rank": {"type": "float"}}
+    assert 'rank = { type = "float" }  # of what type the estimator does not say' in printed
+
+
+def test_golden_rows_may_have_what_is_dropped(tmp_path: Path) -> None:
+    """Columns that the estimator drops may stand in the rows; they are left out of what is written."""
+    transformer = make_column_transformer((OneHotEncoder(), ["island"]))
+    estimator = make_pipeline(transformer, LogisticRegression()).fit(PENGUINS, np.arange(len(PENGUINS)) % 2)
+    features, _ = described(tmp_path, estimator, rows_of(PENGUINS)[:3])
+    assert list(features) == ["island"]
+    assert json.loads((tmp_path / "model.golden.json").read_text())["rows"] == [{"island": "Torgersen"}] * 3
+
+
+def test_features_of_a_model_that_has_changed_are_left_out(tmp_path: Path) -> None:
+    """After training with other features into the same file, what is printed is the new model's."""
+    trust = save(LinearRegression().fit(PENGUINS[["year"]], range(len(PENGUINS))), tmp_path / "model.joblib")
+    write(
+        tmp_path / "settings.toml",
+        f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n[features]\nage = {{}}',
+    )
+    printed = describe(tmp_path / "model.joblib", "--trust", SERVING_SETTINGS=str(tmp_path / "settings.toml")).stdout
+    assert "# Left out, for the artifact has changed:\n# settings.toml: features.age is not about a feature" in printed
+    assert list(tomllib.loads(printed)["features"]) == ["year"]
 
 
 @pytest.mark.parametrize("suffix", [".joblib", ".pickle", ".pkl"])
@@ -324,9 +385,7 @@ def test_description_keeps_the_features_of_the_settings_in_force(tmp_path: Path)
     trust = save(LinearRegression().fit(np.eye(2), [1, 2]), tmp_path / "model.joblib")
     features = "[features]\nwidth = { unit = 'cm', ge = 0 }\nheight = {}"
     write(tmp_path / "settings.toml", f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n{features}')
-    environment = os.environ | {"SERVING_SETTINGS": str(tmp_path / "settings.toml")}
-    command = [sys.executable, "-m", "model.describe", str(tmp_path / "model.joblib"), "--trust"]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+    done = describe(tmp_path / "model.joblib", "--trust", SERVING_SETTINGS=str(tmp_path / "settings.toml"))
     printed = tomllib.loads(done.stdout)
     assert printed["model"]["path"] == "model.joblib"
     assert printed["features"] == {"width": {"type": "float", "ge": 0.0, "unit": "cm"}, "height": {"type": "float"}}

@@ -26,6 +26,7 @@ from sklearn.ensemble import (
     StackingClassifier,
     VotingClassifier,
 )
+from sklearn.feature_extraction import DictVectorizer, FeatureHasher
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
 from sklearn.impute import KNNImputer, MissingIndicator, SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
@@ -382,6 +383,14 @@ def test_foreign_estimator_is_served(tmp_path: Path, estimator: Any) -> None:
     assert call(native, post_case([{"a": "y"}, {"a": "x"}])).json == [{"prediction": 1}, {"prediction": 0}]
 
 
+@pytest.mark.parametrize("vectorizer", [DictVectorizer(), FeatureHasher(n_features=4)])
+def test_dictionaries_are_no_rows(vectorizer: Any) -> None:
+    """What takes dictionaries of any keys is refused with what to fit instead."""
+    estimator = make_pipeline(vectorizer, LogisticRegression()).fit([{"a": 1}, {"b": 2}], [0, 1])
+    with pytest.raises(app.ModelError, match="in it, which takes dictionaries; fit a ColumnTransformer on columns"):
+        app.Predictor(estimator)
+
+
 def test_categories_that_json_has_not_are_refused() -> None:
     """An encoder of dates cannot be asked over JSON."""
     dates = pd.DataFrame({"a": pd.to_datetime(["2026-01-01", "2026-01-02"] * 2)})
@@ -625,6 +634,6 @@ def test_pandas_is_there_only_where_it_is_needed(tmp_path: Path, name: str) -> N
     command = [sys.executable, "-c", WITHOUT_PANDAS]
     done = subprocess.run(command, cwd=PROJECT, env={"SERVING_SETTINGS": str(file)}, capture_output=True, text=True)
     if name == "boosting":
-        assert "not all numbers; install pandas: pip install -r requirements-pandas.txt" in done.stderr
+        assert "install pandas: pip install -r requirements-pandas.txt" in done.stderr
     else:
         assert done.stdout == "served\n", done.stderr

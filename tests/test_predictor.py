@@ -226,6 +226,8 @@ def test_probabilities_have_the_classes_as_the_prediction_has_them(
 
 def test_outputs_of_settings_must_be_as_many(tmp_path: Path) -> None:
     """Names for more or fewer outputs than there are end the start."""
+    with pytest.raises(app.ModelError, match="has a single output, which goes without a name"):
+        serve_estimator(tmp_path / "model.joblib", LinearRegression().fit(X, y), model={"outputs": ["a"]})
     for outputs in (["a"], ["a", "b", "c"]):
         with pytest.raises(app.ModelError, match=f"has 2 outputs, but model.outputs names {len(outputs)}"):
             serve_estimator(tmp_path / "model.joblib", LinearRegression().fit(X, X[:, :2]), model={"outputs": outputs})

@@ -177,6 +177,8 @@ FILES = [
         '[model]\npath = "irs.skops"',
         ["model.path is", "irs.skops', which does not exist", "'iris.skops'?"],
     ),
+    ("hash", '[model]\nsha256 = "abc"', ["model.sha256 is 'abc'", "should be 64 hexadecimal digits, or empty"]),
+    ("outputs-twice", '[model]\noutputs = ["a", "a"]', ["model.outputs is ['a', 'a']", "have each value once"]),
     ("wrong-suffix", '[model]\npath = "x.h5"', ["model.path is", "the suffix '.h5'; use one of '.skops', '.joblib'"]),
     ("truncated-model", '[model]\npath = "cut.skops"', ["model.path is", "cannot be loaded as skops"]),
     ("folder-as-model", '[model]\npath = "folder.skops"', ["model.path is", "cannot be read: Is a directory"]),
