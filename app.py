@@ -966,9 +966,9 @@ class Contract:
         if self.form == "frame":
             self._pandas = _import_pandas()
             self._dtypes = {name: self._column_dtype(name, column) for name, column in columns.items()}
-        elif not objects:  # in which None becomes NaN, and so is any null but a number
-            self._nulls = {name: null for name, null in self._nulls.items() if isinstance(null, int | float)}
-            self._nulls = {name: null for name, null in self._nulls.items() if not is_nan(null)}
+        elif not objects:  # None becomes NaN by itself, which any null is but a number
+            numbers = {name: null for name, null in self._nulls.items() if isinstance(null, int | float)}
+            self._nulls = {name: null for name, null in numbers.items() if not is_nan(null)}
 
     @property
     def example(self) -> dict[str, Any]:
@@ -2001,8 +2001,8 @@ class Service:
         with about_artifact(self.settings):
             if self.golden is not None:
                 self._reproduce(self.golden)
-            if self.sample:
-                self._try_missing()
+            _ = self.sample
+            self._try_missing()
 
     @functools.cached_property
     def sample(self) -> dict[str, Any]:
@@ -2026,12 +2026,12 @@ class Service:
 
     def _rename(self, row: dict[str, Any], index: int, file: str) -> dict[str, Any]:
         names = self.contract.names
+        if row.keys() == set(names):
+            return row
         if self.predictor.inputs.names is None and len(row) == len(names):
             return dict(zip(names, row.values(), strict=True))
-        if row.keys() != set(names):
-            problem = f"has {file} beside it, of which row {index} has the features {listed([*row])}"
-            raise ModelError(f"{problem}; it should have {listed(names)}")
-        return row
+        problem = f"has {file} beside it, of which row {index} has the features {listed([*row])}"
+        raise ModelError(f"{problem}; it should have {listed(names)}")
 
     def _try_missing(self) -> None:
         rows = {name: self.contract.example | {name: None} for name in self.contract.nullable}

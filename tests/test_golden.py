@@ -167,6 +167,15 @@ def test_golden_rows_outlive_the_settings(tmp_path: Path, changes: dict[str, Any
     assert call(native, post_case(row)).status == 200
 
 
+def test_golden_rows_go_by_name(tmp_path: Path) -> None:
+    """A golden row in another order of its keys is the same row, for a nameless estimator too."""
+    estimator = LinearRegression().fit(np.eye(2), [1, 2])
+    golden = {"versions": app.running_versions(), "rows": [{"x1": 2, "x0": 1.5}]}
+    golden["predictions"] = [{"prediction": estimator.predict([[1.5, 2]])[0]}]
+    write(tmp_path / "model.golden.json", golden)
+    assert call(serve_estimator(tmp_path / "model.joblib", estimator), post_case({"x0": 1, "x1": 2})).status == 200
+
+
 @pytest.mark.parametrize(
     ("answer", "golden", "scale", "same"),
     [
