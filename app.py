@@ -596,6 +596,8 @@ class Column:
     example: Cell | None = None
     is_text: bool = False  # it is the whole input, which is then one-dimensional
     is_opaque: bool = False  # it goes into code of which nothing is known
+    is_idle: bool = False  # nothing looks at it
+    known: tuple[Cell, ...] | None = None  # the values besides which all others become missing
 
     def beside(self, other: Column) -> Column:
         """Say of a feature what two parts say that both get it."""
@@ -604,6 +606,7 @@ class Column:
             choices = tuple(choice for choice in self.choices if choice in other.choices)
         missing = False if False in (self.missing, other.missing) else self.missing and other.missing
         kind = "str" if "str" in (self.type, other.type) else self.type or other.type
+        kind = type_of(choices) if choices else kind
         return replace(self._or(other), type=kind, choices=choices, missing=missing)
 
     def before(self, other: Column) -> Column:
@@ -612,13 +615,16 @@ class Column:
             return self
         missing = other.missing if self.missing is None else self.missing
         kind = other.type if other.choices is not None else self.type or other.type
-        return replace(self._or(other), type=kind, choices=self.choices or other.choices, missing=missing)
+        choices = self.choices or other.choices or (self.known if other.missing is False else None)
+        known = other.known or (self.known if other.missing is None else None)
+        return replace(self._or(other), type=kind, choices=choices, missing=missing, known=known)
 
     def _or(self, other: Column) -> Column:
         return replace(
             self,
             null=other.null if is_nan(self.null) else self.null,
             example=other.example if self.example is None else self.example,
+            known=self.known or other.known,
             is_object=self.is_object or other.is_object,
             is_opaque=self.is_opaque or other.is_opaque,
         )
@@ -642,8 +648,9 @@ class Inputs:
 
 def read_inputs(estimator: Any) -> Inputs:
     """Read the features off a fitted estimator and its parts. Raises `ModelError` when their names make no sense."""
-    names = [str(name) for name in getattr(estimator, "feature_names_in_", ())] or None
-    width = _find_width(estimator, len(names) if names else None)
+    first = _find_first(estimator)
+    names = [str(name) for name in getattr(first, "feature_names_in_", ())] or None
+    width: int | None = getattr(first, "n_features_in_", len(names) if names else _given_width(first))
     if names and (width != len(names) or len(set(names)) < len(names)):
         raise ModelError(f"has {len(names)} names for {width} features, {len(set(names))} of them different")
     try:
@@ -657,14 +664,22 @@ def read_inputs(estimator: Any) -> Inputs:
     return Inputs(names, columns, "frame" if named else "array")
 
 
-def _find_width(estimator: Any, known: int | None) -> int | None:
-    steps = [step for _, step in getattr(estimator, "steps", ()) if hasattr(step, "fit")]  # without "passthrough"
-    first = steps[0] if steps else estimator
-    if known is None and isinstance(first, BaseEstimator):
-        tags = get_tags(first).input_tags
-        known = 1 if tags.one_d_array and not tags.two_d_array and not tags.string else None
-    width: int | None = getattr(first, "n_features_in_", known)
-    return width
+def _find_first(estimator: Any) -> Any:
+    """Give the part that knows its features: what holds others may not, where a pipeline begins with "passthrough"."""
+    steps = [step for _, step in getattr(estimator, "steps", ()) if hasattr(step, "fit")]
+    held = [getattr(estimator, name, None) for name in ("best_estimator_", "estimator_", "estimators_")]
+    inner = [part[0] if isinstance(part, list | tuple) else part for part in held if part is not None]
+    if hasattr(estimator, "n_features_in_") or not (steps or inner):
+        return estimator
+    return _find_first((steps or inner)[0])
+
+
+def _given_width(estimator: Any) -> int | None:
+    """Give the width of an estimator of one feature, which does not keep it."""
+    if not isinstance(estimator, BaseEstimator):
+        return None
+    tags = get_tags(estimator).input_tags
+    return 1 if tags.one_d_array and not tags.two_d_array and not tags.string else None
 
 
 def read_columns(part: Any, width: int | None) -> Columns:
@@ -678,11 +693,10 @@ def read_columns(part: Any, width: int | None) -> Columns:
 
 def _read_steps(pipeline: Any, width: int | None) -> Columns:
     """Read the steps of a pipeline: what one does not say is asked of the next, while values stay what they were."""
-    columns: Columns = {}
+    steps = [step for _, step in pipeline.steps if step is not None and not isinstance(step, str)]
+    columns: Columns = {} if steps else dict.fromkeys(range(width or 0), Column())
     same = True
-    for _, step in pipeline.steps:
-        if step is None or isinstance(step, str):
-            continue
+    for step in steps:
         if not columns:
             columns = read_columns(step, width)
         else:
@@ -728,7 +742,7 @@ def _read_union(union: Any, width: int | None) -> Columns:
 def _read_inner(part: Any, width: int | None, attribute: str) -> Columns:
     """Read the estimators inside one that hands its input to them as it is."""
     inner = getattr(part, attribute)
-    return _join(read_columns(item, width) for item in (inner if isinstance(inner, list) else [inner]))
+    return _join(read_columns(item, width) for item in (inner if isinstance(inner, list | tuple) else [inner]))
 
 
 def _read_stack(stack: Any, width: int | None) -> Columns:
@@ -752,9 +766,11 @@ def _read_bag(bag: Any, width: int | None) -> Columns:
 
 
 def _join(readings: Iterable[Columns]) -> Columns:
-    """Say of each column what all parts say that get it."""
+    """Say of each column what all parts say that get it, but for those that look at none, if others do."""
+    readings = list(readings)
+    busy = [reading for reading in readings if not all(column.is_idle for column in reading.values())]
     columns: Columns = {}
-    for reading in readings:
+    for reading in busy or readings:
         for position, column in reading.items():
             columns[position] = columns[position].beside(column) if position in columns else column
     return columns
@@ -772,7 +788,6 @@ def _read_histogram(boosting: Any, width: int | None) -> Columns:
 def _read_encoder(encoder: Any, width: int | None) -> Columns:
     """Read the categories of a OneHotEncoder, OrdinalEncoder or TargetEncoder."""
     takes_unknown = getattr(encoder, "handle_unknown", "ignore") != "error"
-    hands_on = is_nan(getattr(encoder, "encoded_missing_value", None))
     columns: Columns = {}
     for position, categories in enumerate(encoder.categories_):
         values = categories.tolist()
@@ -783,12 +798,21 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
         columns[position] = Column(
             type=type_of(known),
             choices=None if takes_unknown else known,
-            missing=(None if hands_on else True) if nulls else None if takes_unknown else False,
+            known=known if is_nan(getattr(encoder, "unknown_value", None)) else None,
+            missing=_takes_missing(encoder, nulls),
             null=nulls[0] if nulls else math.nan,
             is_object=categories.dtype == object,
             example=known[0] if known else None,
         )
     return columns
+
+
+def _takes_missing(encoder: Any, nulls: list[Any]) -> bool | None:
+    """Whether an encoder takes the missing values among its categories, or hands them on; only NaN it does."""
+    if not nulls:
+        return False if getattr(encoder, "handle_unknown", "ignore") == "error" else None
+    hands_on = is_nan(getattr(encoder, "encoded_missing_value", None))
+    return None if hands_on and is_nan(nulls[0]) else True
 
 
 def _refuse_dicts(part: Any, width: int | None) -> Columns:
@@ -797,7 +821,13 @@ def _refuse_dicts(part: Any, width: int | None) -> Columns:
 
 def _read_nothing(part: Any, width: int | None) -> Columns:
     """Read an estimator that does not look at its input."""
-    return dict.fromkeys(range(width or 0), Column(missing=True))
+    return dict.fromkeys(range(width or 0), Column(missing=True, is_idle=True))
+
+
+def _read_adaboost(boosting: Any, width: int | None) -> Columns:
+    """Read an AdaBoost estimator, which hands its input on but refuses missing values by itself."""
+    columns = _read_inner(boosting, width, "estimators_")
+    return {position: replace(column, missing=False) for position, column in columns.items()}
 
 
 def _read_category_counts(bayes: Any, width: int | None) -> Columns:
@@ -815,13 +845,18 @@ def type_of(values: Iterable[Any]) -> str | None:
 
 
 def _read_imputer(imputer: Any, width: int | None) -> Columns:
-    column = Column("float", missing=True, null=imputer.missing_values)
-    columns = _with_examples(imputer, dict.fromkeys(range(imputer.n_features_in_), column))
-    if getattr(imputer, "_fit_dtype", np.dtype(float)).kind in "OU":
-        columns = {j: replace(column, type=type_of([column.example])) for j, column in columns.items()}
+    are_objects = getattr(imputer, "_fit_dtype", np.dtype(float)).kind in "OU"
+    column = Column(None if are_objects else "float", missing=True, null=imputer.missing_values)
+    columns = dict.fromkeys(range(imputer.n_features_in_), column)
     if getattr(imputer, "strategy", "") == "constant":  # which is typical of nothing
-        columns = {j: replace(column, example=None) for j, column in columns.items()}
-    return columns
+        return columns
+    columns = _with_examples(imputer, columns)
+    if not are_objects:
+        return columns
+    kinds = {
+        position: type_of([column.example, 0.5]) or type_of([column.example]) for position, column in columns.items()
+    }
+    return {position: replace(column, type=kinds[position]) for position, column in columns.items()}
 
 
 def _read_plain(part: Any, width: int | None) -> Columns:
@@ -908,6 +943,7 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
     "MissingIndicator": _read_imputer,
     "CategoricalNB": _read_category_counts,
     "BaseHistGradientBoosting": _read_histogram,
+    "BaseWeightBoosting": _read_adaboost,
     "_BaseStacking": _read_stack,
     "BaseBagging": _read_bag,
     "DummyClassifier": _read_nothing,
@@ -919,6 +955,7 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
     "_CalibratedClassifier": _inside("estimator"),
     "BaseThresholdClassifier": _inside("estimator_"),
     "SelfTrainingClassifier": _inside("estimator_"),
+    "RANSACRegressor": _inside("estimator_"),
     "FrozenEstimator": _inside("estimator"),
     "TransformedTargetRegressor": _inside("regressor_"),
     "_BaseVoting": _inside("estimators_"),
@@ -1123,7 +1160,7 @@ def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, A
     texts = bool(given.choices) and all(isinstance(choice, str) for choice in given.choices or ())
     said = {
         "type": column.type or ("str" if texts else "float"),
-        "choices": list(column.choices) if column.choices is not None else None,
+        "choices": _choices_of(column, given.type),
         "missing": bool(column.missing),
         **given.model_dump(exclude_none=True, exclude={"example"}),
     }
@@ -1138,6 +1175,14 @@ def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, A
     else:
         example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], cell), None)
     return feature.model_copy(update={"example": example})
+
+
+def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
+    """Give the values that the estimator knows, as truths where the settings say that 0 and 1 are."""
+    if column.choices is None:
+        return None
+    truths = kind == "bool" and set(column.choices) <= {0, 1}
+    return [bool(choice) if truths else choice for choice in column.choices]
 
 
 def _check_example(example: Cell, cell: TypeAdapter[Any], place: str) -> Any:
@@ -1481,8 +1526,12 @@ def _loading(kind: str) -> Iterator[None]:
     except AttributeError as error:  # pickle names classes and functions by module; those of a script are in __main__
         raise ModelError(f"needs what is not there: {error}; have it in a module that can be imported") from error
     except (Exception, SystemExit) as error:  # what a damaged or foreign artifact raises has no bounds
-        reason = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
-        raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason}") from error
+        raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line what others raised."""
+    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
 
 
 FORMATS: dict[str, tuple[Callable[[bytes, list[str]], Any], tuple[str, ...]]] = {  # with what the bytes may be
@@ -1539,10 +1588,12 @@ def load_golden(settings: Settings) -> Golden | None:
     """
     path = golden_path(settings.model_path)
     place = settings.place("model", "strict_versions")
-    if not path.exists():
+    if not os.path.lexists(path):
         if settings.model.strict_versions:
             raise ModelError(f"has no {path.name} beside it, and so no versions to compare, but {place} is true")
         return None
+    if not path.is_file():
+        raise ModelError(f"has {path.name} beside it, which is no file, or a link to none")
     try:
         golden = Golden.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -1570,6 +1621,7 @@ def agrees(answer: Any, golden: Any, scale: float = 1.0) -> bool:
     if isinstance(answer, list) and isinstance(golden, list):
         return len(answer) == len(golden) and all(agrees(*pair, scale) for pair in zip(answer, golden, strict=True))
     if isinstance(answer, float) and isinstance(golden, float | int) and not isinstance(golden, bool):
+        golden = max(min(golden, sys.float_info.max), -sys.float_info.max)  # an integer may be larger
         return math.isclose(answer, golden, rel_tol=1e-6, abs_tol=1e-9 * scale)
     return bool(answer == golden) and isinstance(answer, bool) == isinstance(golden, bool)
 
@@ -1924,7 +1976,7 @@ class Service:
         self.predictor = predictor
         self.golden = golden
         self.contract = Contract(predictor.inputs, settings, golden.rows[0] if golden else None)
-        if self.contract.form != "frame":
+        if predictor.inputs.names is not None and self.contract.form != "frame":
             predictor.forget_names()
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
@@ -2047,8 +2099,8 @@ class Service:
             return self.predictor.predict(self.contract.to_input(rows))
         except ModelError:
             raise
-        except Exception as error:  # what an estimator raises has no bounds
-            raise EstimatorError(f"fails on {what}: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:  # what an estimator raises has no bounds
+            raise EstimatorError(f"fails on {what}: {reason_of(error)}") from error
 
     @functools.cached_property
     def openapi(self) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Run with `gunicorn -c gunicorn.conf.py`. Settings and predictor are loaded here,
 a mistake in them stops it, and the workers share their memory. Only names that are gunicorn settings reach gunicorn.
 """
 
+import ctypes
 import functools
 import logging
-import multiprocessing
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,22 +24,39 @@ import app
 
 log = structlog.get_logger()
 
+PROVEN, REFUSED = b"+", b"-"
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal to get when the parent ends
+
 
 def prove(service: app.Service) -> None:
     """Have a child process answer the golden rows: what predicts here may start threads, which workers that are forked
-    later would lack, and wait for (gunicorn's issue 1891)."""
+    later would lack, and wait for (gunicorn's issue 1891).
 
-    def run() -> None:
-        with app.exit_on_startup_error():
-            service.prove()
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    child.join()
-    if child.exitcode == app.STARTUP_STATUS:
+    What the child says counts, not its status, for a predict may end it with any.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)  # whatever the child started may hold the other end
+    child = os.fork()
+    if child == 0:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            with app.exit_on_startup_error():
+                service.prove()
+            os.write(writing, PROVEN)
+        except SystemExit:
+            os.write(writing, REFUSED)
+        finally:
+            os._exit(app.STARTUP_STATUS)  # and wait for no thread
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    if said == REFUSED:
         sys.exit(app.STARTUP_STATUS)
-    if child.exitcode:
-        raise app.ModelError(f"the process that tried the model ended with status {child.exitcode}")
+    if said != PROVEN:
+        with app.about_artifact(service.settings):
+            raise app.ModelError(f"ended the process that tried it, with status {os.waitstatus_to_exitcode(status)}")
 
 
 app.load_service.cache_clear()  # gunicorn runs this file again on HUP
