@@ -1,5 +1,8 @@
 """Estimators with code of their own, many of which fail in the ways that the tests need; the only fakes there are."""
 
+import os
+import signal
+import sys
 from typing import Any
 
 import numpy as np
@@ -70,6 +73,20 @@ class Categorical(Duck):
         if list(X.columns) != ["a"] or X["a"].dtype.name != "category":
             raise ValueError("train and valid dataset categorical_feature do not match")
         return super().predict(X)
+
+
+class Deadly(Duck):
+    """Fitted, and the end of whatever process asks it."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def predict(self, X: Any) -> Any:
+        if self.how == "exit":
+            sys.exit(0)
+        if self.how == "end":
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def as_words(table: Any) -> Any:

@@ -124,6 +124,15 @@ def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[
         start(iris, {"versions": versions}, strict_versions=True)
 
 
+def test_golden_rows_that_were_not_fetched_are_missed(iris: Path) -> None:
+    """A link to nowhere, as tools that keep large files elsewhere leave it, is not the same as no golden rows."""
+    golden = iris.parent / "iris.golden.json"
+    golden.unlink()
+    golden.symlink_to("nowhere")
+    with pytest.raises(app.ModelError, match=r"has iris.golden.json beside it, which is no file, or a link to none"):
+        app.create_app(make_settings(model={"path": str(iris)}))
+
+
 def test_strict_versions_need_golden_rows(iris: Path) -> None:
     """Without golden rows there is nothing to compare, so `model.strict_versions` refuses."""
     (iris.parent / "iris.golden.json").unlink()
@@ -185,6 +194,7 @@ def test_golden_rows_go_by_name(tmp_path: Path) -> None:
         (True, 1, 1.0, False),
         (1.0, 1, 1.0, True),
         (None, None, 1.0, True),
+        (1.0, int("9" * 400), 1.0, False),
         ([1.0, 2.0], [1.0], 1.0, False),
         ({"a": 1.0}, {"b": 1.0}, 1.0, False),
         (1000.0001, 1000.0, 1000.0, True),
@@ -214,6 +224,31 @@ def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, 
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("ModelError: environment: SERVING_MODEL__PATH is ")
     assert "answers row 3 with" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("exit", "which fails on its example row: SystemExit: 0"),
+        ("end", "which ended the process that tried it, with status 0"),
+        ("signal", "which ended the process that tried it, with status -11"),
+    ],
+)
+def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, message: str) -> None:
+    """A predict that exits, with status 0 too, or crashes the interpreter is refused before gunicorn listens."""
+    model = save(estimators.Deadly(how), tmp_path / "model.joblib")
+    text = f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"\n[features]\na = {{ example = 1.5 }}'
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=write(tmp_path / "settings.toml", text))
+    done = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py"],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": str(PROJECT / "tests")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)

@@ -19,6 +19,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor, make_column_selector, make_column_transformer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import (
+    AdaBoostRegressor,
     BaggingRegressor,
     GradientBoostingClassifier,
     HistGradientBoostingClassifier,
@@ -29,11 +30,12 @@ from sklearn.ensemble import (
 from sklearn.feature_extraction import DictVectorizer, FeatureHasher
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
 from sklearn.impute import KNNImputer, MissingIndicator, SimpleImputer
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.linear_model import LinearRegression, LogisticRegression, RANSACRegressor, Ridge
 from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsOneClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import CategoricalNB
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from sklearn.preprocessing import (
     Binarizer,
     FunctionTransformer,
@@ -155,6 +157,25 @@ ESTIMATORS: dict[str, Callable[[], tuple[Any, Any]]] = {  # fitted, with the tab
         WEIGHED[NUMBERS[:3]],
         MASS,
     ),
+    "pairs": lambda: fit(
+        OneVsOneClassifier(make_pipeline(SimpleImputer(), StandardScaler(), LogisticRegression())), PENGUINS[NUMBERS]
+    ),
+    "outliers": lambda: fit(
+        RANSACRegressor(make_pipeline(SimpleImputer(), Ridge()), min_samples=100, random_state=0),
+        WEIGHED[NUMBERS[:3]],
+        MASS,
+    ),
+    "searched-passthrough": lambda: fit(
+        GridSearchCV(Pipeline([("scale", "passthrough"), ("impute", SimpleImputer()), ("tell", Ridge())]), {}, cv=2),
+        WEIGHED[NUMBERS[:3]],
+        MASS,
+    ),
+    "branch-passthrough": lambda: fit(
+        make_pipeline(
+            make_column_transformer((encoding(), TEXTS), (Pipeline([("as-it-is", "passthrough")]), ["year"])),
+            DecisionTreeClassifier(max_depth=3),
+        )
+    ),
     "baseline": lambda: fit(VotingClassifier([("a", forest()), ("b", DummyClassifier())], voting="soft")),
     "numbers": lambda: fit(
         GridSearchCV(make_pipeline(SimpleImputer(), StandardScaler(), Ridge()), {"ridge__alpha": [1, 2]}),
@@ -204,6 +225,8 @@ def test_table_is_served_as_the_estimator_answers_it(tmp_path: Path, framework: 
     elif scores is not None:
         assert given == expected.tolist()
         np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], scores, rtol=1e-12)
+    elif isinstance(given[0], str):
+        assert given == expected.tolist()
     else:
         np.testing.assert_allclose(given, expected, rtol=1e-12)
     one = call(native, post_case(rows[3])).json["prediction"]
@@ -252,6 +275,8 @@ NAMED = pd.DataFrame({"a": ["x", "y", "z", "x"], "n": [1.0, 2.0, 3.0, 4.0]})
 GAP = pd.DataFrame({"a": ["x", np.nan, "z", "x"]}, dtype=object)
 NONE = pd.DataFrame({"a": ["x", None, "z", "x"]}, dtype=object)
 MIXED = pd.DataFrame({"a": [1, None, 2, 1], "b": [1, 2, 3, 4]}, dtype=object)
+GAPS = MIXED.fillna(np.nan).astype(object)
+UNKNOWN_IS_NAN = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=np.nan)
 COUNTS = pd.DataFrame({"a": [1, 2, 3, 1], "b": [0, 1, 0, 1]})
 FLAGS = pd.DataFrame({"a": [True, False, True, True]})
 Y = [0, 1, 0, 1]
@@ -283,6 +308,13 @@ def encoded(encoder: Any) -> Any:
         (make_pipeline(make_union(SimpleImputer(), StandardScaler()), Ridge()), NAMED[["n"]], "float", None, False),
         (make_pipeline("passthrough", SimpleImputer(), Ridge()), NAMED[["n"]], "float", None, True),
         (CategoricalNB(), COUNTS, "int", [0, 1, 2, 3], False),
+        (encoded(UNKNOWN_IS_NAN), NAMED, "str", ["x", "y", "z"], False),
+        (encoded(make_pipeline(UNKNOWN_IS_NAN, SimpleImputer())), NAMED, "str", None, True),
+        (encoded(OrdinalEncoder()), NONE, "str", ["x", "z"], True),
+        (encoded(make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())), MIXED, "int", [1, 2], True),
+        (make_pipeline(SimpleImputer(strategy="constant", fill_value=0), Ridge()), GAPS, "float", None, True),
+        (make_pipeline(SimpleImputer(strategy="most_frequent"), Ridge()), GAPS, "float", None, True),
+        (AdaBoostRegressor(make_pipeline(OneHotEncoder(), Ridge())), COUNTS.to_numpy(), "int", [1, 2, 3], False),
         (encoded(OneHotEncoder()), COUNTS.astype({"a": object}), "int", [1, 2, 3], False),
         (encoded(OneHotEncoder()), MIXED, "int", [1, 2], True),
         (make_pipeline(Binarizer(threshold=2), OneHotEncoder(), Ridge()), NAMED[["n"]], "float", None, False),
@@ -381,6 +413,30 @@ def test_foreign_estimator_is_served(tmp_path: Path, estimator: Any) -> None:
     features = {"a": {"type": "str", "choices": ["x", "y"]}}
     native = serve_estimator(tmp_path / "model.joblib", estimator, features=features)
     assert call(native, post_case([{"a": "y"}, {"a": "x"}])).json == [{"prediction": 1}, {"prediction": 0}]
+
+
+def test_part_that_looks_at_nothing_asks_for_nothing() -> None:
+    """Columns that only a baseline gets are no features."""
+    looking = make_pipeline(make_column_transformer((StandardScaler(), ["n"])), LogisticRegression())
+    voting = VotingClassifier([("a", looking), ("b", DummyClassifier())]).fit(NAMED, Y)
+    assert contract_of(voting).names == ["n"]
+
+
+def test_truths_can_be_asked_for_where_categories_are_0_and_1() -> None:
+    """An encoder that was fitted on 0 and 1 is asked with false and true, if the settings have it so."""
+    contract = contract_of(encoded(OneHotEncoder()).fit(COUNTS[["b"]].set_axis(["a"], axis=1), Y), a={"type": "bool"})
+    assert contract.features["a"].choices == [False, True]
+    assert contract.to_input(contract.parse_payload({"a": True})) == [[1.0]]
+
+
+def test_nameless_pipeline_with_dataframes_inside_does_not_warn(tmp_path: Path) -> None:
+    """Names that only the steps of a pipeline know are left to them."""
+    estimator = (
+        make_pipeline(StandardScaler(), LinearRegression()).set_output(transform="pandas").fit(np.eye(3), [1, 2, 3])
+    )
+    expected = estimator.predict(np.ones((1, 3)))[0]
+    native = serve_estimator(tmp_path / "model.joblib", estimator)
+    assert call(native, post_case({"x0": 1, "x1": 1, "x2": 1})).json["prediction"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("vectorizer", [DictVectorizer(), FeatureHasher(n_features=4)])
