@@ -276,6 +276,7 @@ GAP = pd.DataFrame({"a": ["x", np.nan, "z", "x"]}, dtype=object)
 NONE = pd.DataFrame({"a": ["x", None, "z", "x"]}, dtype=object)
 MIXED = pd.DataFrame({"a": [1, None, 2, 1], "b": [1, 2, 3, 4]}, dtype=object)
 GAPS = MIXED.fillna(np.nan).astype(object)
+KNOWN = [[1, 2, 3], [0, 1]]
 UNKNOWN_IS_NAN = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=np.nan)
 COUNTS = pd.DataFrame({"a": [1, 2, 3, 1], "b": [0, 1, 0, 1]})
 FLAGS = pd.DataFrame({"a": [True, False, True, True]})
@@ -314,7 +315,13 @@ def encoded(encoder: Any) -> Any:
         (encoded(make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder())), MIXED, "int", [1, 2], True),
         (make_pipeline(SimpleImputer(strategy="constant", fill_value=0), Ridge()), GAPS, "float", None, True),
         (make_pipeline(SimpleImputer(strategy="most_frequent"), Ridge()), GAPS, "float", None, True),
-        (AdaBoostRegressor(make_pipeline(OneHotEncoder(), Ridge())), COUNTS.to_numpy(), "int", [1, 2, 3], False),
+        (
+            AdaBoostRegressor(make_pipeline(OneHotEncoder(categories=KNOWN), Ridge())),
+            COUNTS.to_numpy(),
+            "int",
+            [1, 2, 3],
+            False,
+        ),
         (encoded(OneHotEncoder()), COUNTS.astype({"a": object}), "int", [1, 2, 3], False),
         (encoded(OneHotEncoder()), MIXED, "int", [1, 2], True),
         (make_pipeline(Binarizer(threshold=2), OneHotEncoder(), Ridge()), NAMED[["n"]], "float", None, False),
