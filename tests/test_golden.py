@@ -341,6 +341,17 @@ def test_golden_rows_say_what_the_estimator_does_not(tmp_path: Path, framework: 
     np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], expected)
 
 
+def test_golden_rows_that_contradict_the_settings_are_refused(tmp_path: Path) -> None:
+    """Rows of strings for a feature that the settings bound as a number end in one line."""
+    table = pd.DataFrame({"rank": ["1", "2", "3", "1"]})
+    trust = save(estimators.worded().fit(table, [0, 1, 0, 1]), tmp_path / "model.joblib")
+    text = f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n[features]\nrank = {{ ge = 0 }}'
+    file = write(tmp_path / "settings.toml", text)
+    rows = write(tmp_path / "rows.json", [{"rank": "1"}])
+    done = describe(tmp_path / "model.joblib", "--trust", "--golden", rows, status=4, SERVING_SETTINGS=file)
+    assert "SettingsError: settings.toml: features.rank does not fit the model: it should have no bounds" in done.stderr
+
+
 def test_guess_is_marked(tmp_path: Path) -> None:
     """Where neither estimator nor rows say of what type a feature is, the printed one is marked."""
     table = pd.DataFrame({"rank": [1, 2, 3, 1]})
