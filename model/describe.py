@@ -19,12 +19,12 @@ from typing import Any
 import app
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m model.describe", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("path", type=Path, metavar="PATH", help="the artifact: .skops, .joblib, .pickle or .pkl")
     parser.add_argument("--trust", action="store_true", help="load it, though it may run code that is inside")
     parser.add_argument("--golden", type=Path, metavar="ROWS.json", help="rows to answer and keep beside the artifact")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     with app.exit_on_startup_error(), app.about(repr(str(arguments.path))):
         describe(arguments.path, arguments.trust, arguments.golden)
 

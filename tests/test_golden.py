@@ -1,5 +1,7 @@
 """The golden rows beside an artifact: reproduced at the start, or refused; and `model.describe`, which writes them."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from test_artifact import Trap
 from test_inputs import PENGUINS, fitted, rows_of
 
 import app
+import model.describe
 
 GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())
 
@@ -272,13 +276,29 @@ def write(path: Path, content: Any) -> str:
     return str(path)
 
 
-def describe(*arguments: Any, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m model.describe` as an operator does, who has the modules of the tests."""
-    command = [sys.executable, "-m", "model.describe", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT / "tests")} | environment
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
+@dataclass(frozen=True)
+class Printed:
+    stdout: str
+    stderr: str
+
+
+def describe(*words: Any, status: int = 0, **environment: str) -> Printed:
+    """Run what `python -m model.describe` runs, with variables of the environment."""
+    stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        contextlib.chdir(PROJECT),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            model.describe.main([*map(str, words)])
+        except SystemExit as end:
+            ended = int(end.code or 0)
+    assert ended == status, stderr.getvalue()
+    return Printed(stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.mark.parametrize(
