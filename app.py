@@ -615,7 +615,8 @@ class Column:
             return self
         missing = other.missing if self.missing is None else self.missing
         kind = other.type if other.choices is not None else self.type or other.type
-        choices = self.choices or other.choices or (self.known if other.missing is False else None)
+        others = self.known if other.choices is None and other.missing is False else other.choices
+        choices = others if self.choices is None else self.choices
         known = other.known or (self.known if other.missing is None else None)
         return replace(self._or(other), type=kind, choices=choices, missing=missing, known=known)
 
@@ -1127,9 +1128,12 @@ def name_columns(inputs: Inputs, settings: Settings, row: Iterable[str] = ()) ->
 
 
 def _refuse_contradictions(columns: Mapping[str, Column], settings: Settings) -> None:
+    """Raise `SettingsError` where settings and estimator differ, and `ModelError` where its own parts do."""
     for name in settings.features.keys() - columns.keys():
         place = settings.place("features", name)
         raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, columns)}")
+    for name in [name for name, column in columns.items() if column.choices == ()]:
+        raise ModelError(f"has parts that know no category of {name!r} in common, so that it can answer none")
     lines = [
         f"{settings.place('features', name, key)} is {SHORT.repr(getattr(given, key))}; the model takes {allowed} there"
         for name, given in settings.features.items()

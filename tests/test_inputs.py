@@ -638,6 +638,17 @@ def test_missing_is_tried_at_the_start(tmp_path: Path) -> None:
         serve_estimator(tmp_path / "model.joblib", estimator, features={"b": {"missing": True}})
 
 
+def test_parts_without_a_category_in_common_are_refused() -> None:
+    """Where each value fails in one part or another there is nothing to serve."""
+    encoders = make_union(OneHotEncoder(categories=[["x"]]), OneHotEncoder(categories=[["y"]]))
+    for (_, encoder), value in zip(encoders.transformer_list, "xy", strict=True):
+        encoder.fit(pd.DataFrame({"a": [value]}))
+    estimator = make_pipeline(encoders, LogisticRegression())
+    estimator.steps[-1][1].fit(np.eye(2), [0, 1])
+    with pytest.raises(app.ModelError, match="has parts that know no category of 'a' in common"):
+        contract_of(estimator, a={})
+
+
 def test_odd_names_are_refused() -> None:
     """Names that are not one for each feature are no contract."""
     estimator = LinearRegression().fit(COUNTS, Y)
