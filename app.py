@@ -782,8 +782,9 @@ def _read_histogram(boosting: Any, width: int | None) -> Columns:
     columns = _read_plain(boosting, width)
     if boosting._preprocessor is not None:
         columns |= _read_branches(boosting._preprocessor, width)
-    kinds = {position: replace(column, missing=True) for position, column in columns.items()}
-    return {position: replace(column, type=column.type or "float") for position, column in kinds.items()}
+    return {
+        position: replace(column, type=column.type or "float", missing=True) for position, column in columns.items()
+    }
 
 
 def _read_encoder(encoder: Any, width: int | None) -> Columns:
@@ -800,7 +801,7 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
             type=type_of(known),
             choices=None if takes_unknown else known,
             known=known if is_nan(getattr(encoder, "unknown_value", None)) else None,
-            missing=_takes_missing(encoder, nulls),
+            missing=_takes_missing(encoder, nulls, takes_unknown),
             null=nulls[0] if nulls else math.nan,
             is_object=categories.dtype == object,
             example=known[0] if known else None,
@@ -808,10 +809,10 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
     return columns
 
 
-def _takes_missing(encoder: Any, nulls: list[Any]) -> bool | None:
+def _takes_missing(encoder: Any, nulls: list[Any], takes_unknown: bool) -> bool | None:
     """Whether an encoder takes the missing values among its categories, or hands them on; only NaN it does."""
     if not nulls:
-        return False if getattr(encoder, "handle_unknown", "ignore") == "error" else None
+        return None if takes_unknown else False
     hands_on = is_nan(getattr(encoder, "encoded_missing_value", None))
     return None if hands_on and is_nan(nulls[0]) else True
 
@@ -854,10 +855,9 @@ def _read_imputer(imputer: Any, width: int | None) -> Columns:
     columns = _with_examples(imputer, columns)
     if not are_objects:
         return columns
-    kinds = {
-        position: type_of([column.example, 0.5]) or type_of([column.example]) for position, column in columns.items()
-    }
-    return {position: replace(column, type=kinds[position]) for position, column in columns.items()}
+    kinds = {position: type_of([column.example]) for position, column in columns.items()}
+    wider = {"int": "float"}  # of which the most frequent may be whole
+    return {j: replace(column, type=wider.get(kinds[j] or "", kinds[j])) for j, column in columns.items()}
 
 
 def _read_plain(part: Any, width: int | None) -> Columns:
@@ -1173,11 +1173,10 @@ def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, A
     except ValidationError as error:
         place = settings.place("features", name)
         raise SettingsError(f"{place} does not fit the model: it should {_should(error.errors()[0])}") from None
-    cell: TypeAdapter[Any] = TypeAdapter(_cell_type(feature))
     if given.example is not None:
-        example = _check_example(given.example, cell, settings.place("features", name, "example"))
+        example = _check_example(given.example, feature, settings.place("features", name, "example"))
     else:
-        example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], cell), None)
+        example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], feature), None)
     return feature.model_copy(update={"example": example})
 
 
@@ -1189,7 +1188,8 @@ def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
     return [bool(choice) if truths else choice for choice in column.choices]
 
 
-def _check_example(example: Cell, cell: TypeAdapter[Any], place: str) -> Any:
+def _check_example(example: Cell, feature: FeatureSettings, place: str) -> Any:
+    cell: TypeAdapter[Any] = TypeAdapter(_cell_type(feature))
     is_text = isinstance(example, str) and place.startswith("environment")
     try:
         return cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
@@ -1197,22 +1197,23 @@ def _check_example(example: Cell, cell: TypeAdapter[Any], place: str) -> Any:
         raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
 
 
-def _fitting(values: Iterable[Any], cell: TypeAdapter[Any]) -> Iterator[Any]:
+def _fitting(values: Iterable[Any], feature: FeatureSettings) -> Iterator[Any]:
     for value in values:
         with contextlib.suppress(ValidationError):
             if value is not None:
-                yield cell.validate_python(value, strict=True)
+                yield TypeAdapter(_cell_type(feature)).validate_python(value, strict=True)
 
 
 def _some_value(feature: FeatureSettings) -> Cell:
     """Give a feature's example, or the value nearest to nothing that its bounds admit."""
     kind = FEATURE_TYPES[feature.type or "float"]
-    within = (
-        feature.example,
-        feature.ge if (feature.ge or 0) > 0 else None,
-        feature.le if (feature.le or 0) < 0 else None,
-    )
-    value: Cell = kind(next((value for value in within if value is not None), kind()))
+    value: Cell = kind()
+    if feature.example is not None:
+        value = feature.example
+    elif feature.ge is not None and feature.ge > 0:
+        value = kind(feature.ge)
+    elif feature.le is not None and feature.le < 0:
+        value = kind(feature.le)
     return value
 
 
@@ -1291,13 +1292,9 @@ class Predictor:
         self.estimator = estimator
         self.inputs = read_inputs(estimator)
         self.outputs = list(outputs)
-        classes = getattr(estimator, "classes_", None)
-        several = isinstance(classes, list) and all(np.ndim(labels) == 1 for labels in classes)
-        by_output = [as_array(labels).tolist() for labels in classes or ()] if several else []
-        self.classes: list[Any] | None = None if classes is None or several else as_array(classes).tolist()
-        if len(by_output) == 1:
-            self.classes, by_output = by_output[0], []
-        self.classes_by_output: list[list[Any]] = by_output
+        by_output = _find_classes(estimator)
+        self.classes = by_output[0] if len(by_output) == 1 else None
+        self.classes_by_output = by_output if len(by_output) > 1 else []
         self.score, self._method = self._find_score()
         self._decides_by_pair = self.score == "decision" and _decides_by_pair(estimator)
 
@@ -1347,10 +1344,10 @@ class Predictor:
             return self._name_outputs(self._join_outputs([as_array(output, squeeze=False) for output in scores]))
         scores = scores[0] if isinstance(scores, list) else scores
         scores = as_array(scores, squeeze=several or self.score != "probabilities")
-        if several or scores.ndim == 1:
-            return self._name_outputs(scores) if several else _name_columns_of(scores, ())
-        labels = range(scores.shape[1]) if self.classes is None else self.classes
-        if len(labels) != scores.shape[1] or self._decides_by_pair:
+        if several:
+            return self._name_outputs(scores)
+        labels = self.classes if self.classes is not None else range(scores.shape[-1])
+        if scores.ndim == 1 or len(labels) != scores.shape[1] or self._decides_by_pair:
             return list(scores.tolist())
         return _name_columns_of(scores, [_as_key(label) for label in labels])
 
@@ -1369,6 +1366,15 @@ class Predictor:
 def kind_of(estimator: Any) -> str | None:
     """Name the kind of an estimator as scikit-learn does: "classifier", "regressor", "clusterer", …"""
     return get_tags(estimator).estimator_type if isinstance(estimator, BaseEstimator) else None
+
+
+def _find_classes(estimator: Any) -> list[list[Any]]:
+    """Give the classes of each output; none of an estimator that is no classifier."""
+    classes = getattr(estimator, "classes_", None)
+    if classes is None:
+        return []
+    several = isinstance(classes, list) and all(np.ndim(labels) == 1 for labels in classes)
+    return [as_array(labels).tolist() for labels in (classes if several else [classes])]
 
 
 def _decides_by_pair(estimator: Any) -> bool:
@@ -1432,8 +1438,8 @@ def load_predictor(settings: Settings) -> Predictor:
     """Load the artifact of the settings, by the suffix of its name. Raises `ModelError`."""
     data = read_artifact(settings.model_path)
     _refuse_untrusted(data, settings)
-    load, _ = FORMATS[settings.model_path.suffix.lower()]
-    return Predictor(load(data, settings.model.trusted_types), settings.model.outputs)
+    estimator = load_estimator(settings.model_path, data, settings.model.trusted_types)
+    return Predictor(estimator, settings.model.outputs)
 
 
 def about_artifact(settings: Settings) -> contextlib.AbstractContextManager[None]:
@@ -1482,13 +1488,19 @@ def _format_of(data: bytes) -> str | None:
 
 
 def _refuse_untrusted(data: bytes, settings: Settings) -> None:
-    expected, found = settings.model.sha256.lower(), hashlib.sha256(data).hexdigest()
-    if expected and expected != found:
+    expected = settings.model.sha256.lower()
+    if expected and expected != (found := hashlib.sha256(data).hexdigest()):
         place = settings.place("model", "sha256")
         raise ModelError(f"has the sha256 {found}, but {place} is {expected}: it is not the file that you trusted")
     if not expected and settings.model_path.suffix.lower() != ".skops":
         hint = "set model.sha256 to the hash of a file that you trust; `python -m model.describe PATH` prints it"
         raise ModelError(f"runs code when it is loaded; {hint}")
+
+
+def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
+    """Load what an artifact's bytes hold, which may run code that is inside. Raises `ModelError`."""
+    load, _ = FORMATS[path.suffix.lower()]
+    return load(data, trusted_types)
 
 
 def _load_skops(data: bytes, trusted_types: list[str]) -> Any:

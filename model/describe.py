@@ -36,16 +36,15 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     data = app.read_artifact(path)
     is_skops = path.suffix.lower() == ".skops"
     untrusted = app.find_untrusted_types(data) if is_skops else set()
-    is_safe = is_skops and not untrusted
-    if golden and not (trust or is_safe):
+    trusted = trust or (is_skops and not untrusted)
+    if golden and not trusted:
         raise app.ModelError("can answer golden rows only with --trust")
     print_model(path, data, untrusted, settings)
-    if not (trust or is_safe):
+    if not trusted:
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
         return
-    load, _ = app.FORMATS[path.suffix.lower()]
-    predictor = app.Predictor(load(data, sorted(untrusted)))
+    predictor = app.Predictor(app.load_estimator(path, data, sorted(untrusted)))
     own = choose_settings(settings, path, predictor.inputs)
     known = app.load_golden(own) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
