@@ -244,6 +244,22 @@ def save(estimator: Any, path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def deploy(folder: Path, estimator: Any, features: str = "") -> str:
+    """Save an estimator as `model.joblib` beside a settings file that serves it, and give that file's path."""
+    model = save(estimator, folder / "model.joblib")
+    file = folder / "settings.toml"
+    file.write_text(f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"\n[features]\n{features}')
+    return str(file)
+
+
+def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the installed ones to its end, in the project."""
+    command = f"{BIN}/{command}"
+    return subprocess.run(
+        command.split(), cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
 def serve_estimator(path: Path, estimator: Any, **changes: Any) -> Any:
     """Save an estimator, and build the app around it from the shipped settings with changes."""
     model = save(estimator, path) | changes.pop("model", {})

@@ -91,7 +91,7 @@ def fit_all(name: str) -> Iterator[tuple[Any, Any]]:
             try:
                 with warnings.catch_warnings(action="ignore"):
                     ask_scores(estimator.fit(X, y), X)  # ClassifierChain fits what it has no probabilities for
-            except Exception:
+            except Exception:  # an estimator refuses a target as it likes
                 if claimed:
                     raise
             else:

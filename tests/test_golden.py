@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +22,11 @@ from conftest import (
     ROW,
     Server,
     call,
+    deploy,
     gunicorn_environment,
     make_settings,
     post_case,
+    run,
     save,
     serve_estimator,
 )
@@ -215,15 +215,8 @@ def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, 
     """Golden rows that are not reproduced end gunicorn with one line and status 4, and it never listens."""
     golden = GOLDEN | {"predictions": changed(3, prediction="virginica")}
     (iris.parent / "iris.golden.json").write_text(json.dumps(golden))
-    environment = os.environ | gunicorn_environment(*combination, SERVING_MODEL__PATH=str(iris))
-    done = subprocess.run(
-        [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py"],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    environment = gunicorn_environment(*combination, SERVING_MODEL__PATH=str(iris))
+    done = run("gunicorn -c gunicorn.conf.py", **environment)
     assert done.returncode == 4
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("ModelError: environment: SERVING_MODEL__PATH is ")
@@ -240,17 +233,9 @@ def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, 
 )
 def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, message: str) -> None:
     """A predict that exits, with status 0 too, or crashes the interpreter is refused before gunicorn listens."""
-    model = save(estimators.Deadly(how), tmp_path / "model.joblib")
-    text = f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"\n[features]\na = {{ example = 1.5 }}'
-    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=write(tmp_path / "settings.toml", text))
-    done = subprocess.run(
-        [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py"],
-        cwd=PROJECT,
-        env=os.environ | {"PYTHONPATH": str(PROJECT / "tests")} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    file = deploy(tmp_path, estimators.Deadly(how), "a = { example = 1.5 }")
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file)
+    done = run("gunicorn -c gunicorn.conf.py", PYTHONPATH=str(PROJECT / "tests"), **environment)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
     assert message in done.stderr
 
@@ -262,10 +247,9 @@ def test_proving_leaves_no_threads_to_the_workers(
     """An estimator that computes in parallel is tried in a child of its own, so that forked workers can use it too."""
     X, y = load_iris(return_X_y=True)
     estimator = HistGradientBoostingClassifier(max_iter=20).fit(X, y)
-    model = save(estimator, tmp_path / "model.joblib")
+    file = deploy(tmp_path, estimator)
     rows = [{f"x{column}": value for column, value in enumerate(row)} for row in X.tolist()]
     describe(tmp_path / "model.joblib", "--trust", "--golden", write(tmp_path / "rows.json", rows[:20]))
-    file = write(tmp_path / "settings.toml", f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"')
     server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file))
     answers = server.post(rows * 10).json
     assert [answer["prediction"] for answer in answers[:150]] == estimator.predict(X).tolist()
@@ -364,9 +348,7 @@ def test_golden_rows_say_what_the_estimator_does_not(tmp_path: Path, framework: 
 def test_golden_rows_that_contradict_the_settings_are_refused(tmp_path: Path) -> None:
     """Rows of strings for a feature that the settings bound as a number end in one line."""
     table = pd.DataFrame({"rank": ["1", "2", "3", "1"]})
-    trust = save(estimators.worded().fit(table, [0, 1, 0, 1]), tmp_path / "model.joblib")
-    text = f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n[features]\nrank = {{ ge = 0 }}'
-    file = write(tmp_path / "settings.toml", text)
+    file = deploy(tmp_path, estimators.worded().fit(table, [0, 1, 0, 1]), "rank = { ge = 0 }")
     rows = write(tmp_path / "rows.json", [{"rank": "1"}])
     done = describe(tmp_path / "model.joblib", "--trust", "--golden", rows, status=4, SERVING_SETTINGS=file)
     assert "SettingsError: settings.toml: features.rank does not fit the model: it should have no bounds" in done.stderr
@@ -391,12 +373,8 @@ def test_golden_rows_may_have_what_is_dropped(tmp_path: Path) -> None:
 
 def test_features_of_a_model_that_has_changed_are_left_out(tmp_path: Path) -> None:
     """After training with other features into the same file, what is printed is the new model's."""
-    trust = save(LinearRegression().fit(PENGUINS[["year"]], range(len(PENGUINS))), tmp_path / "model.joblib")
-    write(
-        tmp_path / "settings.toml",
-        f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n[features]\nage = {{}}',
-    )
-    printed = describe(tmp_path / "model.joblib", "--trust", SERVING_SETTINGS=str(tmp_path / "settings.toml")).stdout
+    file = deploy(tmp_path, LinearRegression().fit(PENGUINS[["year"]], range(len(PENGUINS))), "age = {}")
+    printed = describe(tmp_path / "model.joblib", "--trust", SERVING_SETTINGS=file).stdout
     assert "# Left out, for the artifact has changed:\n# settings.toml: features.age is not about a feature" in printed
     assert list(tomllib.loads(printed)["features"]) == ["year"]
 
@@ -457,10 +435,9 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_description_keeps_the_features_of_the_settings_in_force(tmp_path: Path) -> None:
     """For the artifact that the settings are about, the names, bounds and units given there are printed too."""
-    trust = save(LinearRegression().fit(np.eye(2), [1, 2]), tmp_path / "model.joblib")
-    features = "[features]\nwidth = { unit = 'cm', ge = 0 }\nheight = {}"
-    write(tmp_path / "settings.toml", f'[model]\npath = "model.joblib"\nsha256 = "{trust["sha256"]}"\n{features}')
-    done = describe(tmp_path / "model.joblib", "--trust", SERVING_SETTINGS=str(tmp_path / "settings.toml"))
+    features = "width = { unit = 'cm', ge = 0 }\nheight = {}"
+    file = deploy(tmp_path, LinearRegression().fit(np.eye(2), [1, 2]), features)
+    done = describe(tmp_path / "model.joblib", "--trust", SERVING_SETTINGS=file)
     printed = tomllib.loads(done.stdout)
     assert printed["model"]["path"] == "model.joblib"
     assert printed["features"] == {"width": {"type": "float", "ge": 0.0, "unit": "cm"}, "height": {"type": "float"}}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cases import Case
-from conftest import PROJECT, call, make_settings, post_case, save, serve_estimator
+from conftest import PROJECT, call, deploy, make_settings, post_case, serve_estimator
 from palmerpenguins import load_penguins
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor, make_column_selector, make_column_transformer
@@ -701,12 +701,9 @@ print("served")
 @pytest.mark.parametrize("name", ["iris", "numbers", "boosting"])
 def test_pandas_is_there_only_where_it_is_needed(tmp_path: Path, name: str) -> None:
     """Numbers are served without pandas; where a DataFrame is needed and pandas is not there, the message says how."""
-    model = {} if name == "iris" else save(fitted(name)[0], tmp_path / "model.joblib")
-    file = tmp_path / "settings.toml"
-    path = model.get("path", str(PROJECT / "model/iris.skops"))
-    file.write_text(f'[model]\npath = "{path}"\nsha256 = "{model.get("sha256", "")}"')
+    environment = {} if name == "iris" else {"SERVING_SETTINGS": deploy(tmp_path, fitted(name)[0])}
     command = [sys.executable, "-c", WITHOUT_PANDAS]
-    done = subprocess.run(command, cwd=PROJECT, env={"SERVING_SETTINGS": str(file)}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     if name == "boosting":
         assert "install pandas: pip install -r requirements-pandas.txt" in done.stderr
     else:

@@ -11,7 +11,17 @@ from typing import Any
 import estimators
 import pytest
 from cases import BAD, JSON, QUERY, Case
-from conftest import COMBINATIONS, PROJECT, ROW, Server, call, gunicorn_environment, make_settings, save, wait_until
+from conftest import (
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    Server,
+    call,
+    deploy,
+    gunicorn_environment,
+    make_settings,
+    wait_until,
+)
 
 import app
 
@@ -21,10 +31,8 @@ Start = Callable[..., Server]
 
 def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
     """Save a fake estimator, and give the settings that serve it."""
-    model = save(estimator, tmp_path / "model.joblib")
-    file = tmp_path / "settings.toml"
-    file.write_text(f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"')
-    return {"SERVING_SETTINGS": str(file), "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
+    file = deploy(tmp_path, estimator)
+    return {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
 
 
 def events_of(server: Server, request_id: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import BIN, PROJECT
+from conftest import PROJECT, run
 
 import app
 
@@ -313,13 +313,6 @@ MISTAKES = {
     "file": {"SERVING_SETTINGS": "/nope.toml"},
     "model": {"SERVING_MODEL__PATH": "/nope.skops"},
 }
-
-
-def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = f"{BIN}/{command}"
-    return subprocess.run(
-        command.split(), cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True, timeout=60
-    )
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
