@@ -88,6 +88,7 @@ Key = tuple[str, ...]  # of a setting, such as ("server", "workers")
 Sources = dict[Key, str]  # what gives the value of a setting
 HERE = Path(__file__).resolve().parent
 log = structlog.get_logger()
+Array = np.ndarray[Any, Any]
 MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
 MAX_NAMES = 200  # names with which it is compared
 MAX_LISTED = 20  # values that a message lists
@@ -1280,6 +1281,8 @@ def _choice_type(kind: type, choices: list[Cell]) -> Any:
 
 # Predictor ------------------------------------------------------------------------------------------------------------
 
+Tree = Any  # of an answer: dicts by name and lists, with a column of shape (n_samples,) at each end
+
 
 class Predictor:
     """A fitted estimator that answers rows. Raises `ModelError` when it is not a fitted predictor.
@@ -1297,6 +1300,10 @@ class Predictor:
         self.classes_by_output = by_output if len(by_output) > 1 else []
         self.score, self._method = self._find_score()
         self._decides_by_pair = self.score == "decision" and _decides_by_pair(estimator)
+        self._labels = np.array(self.classes, dtype=object)
+        self._keys = [_as_key(label) for label in self.classes or []]
+        self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
+        self._config = {"skip_parameter_validation": True}
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
@@ -1314,23 +1321,27 @@ class Predictor:
             if positions := vars(part).get("_transformer_to_input_indices"):  # a ColumnTransformer selects by name
                 part.transformers_ = [(name, branch, positions[name]) for name, branch, _ in part.transformers_]
 
-    def predict(self, X: Any) -> list[dict[str, Any]]:
-        """Give one answer for each row of X, n_samples of them, in their order.
+    def predict(self, X: Any) -> Predictions:
+        """Give the answers to the rows of X, n_samples of them, in their order.
 
         Raises `ModelError` when the settings name another number of outputs than there are.
         """
-        if not len(X):
-            return []
-        y = as_array(self.estimator.predict(X))
-        answers = [{"prediction": prediction} for prediction in self._name_outputs(y)]
+        y, scores = self._call(X)
+        answer: Tree = {"prediction": self._name_outputs(y)}
         if self.score is not None:
-            scores = self._name_scores(getattr(self.estimator, self._method)(X), several=y.ndim == 2)
-            for answer, score in zip(answers, scores, strict=True):
-                answer[self.score] = score
-        return answers
+            answer[self.score] = self._name_scores(scores, several=y.ndim == 2)
+        return Predictions.of(answer)
 
-    def _name_outputs(self, y: np.ndarray[Any, Any]) -> list[Any]:
-        """Give each row of y, shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
+    def _call(self, X: Any) -> tuple[Array, Any]:
+        """Give y, of shape (n_samples,) or (n_samples, n_outputs), and what `predict_proba` or the like gives."""
+        with sklearn.config_context(**self._config):
+            scores: Any = getattr(self.estimator, self._method)(X) if self._method else None
+            labels = None if self._tie is None else _likeliest(scores, self._tie)
+            y = as_array(self.estimator.predict(X)) if labels is None else self._labels[labels]
+        return y, scores
+
+    def _name_outputs(self, y: Array) -> Tree:
+        """Give y, of shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
         n_outputs = y.shape[1] if y.ndim == 2 else 1
         if self.outputs and y.ndim == 1:
             raise ModelError("has a single output, which goes without a name; set model.outputs = []")
@@ -1338,29 +1349,111 @@ class Predictor:
             raise ModelError(f"has {n_outputs} outputs, but model.outputs names {len(self.outputs)}")
         return _name_columns_of(y, self.outputs or [f"y{output}" for output in range(n_outputs)])
 
-    def _name_scores(self, scores: Any, several: bool) -> list[Any]:
-        """Give each row of what `predict_proba` or `decision_function` gave, with the names of outputs or classes."""
+    def _name_scores(self, scores: Any, several: bool) -> Tree:
+        """Give what `predict_proba` or `decision_function` gave, with the names of outputs or classes."""
         if isinstance(scores, list) and len(scores) == len(self.classes_by_output):
-            return self._name_outputs(self._join_outputs([as_array(output, squeeze=False) for output in scores]))
+            return self._name_outputs_scores([as_array(output, squeeze=False) for output in scores])
         scores = scores[0] if isinstance(scores, list) else scores
         scores = as_array(scores, squeeze=several or self.score != "probabilities")
         if several:
             return self._name_outputs(scores)
-        labels = self.classes if self.classes is not None else range(scores.shape[-1])
-        if scores.ndim == 1 or len(labels) != scores.shape[1] or self._decides_by_pair:
-            return list(scores.tolist())
-        return _name_columns_of(scores, [_as_key(label) for label in labels])
+        if scores.ndim == 2 and (len(self._keys or scores.T) != scores.shape[1] or self._decides_by_pair):
+            return list(scores.T)
+        return _name_columns_of(scores, self._keys or [str(column) for column in range(scores.shape[-1])])
 
-    def _join_outputs(self, scores: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        """Give (n_samples, n_outputs): of a label that is there or not its probability, else those of each class."""
-        joined = np.empty((len(scores[0]), len(scores)), dtype=object)
+    def _name_outputs_scores(self, scores: list[Array]) -> Tree:
+        """Give for each output: of a label that is there or not its probability, else those of each class."""
         is_multilabel = all(set(labels) <= {0, 1} for labels in self.classes_by_output)
+        tree: dict[str, Tree] = {}
         for output, (columns, labels) in enumerate(zip(scores, self.classes_by_output, strict=True)):
+            name = self.outputs[output] if self.outputs else f"y{output}"
             if is_multilabel:
-                joined[:, output] = columns[:, labels.index(1)].tolist() if 1 in labels else 0.0
+                tree[name] = columns[:, labels.index(1)] if 1 in labels else np.zeros(len(columns))
             else:
-                joined[:, output] = _name_columns_of(columns, [_as_key(label) for label in labels])
-        return joined
+                tree[name] = _name_columns_of(columns, [_as_key(label) for label in labels])
+        return tree
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The answers to n_samples rows: the JSON of one, with a hole for a value of each of the columns, (n_samples,)."""
+
+    template: bytes
+    columns: list[Array]
+
+    @classmethod
+    def of(cls, tree: Tree) -> Predictions:
+        """Make them of names and lists around columns."""
+        columns: list[Array] = []
+        return cls(_write_template(tree, columns), columns)
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def render(self, start: int = 0, stop: int | None = None) -> list[bytes]:
+        """Give the JSON of each answer, or of those in a range."""
+        values = [_write_values(column[start:stop]) for column in self.columns]
+        return [self.template % row for row in zip(*values, strict=True)]
+
+
+def _write_template(tree: Tree, columns: list[Array]) -> bytes:
+    if isinstance(tree, dict):
+        items = [_write_key(name) + _write_template(item, columns) for name, item in tree.items()]
+        return b"{" + b",".join(items) + b"}"
+    if isinstance(tree, list):
+        return b"[" + b",".join(_write_template(item, columns) for item in tree) + b"]"
+    columns.append(tree)
+    return b"%b"
+
+
+@functools.lru_cache(maxsize=10_000)
+def _write_key(name: str) -> bytes:
+    return to_json(name).replace(b"%", b"%%") + b":"
+
+
+def _write_values(column: Array) -> list[bytes]:
+    """Give the JSON of each value; what JSON cannot say of a float becomes null."""
+    values = column.tolist()
+    if column.dtype.kind in "biuf":
+        return to_json(values, inf_nan_mode="null", fallback=str)[1:-1].split(b",")
+    return [to_json(value, inf_nan_mode="null", fallback=str) for value in values]
+
+
+LIKELIEST: dict[str, float] = {
+    # Classifiers whose `predict` gives the class of the highest probability, by the names in scikit-learn 1.9: some by
+    # that very comparison, the others by one of what probabilities are made of, so that rounding may decide those that
+    # are nearer to each other than this.
+    "BaseDecisionTree": 0.0,
+    "ForestClassifier": 0.0,
+    "BaggingClassifier": 0.0,
+    "CalibratedClassifierCV": 0.0,
+    "LogisticRegression": 1e-9,
+    "LinearDiscriminantAnalysis": 1e-9,
+    "QuadraticDiscriminantAnalysis": 1e-9,
+    "GradientBoostingClassifier": 1e-9,
+    "HistGradientBoostingClassifier": 1e-9,
+    "_BaseNB": 1e-9,
+}
+
+
+def _find_tie(estimator: Any) -> float | None:
+    """Give how near two probabilities may be that `predict` may tell apart; None where it does not go by them."""
+    if not type(estimator).__module__.startswith("sklearn."):
+        return None
+    inner = estimator.steps[-1][1] if hasattr(estimator, "steps") else getattr(estimator, "best_estimator_", None)
+    if inner is not None:
+        return _find_tie(inner)
+    own = [kind.__name__ for kind in type(estimator).__mro__]
+    return next((LIKELIEST[name] for name in own if name in LIKELIEST), None)
+
+
+def _likeliest(scores: Any, tie: float) -> Any:
+    """Give the column with the highest score of each row, (n_samples,); None if in one of them two are a tie."""
+    if tie and scores.shape[1] > 1:
+        highest = np.partition(scores, -2, axis=1)[:, -2:]
+        if not (highest[:, 1] - highest[:, 0] > tie).all():
+            return None
+    return scores.argmax(axis=1)
 
 
 def kind_of(estimator: Any) -> str | None:
@@ -1399,7 +1492,7 @@ def _refuse_no_predictor(estimator: Any) -> None:
         pass  # something that predicts without having been fitted by scikit-learn's rules
 
 
-def as_array(values: Any, squeeze: bool = True) -> np.ndarray[Any, Any]:
+def as_array(values: Any, squeeze: bool = True) -> Array:
     """Give what an estimator returned, pandas and sparse too, as an array whose `tolist` JSON can say."""
     array = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
     if array.dtype.kind == "M":
@@ -1424,11 +1517,8 @@ def _as_plain(item: Any) -> Any:
     return item.item() if isinstance(item, np.generic) else item
 
 
-def _name_columns_of(array: np.ndarray[Any, Any], names: Sequence[str]) -> list[Any]:
-    if array.ndim == 1:
-        rows: list[Any] = array.tolist()
-        return rows
-    return [dict(zip(names, row, strict=True)) for row in array.tolist()]
+def _name_columns_of(array: Array, names: Sequence[str]) -> Tree:
+    return array if array.ndim == 1 else dict(zip(names, array.T, strict=True))
 
 
 # Artifact -------------------------------------------------------------------------------------------------------------
@@ -1711,20 +1801,32 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """One answer, whichever framework sends it."""
+    """One answer in JSON, whichever framework sends it. Its body is in pieces, so that a long one is never copied."""
 
     status: int
-    body: bytes
+    pieces: list[bytes]
     headers: dict[str, str]
     lingers: bool = False  # the client may still be sending
 
     @classmethod
+    def ok(cls, pieces: list[bytes]) -> Response:
+        """Send JSON as it is."""
+        length = str(sum(map(len, pieces)))
+        return cls(200, pieces, {"Content-Type": "application/json", "Content-Length": length})
+
+    @classmethod
     def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-        """Render a payload as JSON; what JSON cannot say of a float becomes null, in an error's `input` a string."""
-        body = to_json(payload, inf_nan_mode="null" if status == 200 else "strings", fallback=str)
-        return cls(
-            status, body, {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
-        )
+        """Render a payload as JSON; what JSON cannot say of a float becomes a string."""
+        response = cls.ok([to_json(payload, inf_nan_mode="strings", fallback=str)])
+        response.status = status
+        response.headers |= headers or {}
+        return response
+
+    @classmethod
+    def of_error(cls, error: ServingError) -> Response:
+        response = cls.of({"detail": error.detail}, error.status, error.headers)
+        response.lingers = isinstance(error, BodyTooLarge)
+        return response
 
     @property
     def status_line(self) -> str:
@@ -1737,12 +1839,6 @@ class Response:
         headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()]
         return {"type": "http.response.start", "status": self.status, "headers": headers}
 
-    @classmethod
-    def of_error(cls, error: ServingError) -> Response:
-        response = cls.of({"detail": error.detail}, error.status, error.headers)
-        response.lingers = isinstance(error, BodyTooLarge)
-        return response
-
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -1752,19 +1848,19 @@ class Operation:
     path: str
     name: str
     summary: str
-    endpoint: Callable[[Service, Request], Awaitable[Any]]
+    endpoint: Callable[[Service, Request], Awaitable[Response]]
     takes: Literal["query", "body", None] = None
     gives: str = "Status"
     errors: tuple[int, ...] = ()
     open: bool = False  # answers without an API key
 
 
-async def predict_query(service: Service, request: Request) -> dict[str, Any]:
+async def predict_query(service: Service, request: Request) -> Response:
     rows = service.contract.parse_query(request.query)
-    return (await service.predict(request, rows))[0]
+    return Response.ok(await service.predict(request, rows))
 
 
-async def predict_body(service: Service, request: Request) -> Any:
+async def predict_body(service: Service, request: Request) -> Response:
     _check_media_type(request)
     payload = parse_json(request.body)
     if isinstance(payload, list) and len(payload) > service.settings.limits.max_rows:
@@ -1772,19 +1868,19 @@ async def predict_body(service: Service, request: Request) -> Any:
         raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {limit} rows")
     rows = service.contract.parse_payload(payload)
     predictions = await service.predict(request, rows)
-    return predictions if isinstance(payload, list) else predictions[0]
+    return Response.ok([b"[", b",".join(predictions), b"]"] if isinstance(payload, list) else predictions)
 
 
-async def live(service: Service, request: Request) -> dict[str, Any]:
-    return {"status": "live"}
+async def live(service: Service, request: Request) -> Response:
+    return Response.of({"status": "live"})
 
 
-async def ready(service: Service, request: Request) -> dict[str, Any]:
-    return {"status": "ready", "model": service.settings.model.name}
+async def ready(service: Service, request: Request) -> Response:
+    return Response.of({"status": "ready", "model": service.settings.model.name})
 
 
-async def openapi(service: Service, request: Request) -> dict[str, Any]:
-    return service.openapi
+async def openapi(service: Service, request: Request) -> Response:
+    return Response.of(service.openapi)
 
 
 def _check_media_type(request: Request) -> None:
@@ -2027,7 +2123,7 @@ class Service:
                 raise body
             operation = self._find(request)
             self._authorize(operation, request)
-            return Response.of(await operation.endpoint(self, request))
+            return await operation.endpoint(self, request)
         except ServingError as error:
             return Response.of_error(error)
         except Exception:  # the outermost edge: whatever failed, the client learns no internals
@@ -2056,9 +2152,13 @@ class Service:
             detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             raise Unauthorized(detail, {"WWW-Authenticate": "Bearer"})
 
-    async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[bytes]:
         request.rows = len(rows)
-        return self.predictor.predict(self.contract.to_input(rows))
+        return self.render(rows)
+
+    def render(self, rows: list[dict[str, Any]]) -> list[bytes]:
+        """Give the answer to each row as JSON. Raises what the estimator raises."""
+        return self.predictor.predict(self.contract.to_input(rows)).render() if rows else []
 
     def prove(self) -> None:
         """Have the model reproduce its golden rows, and answer an example row, without each value that may be missing.
@@ -2084,7 +2184,7 @@ class Service:
         path = golden_path(self.settings.model_path)
         rows = [self._rename(row, index, path.name) for index, row in enumerate(golden.rows)]
         outputs = {f"y{output}": name for output, name in enumerate(self.predictor.outputs)}
-        answers = parse_json(Response.of(self.answer(rows, f"the rows of {path.name}")).body)
+        answers = self.answer(rows, f"the rows of {path.name}")
         scale = largest(golden.predictions)
         for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
             expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
@@ -2112,7 +2212,7 @@ class Service:
     def answer(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Predict rows that are no request's. Raises `EstimatorError`."""
         try:
-            return self.predictor.predict(self.contract.to_input(rows))
+            return [json.loads(answer) for answer in self.render(rows)]
         except ModelError:
             raise
         except (Exception, SystemExit) as error:  # what an estimator raises has no bounds
@@ -2137,7 +2237,7 @@ def build_flask(service: Service) -> flask.Flask:
 
     def view() -> flask.Response:
         response = run_now(service.respond(wsgi_request(flask.request.environ)))
-        return flask.Response(response.body, response.status_line, response.headers)
+        return flask.Response(response.pieces, response.status_line, response.headers)
 
     def unmatched(error: Any) -> Any:
         return view() if flask.request.routing_exception else error
@@ -2213,13 +2313,15 @@ class ASGIEndpoint:
 
     async def answer(self, request: Request, receive: Any, send: Any) -> None:
         response = await self.service.respond(request)
-        body = b"" if request.method == "HEAD" else response.body
+        *pieces, last = [b""] if request.method == "HEAD" else response.pieces
         await send(response.start_message)
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
         if response.lingers:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": last, "more_body": True})
             await linger(receive)
-            body = b""
-        await send({"type": "http.response.body", "body": body})
+            last = b""
+        await send({"type": "http.response.body", "body": last})
 
 
 def asgi_request(scope: Any, receive: Any) -> Request:
@@ -2327,7 +2429,7 @@ class FastAPIOverWSGI:
         if isinstance(body, ServingError):
             response = run_now(self.service.respond(request))
             start_response(response.status_line, [*response.headers.items()])
-            return [] if request.method == "HEAD" else [response.body]
+            return [] if request.method == "HEAD" else response.pieces
         changed = {
             "PATH_INFO": request.path.encode().decode("latin-1"),
             "CONTENT_LENGTH": str(len(body)),
@@ -2389,7 +2491,7 @@ class FastAPIOverWSGI:
         if not last:
             response = Response.of({"detail": "internal error"}, 500)
             await send(response.start_message)
-            await send({"type": "http.response.body", "body": response.body})
+            await send({"type": "http.response.body", "body": b"".join(response.pieces)})
         elif last["type"] == "http.response.start" or last.get("more_body"):
             raise RuntimeError("the answer ended early")
 

@@ -87,7 +87,7 @@ def refuse(status: int) -> bytes:
     headers = {"Connection": "close", "X-Request-ID": request_id}
     response = app.Response.of({"detail": details[status]}, status, headers)
     head = [f"HTTP/1.1 {response.status_line}", *map(": ".join, response.headers.items())]
-    return "\r\n".join([*head, "", ""]).encode() + response.body
+    return "\r\n".join([*head, "", ""]).encode() + b"".join(response.pieces)
 
 
 CUT_SHORT = "serving.cut_short"  # in a scope: the connection ended, or lost its framing, inside the body

@@ -62,7 +62,7 @@ def start(artifact: Path, changes: dict[str, Any], **model: Any) -> Any:
 def test_shipped_golden_rows_are_the_models_own() -> None:
     """The shipped file has rows of each species, what the model says of them, and the pinned versions."""
     service = app.make_service(make_settings())
-    answers = app.parse_json(app.Response.of(service.answer(GOLDEN["rows"], "golden rows")).body)
+    answers = service.answer(GOLDEN["rows"], "golden rows")
     assert len(GOLDEN["rows"]) == 15
     assert {prediction["prediction"] for prediction in GOLDEN["predictions"]} == {"setosa", "versicolor", "virginica"}
     assert all(map(app.agrees, answers, GOLDEN["predictions"]))

@@ -13,15 +13,23 @@ from conftest import ROW, call, make_settings, post_case, serve_estimator
 from jsonschema import Draft202012Validator
 from scipy.sparse import csr_array
 from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import IsolationForest, RandomForestClassifier
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    IsolationForest,
+    RandomForestClassifier,
+)
 from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
 from sklearn.mixture import GaussianMixture
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import ClassifierChain, MultiOutputClassifier
+from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -42,7 +50,7 @@ def test_shipped_model_knows_names_and_species(framework: str) -> None:
     service = app.make_service(make_settings(framework=framework))
     assert service.contract.names == ["sepal_length", "sepal_width", "petal_length", "petal_width"]
     assert service.predictor.classes == ["setosa", "versicolor", "virginica"]
-    predictions = service.predictor.predict(X)
+    predictions = map(json.loads, service.predictor.predict(X).render())
     accuracy = np.mean(
         [load_iris().target_names[label] == p["prediction"] for label, p in zip(y, predictions, strict=True)]
     )
@@ -74,7 +82,8 @@ def test_crash_answers_500_without_internals(tmp_path: Path, framework: str) -> 
 
 def answer_of(estimator: Any, X: Any, **model: Any) -> dict[str, Any]:
     """Give what the predictor says of the first row."""
-    return app.Predictor(estimator, **model).predict(X)[0]
+    answer: dict[str, Any] = json.loads(app.Predictor(estimator, **model).predict(X).render()[0])
+    return answer
 
 
 LABELS = np.array(["few", "many"])[(y > 0).astype(int)]
@@ -254,3 +263,26 @@ def test_document_describes_the_answer(tmp_path: Path, framework: str, estimator
         assert list(schema["properties"]) == list(answer)
         for name, value in answer.items():
             assert not isinstance(value, dict) or list(schema["properties"][name]["properties"]) == list(value)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        LogisticRegression(),
+        make_pipeline(StandardScaler(), LogisticRegression()),
+        GaussianNB(),
+        LinearDiscriminantAnalysis(),
+        GradientBoostingClassifier(n_estimators=3),
+        HistGradientBoostingClassifier(max_iter=3),
+        RandomForestClassifier(n_estimators=4),
+        CalibratedClassifierCV(LinearSVC()),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_class_of_the_highest_probability_is_the_prediction(estimator: Any) -> None:
+    """Asked once, for probabilities, the estimator means what it says when asked for its predictions, in ties too."""
+    ends = np.tile([[-1.1], [-0.9], [0.9], [1.1]], (10, 1))
+    rows = np.vstack([ends, np.linspace(-1, 1, 41)[:, np.newaxis], [[0.0], [1e-17], [-1e-17]]])
+    estimator.fit(ends, ends[:, 0] > 0)
+    answers = [json.loads(answer)["prediction"] for answer in app.Predictor(estimator).predict(rows).render()]
+    assert answers == estimator.predict(rows).tolist()
