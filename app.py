@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import difflib
 import functools
 import hashlib
@@ -33,6 +35,7 @@ import logging
 import math
 import os
 import pickle
+import queue
 import re
 import reprlib
 import string
@@ -42,17 +45,17 @@ import time
 import tomllib
 import urllib.parse
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeVar, cast
 
 import jiter
 import joblib
 import numpy as np
 import sklearn
 import structlog
+import threadpoolctl  # type: ignore[import-untyped]
 from gunicorn.http.errors import ParseException
 from pydantic import (
     AfterValidator,
@@ -299,6 +302,11 @@ class LimitSettings(Section):
     max_rows: PositiveInt = 10_000
 
 
+class BatchingSettings(Section):
+    max_rows: PositiveInt = 256
+    max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
+
+
 class LoggingSettings(Section):
     level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     format: Literal["auto", "json", "console"] = "auto"
@@ -316,6 +324,7 @@ class Settings(Section):
     server: ServerSettings = ServerSettings()
     model: ModelSettings = ModelSettings()
     features: dict[str, FeatureSettings] = {}
+    batching: BatchingSettings = BatchingSettings()
     limits: LimitSettings = LimitSettings()
     logging: LoggingSettings = LoggingSettings()
     auth: AuthSettings = AuthSettings()
@@ -348,10 +357,20 @@ class Settings(Section):
             return "uvicorn" if self.framework == "fastapi" else "gevent"
         return self.server.worker_class
 
+    @functools.cached_property
+    def cores(self) -> int:
+        """How many cores affinity and cgroup quota leave to this process."""
+        return int(joblib.cpu_count())
+
     @property
     def workers(self) -> int:
-        """How many workers `server.workers` means: by default the cores left by affinity and cgroup quota."""
-        return joblib.cpu_count() if self.server.workers == "auto" else self.server.workers
+        """How many workers `server.workers` means: by default one for each core."""
+        return self.cores if self.server.workers == "auto" else self.server.workers
+
+    @property
+    def threads(self) -> int:
+        """How many threads a worker's OpenMP and BLAS have: its share of the cores."""
+        return max(1, self.cores // self.workers)
 
 
 class Environment(EnvSettingsSource):
@@ -505,7 +524,7 @@ def _should(problem: Any) -> str:
 
 # Logging --------------------------------------------------------------------------------------------------------------
 
-REQUEST_ID: ContextVar[str] = ContextVar("request_id")
+REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
@@ -1281,6 +1300,7 @@ def _choice_type(kind: type, choices: list[Cell]) -> Any:
 
 # Predictor ------------------------------------------------------------------------------------------------------------
 
+Rows = list[dict[str, Any]]  # of checked cells by the names of features
 Tree = Any  # of an answer: dicts by name and lists, with a column of shape (n_samples,) at each end
 
 
@@ -1294,6 +1314,9 @@ class Predictor:
         _refuse_no_predictor(estimator)
         self.estimator = estimator
         self.inputs = read_inputs(estimator)
+        for part in find_parts(estimator):
+            if getattr(part, "n_jobs", None) is not None:
+                part.n_jobs = 1  # the cores are the workers'
         self.outputs = list(outputs)
         by_output = _find_classes(estimator)
         self.classes = by_output[0] if len(by_output) == 1 else None
@@ -1454,6 +1477,16 @@ def _likeliest(scores: Any, tie: float) -> Any:
         if not (highest[:, 1] - highest[:, 0] > tie).all():
             return None
     return scores.argmax(axis=1)
+
+
+_limited = threading.local()
+
+
+def limit_threads(n_threads: int) -> None:
+    """Give OpenMP and BLAS so many threads. OpenMP counts them for each thread that calls it, so each must ask."""
+    if getattr(_limited, "n_threads", None) != n_threads:
+        threadpoolctl.threadpool_limits(n_threads)
+        _limited.n_threads = n_threads
 
 
 def kind_of(estimator: Any) -> str | None:
@@ -1743,6 +1776,224 @@ def largest(answer: Any) -> float:
     return abs(answer) if isinstance(answer, float) else max(map(largest, inner), default=0.0)
 
 
+# Batcher --------------------------------------------------------------------------------------------------------------
+#
+# Most of what a call of an estimator costs is the same for one row and for many. So the rows of requests that wait at
+# the same moment are predicted in one call. How a request waits depends on what runs it: an asyncio loop or a thread,
+# which may be a greenlet of gevent's.
+
+INLINE_S = 0.01  # how long a call may keep an event loop from everything else
+MANY_ROWS = 64  # that tell what one more costs
+MAX_COMPARED = 16  # rows that are answered both alone and together
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The rows of one request, and the answers to them or what was raised instead."""
+
+    rows: Rows
+    wake: Callable[[], None]  # what waits for it
+    answers: list[bytes] | BaseException | None = None
+    is_given_up: bool = False  # nobody waits for it any more
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    def result(self) -> list[bytes]:
+        """Give the answers. Raises what the estimator raised."""
+        if self.answers is None:
+            raise RuntimeError("the call that was to answer this request was ended")
+        if isinstance(self.answers, BaseException):
+            raise self.answers
+        return self.answers
+
+
+@dataclass(slots=True)
+class Batching:
+    """How to call `render`, which gives the answers to rows: for how many at once, and where.
+
+    A call takes about `call_s` and for each row `row_s`, in seconds.
+    """
+
+    render: Callable[[Rows], list[bytes]]
+    max_rows: int
+    max_wait_s: float
+    call_s: float = 0.0
+    row_s: float = 0.0
+
+    def is_costly(self, n_rows: int) -> bool:
+        """Whether a call takes so long that it should not run in an event loop."""
+        return self.call_s + self.row_s * n_rows > INLINE_S
+
+    def measure(self, row: dict[str, Any]) -> None:
+        """Find out what a call takes, by calls of one row and, if that is quick, of many."""
+        self.call_s = _time(self.render, [row])
+        if self.call_s <= INLINE_S:
+            self.row_s = max(0.0, _time(self.render, [row] * MANY_ROWS) - self.call_s) / MANY_ROWS
+
+    def take(self, waiting: collections.deque[Job]) -> list[Job]:
+        """Take the jobs of the next call from those that wait, of which there is one at least."""
+        jobs: list[Job] = []
+        n_rows = 0
+        while waiting and (not jobs or n_rows + len(waiting[0].rows) <= self.max_rows):
+            job = waiting.popleft()
+            if not job.is_given_up:
+                jobs.append(job)
+                n_rows += len(job.rows)
+        return jobs
+
+    def answer(self, jobs: Sequence[Job]) -> None:
+        """Answer jobs in one call; where that fails, those of each half, so that an error stays with its own job."""
+        rows = [row for job in jobs for row in job.rows]
+        context = jobs[0].context if len(jobs) == 1 else contextvars.Context()
+        try:
+            answers = context.run(self.render, rows)
+            if len(answers) != len(rows):
+                raise ModelError(f"gives {len(answers)} answers to {len(rows)} rows")
+        except (Exception, SystemExit) as error:  # what an estimator raises has no bounds
+            if len(jobs) == 1:
+                jobs[0].answers = error
+            else:
+                self.answer(jobs[: len(jobs) // 2])
+                self.answer(jobs[len(jobs) // 2 :])
+            return
+        start = 0
+        for job in jobs:
+            job.answers = answers[start : start + len(job.rows)]
+            start += len(job.rows)
+
+
+def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:
+    """Give the seconds that a call takes when nothing disturbs it."""
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < INLINE_S:
+        started = time.perf_counter()
+        render(rows)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class LoopBatcher:
+    """Batches requests of an asyncio loop: those of one turn of it, and those that came while a call ran beside it."""
+
+    def __init__(self, batching: Batching) -> None:
+        self.batching = batching
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._is_due = False  # a call is scheduled, or runs
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "predict")  # which starts when it is first used
+
+    async def predict(self, rows: Rows) -> list[bytes]:
+        """Give the answer to each row. Raises what the estimator raises."""
+        if len(rows) > self.batching.max_rows:
+            return await self.run(functools.partial(self.batching.render, rows), len(rows))
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # the one before has ended
+            self._loop, self._waiting, self._is_due = loop, collections.deque(), False
+        waker = loop.create_future()
+        job = Job(rows, functools.partial(_wake, waker))
+        self._waiting.append(job)
+        if not self._is_due:
+            self._is_due = True
+            wait_s = self.batching.max_wait_s
+            _ = loop.call_later(wait_s, self._call, loop) if wait_s else loop.call_soon(self._call, loop)
+        try:
+            await waker
+        except asyncio.CancelledError:
+            job.is_given_up = True
+            raise
+        return job.result()
+
+    async def run(self, call: Callable[[], T], n_rows: int) -> T:
+        """Make one call for itself, for so many rows."""
+        if self.batching.is_costly(n_rows):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        return call()
+
+    def _call(self, loop: asyncio.AbstractEventLoop) -> None:
+        jobs = self.batching.take(self._waiting)
+        if self.batching.is_costly(sum(len(job.rows) for job in jobs)):
+            call = loop.run_in_executor(self._thread, self.batching.answer, jobs)
+            call.add_done_callback(lambda _: self._hand_out(jobs, loop))
+        else:
+            self.batching.answer(jobs)
+            self._hand_out(jobs, loop)
+
+    def _hand_out(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
+        for job in jobs:
+            job.wake()
+        self._is_due = bool(self._waiting)
+        if self._is_due:
+            loop.call_soon(self._call, loop)
+
+
+def _wake(waker: asyncio.Future[None]) -> None:
+    if not waker.done():  # as it is when its task was cancelled
+        waker.set_result(None)
+
+
+class ThreadBatcher:
+    """Batches requests of threads, which may be greenlets, in a thread of its own.
+
+    It starts with the first request: none that runs before lives on in a process that is forked.
+    """
+
+    def __init__(self, batching: Batching) -> None:
+        self.batching = batching
+        self._arrived: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    async def predict(self, rows: Rows) -> list[bytes]:
+        """Give the answer to each row; it blocks. Raises what the estimator raises."""
+        if len(rows) > self.batching.max_rows:
+            return await self.run(functools.partial(self.batching.render, rows), len(rows))
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
+                self._thread.start()
+        return self._wait_for(rows)
+
+    async def run(self, call: Callable[[], T], n_rows: int) -> T:
+        """Make one call for itself, for so many rows; it blocks."""
+        return self._run(call, n_rows)
+
+    def _wait_for(self, rows: Rows) -> list[bytes]:
+        waker = threading.Lock()
+        waker.acquire()
+        job = Job(rows, waker.release)
+        self._arrived.put(job)
+        waker.acquire()
+        return job.result()
+
+    def _serve(self) -> None:
+        waiting: collections.deque[Job] = collections.deque()
+        while True:
+            if not waiting:
+                waiting.append(self._arrived.get())
+                time.sleep(self.batching.max_wait_s)  # 0, too, lets others that are ready come in
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.append(self._arrived.get_nowait())
+            jobs = self.batching.take(waiting)
+            self._run(functools.partial(self.batching.answer, jobs), sum(len(job.rows) for job in jobs))
+            for job in jobs:
+                job.wake()
+
+    def _run(self, call: Callable[[], T], n_rows: int) -> T:
+        thread = _gevent_thread() if self.batching.is_costly(n_rows) else None
+        return call() if thread is None else cast(T, thread.apply(call))
+
+
+@functools.cache
+def _gevent_thread() -> Any:
+    """Give a thread beside gevent's loop, where gevent has made greenlets of Python's threads."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return None
+    import gevent.threadpool  # type: ignore[import-untyped]
+
+    return gevent.threadpool.ThreadPool(1)
+
+
 # Endpoints ------------------------------------------------------------------------------------------------------------
 
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -1763,6 +2014,7 @@ class Request:
     query: str  # percent-encoded
     header: Callable[[str], str | None]  # by lower-case name; repeated fields are joined by commas
     read: Callable[[int], Awaitable[bytes]]  # the next piece of the body, of about so many bytes; b"" at its end
+    batcher: LoopBatcher | ThreadBatcher
     body: bytes | ServingError | None = None  # what reading it gave
     rows: int = 0
 
@@ -2093,6 +2345,7 @@ class Service:
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
+        self.batching = Batching(self.render, settings.batching.max_rows, settings.batching.max_wait_ms / 1000)
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
 
     async def respond(self, request: Request) -> Response:
@@ -2154,11 +2407,12 @@ class Service:
 
     async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[bytes]:
         request.rows = len(rows)
-        return self.render(rows)
+        return await request.batcher.predict(rows) if rows else []
 
     def render(self, rows: list[dict[str, Any]]) -> list[bytes]:
         """Give the answer to each row as JSON. Raises what the estimator raises."""
-        return self.predictor.predict(self.contract.to_input(rows)).render() if rows else []
+        limit_threads(self.settings.threads)
+        return self.predictor.predict(self.contract.to_input(rows)).render()
 
     def prove(self) -> None:
         """Have the model reproduce its golden rows, and answer an example row, without each value that may be missing.
@@ -2168,9 +2422,27 @@ class Service:
         """
         with about_artifact(self.settings):
             if self.golden is not None:
-                self._reproduce(self.golden)
+                self._reproduce(self.golden, self.known_rows)
             _ = self.sample
             self._try_missing()
+
+    def warm_up(self) -> None:
+        """Find out what a call of the estimator costs, and whether the rows of several requests can share one."""
+        rows = self.known_rows[:MAX_COMPARED]
+        self.batching.measure(rows[0])
+        alone = [self.answer([row], "a row") for row in rows]
+        together = [[answer] for answer in self.answer(rows, "rows")]
+        if not agrees(together, alone, largest(alone)):
+            self.batching.max_rows = 0
+            log.warning("never_batched", reason="the answer to a row depends on the other rows of the call")
+
+    @property
+    def known_rows(self) -> Rows:
+        """The golden rows, or without them the contract's example."""
+        if self.golden is None:
+            return [self.contract.example]
+        path = golden_path(self.settings.model_path)
+        return [self._rename(row, index, path.name) for index, row in enumerate(self.golden.rows)]
 
     @functools.cached_property
     def sample(self) -> dict[str, Any]:
@@ -2179,10 +2451,9 @@ class Service:
         hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
         return self.answer([self.contract.example], f"its example row{hint}")[0]
 
-    def _reproduce(self, golden: Golden) -> None:
+    def _reproduce(self, golden: Golden, rows: Rows) -> None:
         """Compare by the names that the estimator has by itself: the settings may have given it others since."""
         path = golden_path(self.settings.model_path)
-        rows = [self._rename(row, index, path.name) for index, row in enumerate(golden.rows)]
         outputs = {f"y{output}": name for output, name in enumerate(self.predictor.outputs)}
         answers = self.answer(rows, f"the rows of {path.name}")
         scale = largest(golden.predictions)
@@ -2212,7 +2483,7 @@ class Service:
     def answer(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Predict rows that are no request's. Raises `EstimatorError`."""
         try:
-            return [json.loads(answer) for answer in self.render(rows)]
+            return [json.loads(answer) for answer in self.render(rows)] if rows else []
         except ModelError:
             raise
         except (Exception, SystemExit) as error:  # what an estimator raises has no bounds
@@ -2235,8 +2506,10 @@ def build_flask(service: Service) -> flask.Flask:
     app.extensions["serving"] = service
     app.url_map.merge_slashes = False
 
+    batcher = ThreadBatcher(service.batching)
+
     def view() -> flask.Response:
-        response = run_now(service.respond(wsgi_request(flask.request.environ)))
+        response = run_now(service.respond(wsgi_request(flask.request.environ, batcher)))
         return flask.Response(response.pieces, response.status_line, response.headers)
 
     def unmatched(error: Any) -> Any:
@@ -2249,7 +2522,7 @@ def build_flask(service: Service) -> flask.Flask:
     return app
 
 
-def wsgi_request(environ: dict[str, Any]) -> Request:
+def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
     """Make a `Request` of a WSGI environ."""
 
     def header(name: str) -> str | None:
@@ -2266,7 +2539,8 @@ def wsgi_request(environ: dict[str, Any]) -> Request:
             raise BodyCutShort from None
 
     path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
-    return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), header, read)
+    query = environ.get("QUERY_STRING", "")
+    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher)
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -2307,9 +2581,10 @@ class ASGIEndpoint:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.batcher = LoopBatcher(service.batching)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.answer(asgi_request(scope, receive), receive, send)
+        await self.answer(asgi_request(scope, receive, self.batcher), receive, send)
 
     async def answer(self, request: Request, receive: Any, send: Any) -> None:
         response = await self.service.respond(request)
@@ -2324,7 +2599,7 @@ class ASGIEndpoint:
         await send({"type": "http.response.body", "body": last})
 
 
-def asgi_request(scope: Any, receive: Any) -> Request:
+def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
     """Make a `Request` of an ASGI scope."""
     headers: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
@@ -2348,7 +2623,7 @@ def asgi_request(scope: Any, receive: Any) -> Request:
 
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation)
-    return Request(scope["method"], path, query, header, read)
+    return Request(scope["method"], path, query, header, read, batcher)
 
 
 async def linger(receive: Any) -> None:
@@ -2391,7 +2666,7 @@ class FlaskOverASGI:
         if scope["type"] != "http":
             await self.bridge(scope, receive, send)
             return
-        request = asgi_request(scope, receive)
+        request = asgi_request(scope, receive, self.endpoint.batcher)
         body = await request.read_body(self.service.settings.limits.max_body_bytes)
         if isinstance(body, ServingError):
             await self.endpoint.answer(request, receive, send)
@@ -2421,10 +2696,11 @@ class FastAPIOverWSGI:
         self._bridge: Any = None
         self._end: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
+        self._batcher = ThreadBatcher(self.service.batching)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         self.start()
-        request = wsgi_request(environ)
+        request = wsgi_request(environ, self._batcher)
         body = run_now(request.read_body(self.service.settings.limits.max_body_bytes))
         if isinstance(body, ServingError):
             response = run_now(self.service.respond(request))
@@ -2518,6 +2794,7 @@ def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAP
     """Build the app of the framework that the settings name: a `Flask` or a `FastAPI`, to extend as either is."""
     service = load_service() if settings is None else make_service(settings)
     service.prove()
+    service.warm_up()
     app: flask.Flask | fastapi.FastAPI = FRAMEWORKS[service.settings.framework](service)
     return app
 

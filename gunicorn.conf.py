@@ -6,6 +6,7 @@ a mistake in them stops it, and the workers share their memory. Only names that 
 
 import ctypes
 import functools
+import gc
 import logging
 import os
 import signal
@@ -311,6 +312,17 @@ def post_fork(server: Any, worker: Any) -> None:
     while not server.SIG_QUEUE.empty():
         if server.SIG_QUEUE.get_nowait() in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             sys.exit(0)
+
+
+def when_ready(server: Any) -> None:
+    """Say how the cores are shared out: workers times threads is no more of them, unless there are more workers."""
+    log.info("core_budget", cores=settings.cores, workers=settings.workers, threads=settings.threads)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Spare the garbage collector what was loaded, which it would go through again and again and find in use."""
+    gc.collect()
+    gc.freeze()
 
 
 MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to

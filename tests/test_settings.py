@@ -33,6 +33,8 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("model", "outputs"): ('["a", "b"]', ["a", "b"]),
     ("model", "strict_versions"): ("true", True),
     ("features",): ('{"Of Two Words": {"unit": "m"}}', {"Of Two Words": {"unit": "m"}}),
+    ("batching", "max_rows"): ("19", 19),
+    ("batching", "max_wait_ms"): ("2.5", 2.5),
     ("limits", "max_body_bytes"): ("17", 17),
     ("limits", "max_rows"): ("18", 18),
     ("logging", "level"): ("debug", "debug"),
