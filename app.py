@@ -2033,19 +2033,21 @@ class Request:
             return b""
         if length is not None and length > limit:
             raise BodyTooLarge(f"the body is {length} bytes", limit)
-        body = bytearray()
-        while piece := await self.read(PIECE_BYTES if length is None else min(length - len(body), PIECE_BYTES)):
-            body += piece
-            if len(body) > limit:
+        size = 0
+        pieces: list[bytes] = []
+        while piece := await self.read(PIECE_BYTES if length is None else min(length - size, PIECE_BYTES)):
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
                 raise BodyTooLarge("the body is longer", limit)
-        if length is not None and len(body) < length:
+        if length is not None and size < length:
             raise BodyCutShort
-        return bytes(body)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _content_length(self) -> int | None:
         given = self.header("content-length")
         # More digits are no length that could be, and Python refuses to read more than 4300 of them.
-        if given is not None and not re.fullmatch("0*[0-9]{1,18}", given):
+        if given is not None and not (given.isascii() and given.isdigit() and len(given.lstrip("0")) <= 18):
             detail = f"Content-Length is {given!r}; it should be a number of bytes"
             raise BadRequest(detail, {"Connection": "close"})
         return None if given is None else int(given[-18:])
@@ -2055,24 +2057,15 @@ class Request:
 class Response:
     """One answer in JSON, whichever framework sends it. Its body is in pieces, so that a long one is never copied."""
 
-    status: int
     pieces: list[bytes]
-    headers: dict[str, str]
+    status: int = 200
+    more_headers: dict[str, str] = field(default_factory=dict)
     lingers: bool = False  # the client may still be sending
-
-    @classmethod
-    def ok(cls, pieces: list[bytes]) -> Response:
-        """Send JSON as it is."""
-        length = str(sum(map(len, pieces)))
-        return cls(200, pieces, {"Content-Type": "application/json", "Content-Length": length})
 
     @classmethod
     def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
         """Render a payload as JSON; what JSON cannot say of a float becomes a string."""
-        response = cls.ok([to_json(payload, inf_nan_mode="strings", fallback=str)])
-        response.status = status
-        response.headers |= headers or {}
-        return response
+        return cls([to_json(payload, inf_nan_mode="strings", fallback=str)], status, dict(headers or {}))
 
     @classmethod
     def of_error(cls, error: ServingError) -> Response:
@@ -2086,9 +2079,15 @@ class Response:
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
     @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The headers as WSGI and HTTP/1.1 write them."""
+        length = str(sum(map(len, self.pieces)))
+        return [("Content-Type", "application/json"), ("Content-Length", length), *self.more_headers.items()]
+
+    @property
     def start_message(self) -> dict[str, Any]:
         """The status and the headers as ASGI sends them."""
-        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers.items()]
+        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers]
         return {"type": "http.response.start", "status": self.status, "headers": headers}
 
 
@@ -2109,7 +2108,7 @@ class Operation:
 
 async def predict_query(service: Service, request: Request) -> Response:
     rows = service.contract.parse_query(request.query)
-    return Response.ok(await service.predict(request, rows))
+    return Response(await service.predict(request, rows))
 
 
 async def predict_body(service: Service, request: Request) -> Response:
@@ -2120,7 +2119,7 @@ async def predict_body(service: Service, request: Request) -> Response:
         raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {limit} rows")
     rows = service.contract.parse_payload(payload)
     predictions = await service.predict(request, rows)
-    return Response.ok([b"[", b",".join(predictions), b"]"] if isinstance(payload, list) else predictions)
+    return Response([b"[%b]" % b",".join(predictions)] if isinstance(payload, list) else predictions)
 
 
 async def live(service: Service, request: Request) -> Response:
@@ -2157,10 +2156,11 @@ def parse_json(body: Any) -> Any:
         raise BadRequest(f"the body is not JSON: {error}") from None
 
 
+PREDICTIONS = "/predictions"
 OPERATIONS = (
     Operation(
         "GET",
-        "/predictions",
+        PREDICTIONS,
         "predict_query",
         "Predict one row, given as query parameters",
         predict_query,
@@ -2170,7 +2170,7 @@ OPERATIONS = (
     ),
     Operation(
         "POST",
-        "/predictions",
+        PREDICTIONS,
         "predict_body",
         "Predict one row, or each row of an array in its order",
         predict_body,
@@ -2356,7 +2356,7 @@ class Service:
         token = REQUEST_ID.set(request_id)
         try:
             response = await self._answer(request)
-            response.headers["X-Request-ID"] = request_id
+            response.more_headers["X-Request-ID"] = request_id
             if self.settings.logging.access:
                 log.info(
                     "request",
@@ -2506,10 +2506,10 @@ def build_flask(service: Service) -> flask.Flask:
     app.extensions["serving"] = service
     app.url_map.merge_slashes = False
 
-    batcher = ThreadBatcher(service.batching)
+    endpoint = WSGIEndpoint(service)
 
     def view() -> flask.Response:
-        response = run_now(service.respond(wsgi_request(flask.request.environ, batcher)))
+        response = run_now(service.respond(wsgi_request(flask.request.environ, endpoint.batcher)))
         return flask.Response(response.pieces, response.status_line, response.headers)
 
     def unmatched(error: Any) -> Any:
@@ -2519,7 +2519,41 @@ def build_flask(service: Service) -> flask.Flask:
         name = next(iter(operations.values())).name
         app.add_url_rule(path, name, view, methods=[*operations], provide_automatic_options=False)
     app.register_error_handler(HTTPException, unmatched)
+    inner = app.wsgi_app
+
+    def predictions_first(environ: Any, start_response: Any) -> Any:
+        """Answer predictions before Flask's router, which takes longer than the service does, unless Flask is to do
+        something for each request."""
+        first = environ["PATH_INFO"] == PREDICTIONS and not _has_hooks(app)
+        return (endpoint if first else inner)(environ, start_response)
+
+    app.wsgi_app = predictions_first  # type: ignore[method-assign]
     return app
+
+
+def _has_hooks(app: flask.Flask) -> bool:
+    """Whether a user has given a Flask something to do for each request."""
+    from flask import request_finished, request_started
+
+    hooks = (app.before_request_funcs, app.after_request_funcs, app.teardown_request_funcs)
+    more = (app.url_value_preprocessors, app.teardown_appcontext_funcs)
+    return any(hooks) or any(more) or bool(request_started.receivers or request_finished.receivers)
+
+
+class WSGIEndpoint:
+    """The service as a WSGI app."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.batcher = ThreadBatcher(service.batching)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        return self.answer(wsgi_request(environ, self.batcher), start_response)
+
+    def answer(self, request: Request, start_response: Any) -> list[bytes]:
+        response = run_now(self.service.respond(request))
+        start_response(response.status_line, response.headers)
+        return [] if request.method == "HEAD" else response.pieces
 
 
 def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
@@ -2572,8 +2606,35 @@ def build_fastapi(service: Service) -> fastapi.FastAPI:
     for path, operations in service.routes.items():
         app.add_route(path, endpoint, name=next(iter(operations.values())).name)  # no methods: the table knows them
     app.router.default = unmatched
+    app.add_middleware(PredictionsFirst, endpoint)
     app.openapi = lambda: service.openapi  # type: ignore[method-assign]
     return app
+
+
+class PredictionsFirst:
+    """Middleware of FastAPI's that answers predictions, for which its router takes longer than the service does.
+
+    What a user adds with `app.add_middleware` later is in front of it.
+    """
+
+    def __init__(self, inner: Any, endpoint: ASGIEndpoint) -> None:
+        self.inner = inner
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == PREDICTIONS:
+            await self.endpoint(scope, receive, send)
+        else:
+            await self.inner(scope, functools.partial(receive_unless_cut, scope, receive), send)
+
+
+CUT_SHORT = "serving.cut_short"  # in a scope: the connection ended, or lost its framing, inside the body
+
+
+async def receive_unless_cut(scope: Any, receive: Any) -> Any:
+    """Tell an app of a body that was cut short as of a client that left, but which can still be answered."""
+    message = await receive()
+    return {"type": "http.disconnect"} if CUT_SHORT in scope else message
 
 
 class ASGIEndpoint:
@@ -2601,9 +2662,11 @@ class ASGIEndpoint:
 
 def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
     """Make a `Request` of an ASGI scope."""
-    headers: dict[bytes, bytes] = {}
-    for name, value in scope["headers"]:
-        headers[name] = headers[name] + b"," + value if name in headers else value
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if len(headers) < len(scope["headers"]):
+        headers.clear()
+        for name, value in scope["headers"]:
+            headers[name] = headers[name] + b"," + value if name in headers else value
 
     def header(name: str) -> str | None:
         value = headers.get(name.encode())
@@ -2616,13 +2679,13 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
         piece = b""
         while more and size and not piece:
             message = await receive()
-            if message["type"] == "http.disconnect":
+            if CUT_SHORT in scope or message["type"] == "http.disconnect":
                 raise BodyCutShort
             piece, more = message.get("body", b""), message.get("more_body", False)
         return piece
 
     path = scope["path"].removeprefix(scope.get("root_path", ""))
-    query = urllib.parse.quote(scope["query_string"], safe=string.punctuation)
+    query = scope["query_string"] and urllib.parse.quote(scope["query_string"], safe=string.punctuation)
     return Request(scope["method"], path, query, header, read, batcher)
 
 
@@ -2696,16 +2759,14 @@ class FastAPIOverWSGI:
         self._bridge: Any = None
         self._end: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
-        self._batcher = ThreadBatcher(self.service.batching)
+        self._endpoint = WSGIEndpoint(self.service)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         self.start()
-        request = wsgi_request(environ, self._batcher)
+        request = wsgi_request(environ, self._endpoint.batcher)
         body = run_now(request.read_body(self.service.settings.limits.max_body_bytes))
         if isinstance(body, ServingError):
-            response = run_now(self.service.respond(request))
-            start_response(response.status_line, [*response.headers.items()])
-            return [] if request.method == "HEAD" else response.pieces
+            return self._endpoint.answer(request, start_response)
         changed = {
             "PATH_INFO": request.path.encode().decode("latin-1"),
             "CONTENT_LENGTH": str(len(body)),

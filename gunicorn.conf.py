@@ -5,7 +5,6 @@ a mistake in them stops it, and the workers share their memory. Only names that 
 """
 
 import ctypes
-import functools
 import gc
 import logging
 import os
@@ -87,21 +86,8 @@ def refuse(status: int) -> bytes:
     log.warning("request_refused", status=status, request_id=request_id)
     headers = {"Connection": "close", "X-Request-ID": request_id}
     response = app.Response.of({"detail": details[status]}, status, headers)
-    head = [f"HTTP/1.1 {response.status_line}", *map(": ".join, response.headers.items())]
+    head = [f"HTTP/1.1 {response.status_line}", *map(": ".join, response.headers)]
     return "\r\n".join([*head, "", ""]).encode() + b"".join(response.pieces)
-
-
-CUT_SHORT = "serving.cut_short"  # in a scope: the connection ended, or lost its framing, inside the body
-
-
-async def call_unless_cut(inner: Any, scope: Any, receive: Any, send: Any) -> None:
-    """Call the app, and tell it of a body that was cut short as of a client that left, which can still be answered."""
-
-    async def receive_unless_cut() -> Any:
-        message = await receive()
-        return {"type": "http.disconnect"} if CUT_SHORT in scope else message
-
-    await inner(scope, receive_unless_cut, send)
 
 
 def http_protocol() -> type:
@@ -116,10 +102,6 @@ def http_protocol() -> type:
         refusal = 400
         waste_bytes = 0  # received since the last head or piece of a body was whole
         failed = False
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.app = functools.partial(call_unless_cut, self.app)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -150,31 +132,28 @@ def http_protocol() -> type:
             return b""
 
         def on_url(self, url: bytes) -> None:
-            super().on_url(url)
+            self.url += url
             if len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1") > limit_request_line:
                 self.refusal = 414
             if self.refusal != 400 or not self.url.isascii():
                 raise ValueError("request line")
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if self.cycle is not None and self.cycle.scope is self.scope:
-                return  # a trailer, which must not pass for a header (RFC 9110, section 6.5.1)
-            super().on_header(name, value)
-            size = len(name) + len(value) + len(": \r\n")
-            if size > limit_request_field_size or len(self.headers) > limit_request_fields:
-                self.refusal = 431
-                raise ValueError("header")
-
         def on_headers_complete(self) -> None:
             self.waste_bytes = 0
             self._unset_keepalive_if_required()
-            hosts = sum(name == b"host" for name, _ in self.headers)
-            if hosts > 1 or self.parser.get_http_version() not in ("1.0", "1.1"):
-                raise ValueError("host or version")
-            if self.parser.get_method() == b"CONNECT":
-                raise ValueError("method")
+            hosts = 0
+            for name, value in self.headers:
+                hosts += name == b"host"
+                if len(name) + len(value) + len(": \r\n") > limit_request_field_size:
+                    self.refusal = 431
+            if len(self.headers) > limit_request_fields:
+                self.refusal = 431
+            is_http_1 = self.parser.get_http_version() in ("1.1", "1.0")
+            if self.refusal != 400 or hosts > 1 or not is_http_1 or self.parser.get_method() == b"CONNECT":
+                raise ValueError("head")
             if not self.parser.should_upgrade():
                 super().on_headers_complete()
+                self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
 
         def on_body(self, body: bytes) -> None:
             self.waste_bytes = 0
@@ -214,7 +193,7 @@ def http_protocol() -> type:
             if self.cycle is None or not self.cycle.more_body or self.cycle.response_complete:
                 return False
             scope: Any = self.cycle.scope
-            scope[CUT_SHORT] = True
+            scope[app.CUT_SHORT] = True
             self.cycle.more_body = False
             self.cycle.message_event.set()
             return True
