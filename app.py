@@ -33,9 +33,11 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import queue
+import random
 import re
 import reprlib
 import string
@@ -1020,6 +1022,7 @@ class Contract:
         objects = any(self.features[name].type == "str" or used[name].is_object for name in used)
         self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
         self._dtype = object if objects else np.float64
+        self._are_numbers = not objects and not self.nullable and self.names == self.order and len(self.names) > 1
         self._nulls = {name: column.null for name, column in used.items()}
         if self.form == "frame":
             self._pandas = _import_pandas()
@@ -1105,6 +1108,9 @@ class Contract:
             columns = {name: [row.get(name) for row in rows] for name in self.order}
             series = {name: self._pandas.Series(columns[name], dtype=self._dtypes[name]) for name in self.order}
             return self._pandas.DataFrame(series)
+        if self._are_numbers:
+            cells = itertools.chain.from_iterable(map(operator.itemgetter(*self.order), rows))
+            return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), -1)
         X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
         return X.reshape(len(rows), len(self.order))
 
@@ -2002,7 +2008,7 @@ PIECE_BYTES = 65_536
 
 
 def make_request_id() -> str:
-    return os.urandom(16).hex()
+    return f"{random.getrandbits(128):032x}"  # no secret, and a system call less; a forked process draws others
 
 
 @dataclass(slots=True)
@@ -2079,15 +2085,21 @@ class Response:
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
     @property
+    def length(self) -> int:
+        """The bytes of the body."""
+        return sum(map(len, self.pieces))
+
+    @property
     def headers(self) -> list[tuple[str, str]]:
         """The headers as WSGI and HTTP/1.1 write them."""
-        length = str(sum(map(len, self.pieces)))
-        return [("Content-Type", "application/json"), ("Content-Length", length), *self.more_headers.items()]
+        more = self.more_headers.items()
+        return [("Content-Type", "application/json"), ("Content-Length", str(self.length)), *more]
 
     @property
     def start_message(self) -> dict[str, Any]:
         """The status and the headers as ASGI sends them."""
-        headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.headers]
+        more = [(name.lower().encode(), value.encode("latin-1")) for name, value in self.more_headers.items()]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % self.length), *more]
         return {"type": "http.response.start", "status": self.status, "headers": headers}
 
 
@@ -2139,6 +2151,8 @@ def _check_media_type(request: Request) -> None:
     if encoding not in (None, "identity"):
         raise UnsupportedMediaType(f"Content-Encoding is {encoding!r}; send the body as it is")
     given = request.header("content-type")
+    if given == "application/json":
+        return
     media_type, _, parameters = (given or "").lower().partition(";")
     charset = parameters.strip().removeprefix("charset=").strip('"')
     if media_type.strip() != "application/json" or charset not in ("", "utf-8"):
@@ -2594,38 +2608,32 @@ def build_fastapi(service: Service) -> fastapi.FastAPI:
     """Bind the service to FastAPI: a route for each path of the table; what no route matches is answered by it too."""
     import fastapi
 
-    app = fastapi.FastAPI(title=service.settings.model.name, openapi_url=None, docs_url=None, redoc_url=None)
+    endpoint = ASGIEndpoint(service)
+
+    class App(fastapi.FastAPI):
+        """A FastAPI that answers predictions before its router, which takes longer than the service does, unless
+        middleware is to do something for each request."""
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http" and scope["path"] == PREDICTIONS and not self.user_middleware:
+                await endpoint(scope, receive, send)
+            else:
+                await super().__call__(scope, functools.partial(receive_unless_cut, scope, receive), send)
+
+    app = App(title=service.settings.model.name, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.serving = service
     app.router.redirect_slashes = False
-    endpoint: Any = ASGIEndpoint(service)
     not_found = app.router.default
 
     async def unmatched(scope: Any, receive: Any, send: Any) -> None:
         await (endpoint if scope["type"] == "http" else not_found)(scope, receive, send)
 
     for path, operations in service.routes.items():
-        app.add_route(path, endpoint, name=next(iter(operations.values())).name)  # no methods: the table knows them
+        name = next(iter(operations.values())).name
+        app.add_route(path, cast(Any, endpoint), name=name)  # without methods: the table knows them
     app.router.default = unmatched
-    app.add_middleware(PredictionsFirst, endpoint)
     app.openapi = lambda: service.openapi  # type: ignore[method-assign]
     return app
-
-
-class PredictionsFirst:
-    """Middleware of FastAPI's that answers predictions, for which its router takes longer than the service does.
-
-    What a user adds with `app.add_middleware` later is in front of it.
-    """
-
-    def __init__(self, inner: Any, endpoint: ASGIEndpoint) -> None:
-        self.inner = inner
-        self.endpoint = endpoint
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] == PREDICTIONS:
-            await self.endpoint(scope, receive, send)
-        else:
-            await self.inner(scope, functools.partial(receive_unless_cut, scope, receive), send)
 
 
 CUT_SHORT = "serving.cut_short"  # in a scope: the connection ended, or lost its framing, inside the body

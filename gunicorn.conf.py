@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -90,6 +90,40 @@ def refuse(status: int) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + b"".join(response.pieces)
 
 
+class Together:
+    """A transport that sends what is written in one turn of the loop in one piece.
+
+    uvicorn writes a head and then a body, each of which would be a packet and a system call: a fifth of the time that
+    a small answer takes.
+    """
+
+    def __init__(self, transport: Any, loop: Any) -> None:
+        self.transport = transport
+        self.loop = loop
+        self.written: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self.written:
+            self.loop.call_soon(self.flush)
+        self.written.append(data)
+
+    def write_eof(self) -> None:
+        self.flush()
+        self.transport.write_eof()
+
+    def close(self) -> None:
+        self.flush()
+        self.transport.close()
+
+    def flush(self) -> None:
+        if self.written:
+            self.transport.writelines(self.written)
+            self.written = []
+
+
 def http_protocol() -> type:
     """Give uvicorn's protocol with gunicorn's limits, and an answer for every client that can still read one.
 
@@ -104,7 +138,7 @@ def http_protocol() -> type:
         failed = False
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            super().connection_made(cast(Any, Together(transport, self.loop)))
             self.timeout_keep_alive_task = self.loop.call_later(keepalive, self.timeout_keep_alive_handler)
 
         def data_received(self, data: bytes) -> None:
