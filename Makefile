@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test lint
+.PHONY: serve test lint bench bench-short
 
 serve: .venv/serve
 	$(BIN)/gunicorn -c gunicorn.conf.py
@@ -13,7 +13,13 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app.py gunicorn.conf.py model
+	$(BIN)/mypy app.py gunicorn.conf.py model bench
+
+bench: .venv/bench
+	$(BIN)/python -m bench.run
+
+bench-short: .venv/bench
+	$(BIN)/python -m bench.run --short
 
 .venv/serve: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
@@ -21,7 +27,12 @@ lint: .venv/test
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/test: .venv/serve requirements-pandas.txt tests/requirements.txt
-	command -v curl >/dev/null || { apt-get update -qq && apt-get install -qq --yes curl; }
+.venv/test: .venv/serve requirements-pandas.txt tests/requirements.txt bench/requirements.txt
+	{ command -v curl && command -v wrk; } >/dev/null || { apt-get update -qq && apt-get install -qq --yes curl wrk; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+.venv/bench: .venv/serve bench/requirements.txt
+	-command -v wrk >/dev/null || { apt-get update -qq && apt-get install -qq --yes wrk; }
+	$(BIN)/pip install --quiet --requirement bench/requirements.txt
 	touch $@

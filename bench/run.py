@@ -1,0 +1,242 @@
+"""Measure the service against reference apps in the same run, and judge it by the goals of its design. Needs Linux.
+
+`make bench` writes `results.md` and `results.png` beside this file; `make bench-short` is a look of under a minute.
+"""
+
+import argparse
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.cases import SLOW_S, Panel, make_cases, make_panels
+from bench.judge import Case, Load, Outcome, Row, judge, make_table
+from bench.load import INSTALL, Sample, run_wrk, write_script
+from bench.plot import plot
+from bench.servers import PROJECT, BenchError, DidNotStartError, Models, Running, Server, service
+
+FOLDER = Path(__file__).parent
+LIBRARIES = ["gunicorn", "uvicorn", "gevent", "fastapi", "flask", "scikit-learn", "onnxruntime", "numpy"]
+MEMORY, MEMORY_CHECKS = "private memory of a further worker, 104 MB model", 5
+START, START_S = "start to first answer / its imports", 4
+IMPORTS = "import sklearn.linear_model, fastapi"
+PREDICT_US = """
+import statistics, sys, time, joblib, numpy
+estimator, X, times_ns = joblib.load(sys.argv[1]), numpy.array([[5.1, 3.5, 1.4, 0.2]]), []
+for _ in range(2000):
+    start_ns = time.perf_counter_ns()
+    estimator.predict_proba(X)
+    times_ns.append(time.perf_counter_ns() - start_ns)
+print(statistics.median(times_ns) / 1000)
+"""
+
+
+class Bench:
+    """What a run has: its rounds, models, a folder for logs and scripts, a core for servers, a bar for progress."""
+
+    def __init__(self, folder: Path, rounds: int, is_short: bool) -> None:
+        self.folder, self.rounds, self.is_short, self.models = folder, rounds, is_short, Models(folder)
+        self.cores = sorted(os.sched_getaffinity(0))
+        self.core = self.cores[:1]
+        os.sched_setaffinity(0, {self.cores[-1]})  # wrk inherits it
+        self.chance = random.Random(0)
+        self.bar: Any = tqdm(bar_format="{desc:<64.64} {percentage:3.0f}% |{bar}| {elapsed}, left {remaining}")
+        self.problems: dict[Server, str] = {}  # of those that did not start
+
+    def run(self, only: str) -> tuple[list[Row], list[Panel], dict[Load, Outcome]]:
+        """Measure the cases and curves that have `only` in their titles."""
+        cases = make_cases(self.models, self.measure_predict_us(min(self.rounds, 3)))
+        groups = [[case for case in group if only in case.title] for group in cases]
+        panels = [] if self.is_short else make_panels(self.models, self.cores[:2])
+        panels = [panel for panel in panels if only in panel.title]
+        starts, curve_rounds = min(self.rounds, 7) * (only in START), min(self.rounds, 3)
+        seconds = [self.seconds(loads_of(group), self.rounds) for group in groups]
+        seconds += [self.seconds(panel.loads, curve_rounds) for panel in panels]
+        self.bar.reset(sum(seconds) + START_S * (starts + (only in MEMORY)))
+
+        rows: list[Row] = []
+        curves: dict[Load, Outcome] = {}
+        for group in groups:
+            outcomes = self.measure(loads_of(group), self.rounds, self.core)
+            rows += [judge(case, outcomes) for case in group]
+        rows += [self.measure_memory()] if only in MEMORY else []
+        rows += [self.measure_start(starts)] if starts else []
+        for panel in panels:
+            curves |= self.measure(panel.loads, curve_rounds, list(panel.cores) or self.core)
+        return rows, panels, curves
+
+    def seconds(self, loads: Sequence[Load], rounds: int) -> int:
+        """Give how long it takes to measure loads; a short run has no round to warm up, nor more for slow ones."""
+        return len(loads) * rounds if self.is_short else sum(load.seconds for load in loads) * (1 + rounds)
+
+    def measure(self, loads: Sequence[Load], rounds: int, cores: list[int]) -> dict[Load, Outcome]:
+        """Give each load's samples: in a round each has its turn, in another order each time, and the rest idle."""
+        warm_ups = 0 if self.is_short else 1
+        with ExitStack() as stack:
+            running = self.start([load.server for load in loads], cores, stack)
+            samples: dict[Load, list[Sample]] = {load: [] for load in loads if load.server in running}
+            for load in samples:
+                running[load.server].check(load.rows)
+            for _ in range(warm_ups + rounds):
+                for load in self.chance.sample(list(samples), len(samples)):
+                    samples[load].append(self.sample(load, running[load.server]))
+        outcomes = {load: without_failures(taken[warm_ups:]) for load, taken in samples.items()}
+        return {load: outcomes.get(load, self.problems.get(load.server, "")) for load in loads}
+
+    def start(self, servers: Sequence[Server], cores: list[int], stack: ExitStack) -> dict[Server, Running]:
+        """Start servers side by side, and give those that run; of the service, some may not.
+
+        Each starts on one core, for pools of threads of that size; every other one on wrk's, which has time until then.
+        """
+        self.bar.set_description(f"starting: {len(set(servers))}")
+        started = []
+        for number, server in enumerate(dict.fromkeys(servers)):
+            starting = [self.cores[-1]] if number % 2 and len(cores) == 1 else cores
+            started.append(Running(server, starting, self.folder / f"{number}.log"))
+            stack.callback(started[-1].stop)
+        for running in started:
+            try:
+                running.wait()
+                running.move(cores)
+            except DidNotStartError as error:
+                if running.server.is_reference:
+                    raise
+                reason = str(error).replace(f"{self.folder}/", "").replace(f"{PROJECT}/", "")
+                self.problems[running.server] = f"did not start: {reason}"
+        return {running.server: running for running in started if running.server not in self.problems}
+
+    def sample(self, load: Load, running: Running) -> Sample:
+        """Measure once, from rest."""
+        self.bar.set_description(f"{load.server.label}; connections {load.connections}, rows {load.rows}")
+        script = self.folder / f"{load.rows}{running.path(load.rows).replace('/', '-')}.lua"
+        if not script.exists():
+            write_script(running.path(load.rows), load.rows, script)
+        running.settle()
+        seconds = 1 if self.is_short else load.seconds
+        sample = run_wrk(running.url, script, load.connections, seconds)
+        self.bar.update(seconds)
+        return sample
+
+    def measure_memory(self) -> Row:
+        """Give the larger private memory of two workers that have answered some rows."""
+        environment = {"SERVING_SERVER__WORKERS": "2", **self.models.settings("neighbours")}
+        server, figure, told = service("fastapi", "nearest neighbours", **environment), None, ""
+        with ExitStack() as stack:
+            for running in self.start([server], self.core, stack).values():
+                for _ in range(MEMORY_CHECKS):
+                    running.check(rows=1)
+                workers_mb = running.private_mb()
+                figure, told = max(workers_mb), " and ".join(f"{worker_mb:.0f} MB" for worker_mb in workers_mb)
+        self.bar.update(START_S)
+        return Row(MEMORY, self.problems.get(server, told), "", figure, 25, "MB", at_most=True)
+
+    def measure_start(self, times: int) -> Row:
+        """Give the time from the command to the first right answer, over that of the imports that it needs."""
+        server, starts_s, imports_s = service("fastapi"), [], []
+        for _ in range(times):
+            begun_s = time.perf_counter()
+            with ExitStack() as stack:
+                for running in self.start([server], self.core, stack).values():
+                    running.check(rows=1)
+                    starts_s.append(time.perf_counter() - begun_s)
+            begun_s = time.perf_counter()
+            self.run_python(IMPORTS)
+            imports_s.append(time.perf_counter() - begun_s)
+            self.bar.update(START_S)
+        told = self.problems.get(server) or f"{statistics.median(starts_s):.2f} s"
+        figure = None
+        if server not in self.problems:
+            figure = statistics.median(a / b for a, b in zip(starts_s, imports_s, strict=True))
+        against = f"`python -c '{IMPORTS}'`: {statistics.median(imports_s):.2f} s"
+        return Row(START, told, against, figure, 2.5, at_most=True)
+
+    def measure_predict_us(self, times: int) -> float:
+        """Give the time that the estimator takes for a row by itself."""
+        self.bar.set_description("the estimator by itself")
+        artifact = str(self.models.artifact("iris"))
+        return statistics.median(float(self.run_python(PREDICT_US, artifact)) for _ in range(times))
+
+    def run_python(self, code: str, *arguments: str) -> str:
+        """Run code on the servers' core, and give what it prints."""
+        command = ["taskset", "--cpu-list", str(self.core[0]), sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def describe(self) -> str:
+        """Give date, machine, versions and command."""
+        model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        machine = f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+        present = [name for name in LIBRARIES if find_spec(name.replace("scikit-learn", "sklearn"))]
+        wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True).stdout.split()[1]
+        versions = ", ".join(f"{name} {version(name)}" for name in present)
+        slow = f"{SLOW_S} s for textbook forests, and a round before to warm up"
+        slow = "too short for textbook forests, which come out low" if self.is_short else slow
+        return f"""{date.today()}; {machine}; Python {platform.python_version()}, {versions}, wrk {wrk}.
+Servers on core {self.core[0]}, wrk on core {self.cores[-1]}; one worker, and one row a request over 64 connections,
+unless stated otherwise. Medians over rounds: {self.rounds}, interleaved, of a
+second ({slow}); ratios are within a round.
+Two workers have two cores, one of which they share with wrk if there are no more.
+
+Command: `python -m bench.run {" ".join(sys.argv[1:])}`"""
+
+
+def loads_of(cases: Sequence[Case]) -> list[Load]:
+    """Give each load of some cases once."""
+    return list(dict.fromkeys(load for case in cases for load in (case.load, case.against) if load))
+
+
+def without_failures(samples: list[Sample]) -> Outcome:
+    """Give the samples, or what was wrong with the answers."""
+    failures = sum(sample.failures for sample in samples)
+    if failures or not all(sample.requests_s for sample in samples):
+        return f"{failures} requests failed" if failures else "no answer in a round"
+    return samples
+
+
+def main() -> int:
+    """Run the bench; gives 0 however the goals fare, and 1 where figures would mean nothing."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("--short", action="store_true", help="one round, no curves; writes results-short.*")
+    parser.add_argument("--rounds", type=int, help="rounds of each case, instead of 15 or 1")
+    parser.add_argument("--only", default="", help="only cases and curves with this in their title; writes nothing")
+    options = parser.parse_args()
+    if not shutil.which("wrk"):
+        print(INSTALL, file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are ended
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(Path(folder), options.rounds or (1 if options.short else 15), options.short)
+            with bench.bar:
+                rows, panels, curves = bench.run(options.only)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    report = f"{make_table(rows)}\n\n{bench.describe()}\n"
+    print(report)
+    if not options.only:
+        name = FOLDER / ("results-short" if options.short else "results")
+        name.with_suffix(".md").write_text(report)
+        plot(name.with_suffix(".png"), rows, panels, curves)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
