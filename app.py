@@ -1022,7 +1022,8 @@ class Contract:
         objects = any(self.features[name].type == "str" or used[name].is_object for name in used)
         self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
         self._dtype = object if objects else np.float64
-        self._are_numbers = not objects and not self.nullable and self.names == self.order and len(self.names) > 1
+        self.are_numbers = not objects and not self.nullable and self.names == self.order
+        self._cells = operator.itemgetter(*self.order)  # of a row: all of them, or the only one
         self._nulls = {name: column.null for name, column in used.items()}
         if self.form == "frame":
             self._pandas = _import_pandas()
@@ -1108,8 +1109,12 @@ class Contract:
             columns = {name: [row.get(name) for row in rows] for name in self.order}
             series = {name: self._pandas.Series(columns[name], dtype=self._dtypes[name]) for name in self.order}
             return self._pandas.DataFrame(series)
-        if self._are_numbers:
-            cells = itertools.chain.from_iterable(map(operator.itemgetter(*self.order), rows))
+        if self.are_numbers:
+            cells = (
+                map(self._cells, rows)
+                if len(self.order) == 1
+                else itertools.chain.from_iterable(map(self._cells, rows))
+            )
             return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), -1)
         X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
         return X.reshape(len(rows), len(self.order))
@@ -1332,7 +1337,7 @@ class Predictor:
         self._labels = np.array(self.classes, dtype=object)
         self._keys = [_as_key(label) for label in self.classes or []]
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
-        self._config = {"skip_parameter_validation": True}
+        self._is_finite = False
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
@@ -1350,6 +1355,10 @@ class Predictor:
             if positions := vars(part).get("_transformer_to_input_indices"):  # a ColumnTransformer selects by name
                 part.transformers_ = [(name, branch, positions[name]) for name, branch, _ in part.transformers_]
 
+    def trust_input(self) -> None:
+        """Have scikit-learn not look for NaN and infinity in X, if nothing makes others of its numbers."""
+        self._is_finite = not any(hasattr(part, "transform") or _is_opaque(part) for part in find_parts(self.estimator))
+
     def predict(self, X: Any) -> Predictions:
         """Give the answers to the rows of X, n_samples of them, in their order.
 
@@ -1363,7 +1372,7 @@ class Predictor:
 
     def _call(self, X: Any) -> tuple[Array, Any]:
         """Give y, of shape (n_samples,) or (n_samples, n_outputs), and what `predict_proba` or the like gives."""
-        with sklearn.config_context(**self._config):
+        with sklearn.config_context(assume_finite=True) if self._is_finite else contextlib.nullcontext():
             scores: Any = getattr(self.estimator, self._method)(X) if self._method else None
             labels = None if self._tie is None else _likeliest(scores, self._tie)
             y = as_array(self.estimator.predict(X)) if labels is None else self._labels[labels]
@@ -1427,7 +1436,10 @@ class Predictions:
 
 def _write_template(tree: Tree, columns: list[Array]) -> bytes:
     if isinstance(tree, dict):
-        items = [_write_key(name) + _write_template(item, columns) for name, item in tree.items()]
+        items = [
+            _write_text(name).replace(b"%", b"%%") + b":" + _write_template(item, columns)
+            for name, item in tree.items()
+        ]
         return b"{" + b",".join(items) + b"}"
     if isinstance(tree, list):
         return b"[" + b",".join(_write_template(item, columns) for item in tree) + b"]"
@@ -1435,17 +1447,20 @@ def _write_template(tree: Tree, columns: list[Array]) -> bytes:
     return b"%b"
 
 
-@functools.lru_cache(maxsize=10_000)
-def _write_key(name: str) -> bytes:
-    return to_json(name).replace(b"%", b"%%") + b":"
-
-
 def _write_values(column: Array) -> list[bytes]:
     """Give the JSON of each value; what JSON cannot say of a float becomes null."""
     values = column.tolist()
     if column.dtype.kind in "biuf":
         return to_json(values, inf_nan_mode="null", fallback=str)[1:-1].split(b",")
-    return [to_json(value, inf_nan_mode="null", fallback=str) for value in values]
+    return [
+        _write_text(value) if type(value) is str else to_json(value, inf_nan_mode="null", fallback=str)
+        for value in values
+    ]
+
+
+@functools.lru_cache(maxsize=10_000)
+def _write_text(text: str) -> bytes:
+    return to_json(text)
 
 
 LIKELIEST: dict[str, float] = {
@@ -1914,7 +1929,12 @@ class LoopBatcher:
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         return call()
 
-    def _call(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _call(self, loop: asyncio.AbstractEventLoop, n_before: int = 0) -> None:
+        if (
+            n_before < len(self._waiting) < self.batching.max_rows
+        ):  # this turn of the loop brought some, so may the next
+            loop.call_soon(self._call, loop, len(self._waiting))
+            return
         jobs = self.batching.take(self._waiting)
         if self.batching.is_costly(sum(len(job.rows) for job in jobs)):
             call = loop.run_in_executor(self._thread, self.batching.answer, jobs)
@@ -1975,10 +1995,12 @@ class ThreadBatcher:
         while True:
             if not waiting:
                 waiting.append(self._arrived.get())
-                time.sleep(self.batching.max_wait_s)  # 0, too, lets others that are ready come in
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting.append(self._arrived.get_nowait())
+                time.sleep(self.batching.max_wait_s)
+            while len(waiting) < self.batching.max_rows:  # as long as others that are ready bring some
+                time.sleep(0)
+                if self._arrived.empty():
+                    break
+                waiting += [self._arrived.get() for _ in range(self._arrived.qsize())]
             jobs = self.batching.take(waiting)
             self._run(functools.partial(self.batching.answer, jobs), sum(len(job.rows) for job in jobs))
             for job in jobs:
@@ -2356,6 +2378,8 @@ class Service:
         self.contract = Contract(predictor.inputs, settings, golden.rows[0] if golden else None)
         if predictor.inputs.names is not None and self.contract.form != "frame":
             predictor.forget_names()
+        if self.contract.are_numbers:
+            predictor.trust_input()
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
@@ -2693,7 +2717,7 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
         return piece
 
     path = scope["path"].removeprefix(scope.get("root_path", ""))
-    query = scope["query_string"] and urllib.parse.quote(scope["query_string"], safe=string.punctuation)
+    query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
     return Request(scope["method"], path, query, header, read, batcher)
 
 

@@ -336,8 +336,10 @@ def post_worker_init(worker: Any) -> None:
     """Spare the garbage collector what was loaded, which it would go through again and again and find in use."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
 
 
+GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
 MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
 WORKERS = {
     "uvicorn": (uvicorn_worker, "app:asgi"),

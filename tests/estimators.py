@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -96,3 +98,54 @@ def as_words(table: Any) -> Any:
 def worded() -> Any:
     """Give a pipeline to which 1 is another category than 1.0, as only its function knows."""
     return make_pipeline(FunctionTransformer(as_words), OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+
+
+class Noting(RegressorMixin, BaseEstimator):
+    """Fitted, and doubling x0 as soon as its gate is open; it notes how many rows each call has, and breaks on -1."""
+
+    n_features_in_ = 1
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def predict(self, X: Any) -> Any:
+        self.calls.append(len(X))
+        self.gate.wait(30)
+        if -1 in X:
+            raise RuntimeError("the estimator is broken")
+        return np.ravel(X) * 2.0
+
+
+class Centring(RegressorMixin, BaseEstimator):
+    """Fitted, and answering how far a row is from the mean of its call."""
+
+    n_features_in_ = 1
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def predict(self, X: Any) -> Any:
+        return np.ravel(X) - np.mean(X)
+
+
+class Slow(RegressorMixin, BaseEstimator):
+    """Fitted, and busy for some seconds, in Python, at each call."""
+
+    n_features_in_ = 1
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def predict(self, X: Any) -> Any:
+        end = time.perf_counter() + self.seconds
+        while time.perf_counter() < end:
+            pass
+        return np.ravel(X)

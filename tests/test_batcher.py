@@ -1,0 +1,242 @@
+"""Requests that wait at the same moment share a call of the estimator, and nothing else."""
+
+import asyncio
+import http.client
+import itertools
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import estimators
+import numpy as np
+import pytest
+from conftest import (
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    Answer,
+    Server,
+    call,
+    call_asgi,
+    deploy,
+    gunicorn_environment,
+    make_settings,
+    post_case,
+    wait_until,
+)
+from sklearn.datasets import load_iris
+
+import app
+
+N_CLIENTS = 64
+LOAD_S = 3.0
+
+
+def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, Any]:
+    """Give an estimator that notes its calls, and the app around it."""
+    estimator = estimators.Noting()
+    settings = make_settings(framework=framework, features={}, batching=batching)
+    return estimator, app.FRAMEWORKS[framework](app.Service(settings, app.Predictor(estimator)))
+
+
+def ask_together(native: Any, estimator: estimators.Noting, payloads: Sequence[Any]) -> list[Answer]:
+    """Send requests that all wait when the estimator is free to answer them."""
+    cases = [post_case(payload) for payload in payloads]
+    if not hasattr(native, "wsgi_app"):
+
+        async def ask() -> list[Answer]:
+            return await asyncio.gather(*(call_asgi(native, case) for case in cases))
+
+        return asyncio.run(ask())
+    estimator.gate.clear()
+    with ThreadPoolExecutor(len(cases)) as pool:
+        answers = [pool.submit(call, native, cases[0])]
+        wait_until(lambda: estimator.calls, "the first call")
+        answers += [pool.submit(call, native, case) for case in cases[1:]]
+        threading.Event().wait(0.3)
+        estimator.gate.set()
+        return [answer.result() for answer in answers]
+
+
+def rows(*values: float) -> list[dict[str, float]]:
+    return [{"x0": value} for value in values]
+
+
+def test_rows_that_wait_are_answered_in_one_call(framework: str) -> None:
+    """Objects and small arrays share a call, and each request gets its own answers, in its order."""
+    estimator, native = serve_noting(framework)
+    payloads = [*rows(0, 1, 2, 3), rows(4, 5), rows(6), []]
+    answers = ask_together(native, estimator, payloads)
+    predictions = [{"prediction": value} for value in (0.0, 2.0, 4.0, 6.0)]
+    arrays = [[{"prediction": 8.0}, {"prediction": 10.0}], [{"prediction": 12.0}], []]
+    assert [answer.json for answer in answers] == [*predictions, *arrays]
+    assert estimator.calls == ([7] if framework == "fastapi" else [1, 6])
+
+
+@pytest.mark.parametrize(("max_rows", "expected"), [(3, [3, 3, 1]), (1, [1] * 7), (100, [7])])
+def test_call_has_no_more_rows_than_the_setting(max_rows: int, expected: list[int]) -> None:
+    """`batching.max_rows` bounds what is put together, and 1 leaves each row alone."""
+    estimator, native = serve_noting("fastapi", max_rows=max_rows)
+    ask_together(native, estimator, rows(*range(7)))
+    assert estimator.calls == expected
+
+
+def test_long_array_is_a_call_of_its_own(framework: str) -> None:
+    """An array longer than `batching.max_rows` shares its call with nobody."""
+    estimator, native = serve_noting(framework, max_rows=4)
+    answers = ask_together(native, estimator, [{"x0": 1}, rows(*range(9)), {"x0": 2}])
+    assert [prediction["prediction"] for prediction in answers[1].json] == [2.0 * value for value in range(9)]
+    assert 9 in estimator.calls
+    assert sum(estimator.calls) == 11
+
+
+def test_wait_lets_later_requests_share_the_call() -> None:
+    """With `batching.max_wait_ms` a call waits for requests that come a little later."""
+    estimator, native = serve_noting("fastapi", max_wait_ms=300)
+
+    async def ask() -> None:
+        first = asyncio.create_task(call_asgi(native, post_case({"x0": 1})))
+        await asyncio.sleep(0.05)
+        await asyncio.gather(first, call_asgi(native, post_case({"x0": 2})))
+
+    asyncio.run(ask())
+    assert estimator.calls == [2]
+
+
+def test_failing_row_fails_alone(framework: str) -> None:
+    """Of requests answered in one call only the one with the bad row is 500."""
+    estimator, native = serve_noting(framework)
+    payloads: list[Any] = [*rows(*range(24)), rows(7, 8)]
+    for place in (0, 11, 25):
+        bad = [*payloads[:place], {"x0": -1}, *payloads[place:]]
+        answers = ask_together(native, estimator, bad)
+        assert [answer.status for answer in answers] == [500 if i == place else 200 for i in range(len(bad))]
+        good = [answer.json for answer in answers if answer.status == 200]
+        assert good == [*({"prediction": 2.0 * x} for x in range(24)), [{"prediction": 14.0}, {"prediction": 16.0}]]
+
+
+def test_cancelled_request_leaves_nothing_behind() -> None:
+    """A request that is given up while it waits is not predicted, and those beside it are."""
+    estimator, native = serve_noting("fastapi", max_wait_ms=100)
+
+    async def ask() -> Answer:
+        given_up = asyncio.create_task(call_asgi(native, post_case({"x0": -1})))
+        kept = asyncio.create_task(call_asgi(native, post_case({"x0": 2})))
+        await asyncio.sleep(0.02)
+        given_up.cancel()
+        return await kept
+
+    assert asyncio.run(ask()).json == {"prediction": 4.0}
+    assert estimator.calls == [1]
+
+
+def test_client_that_leaves_harms_nobody(server: Server) -> None:
+    """Connections that end while their answers are made leave the worker as it was."""
+    (pid,) = server.worker_pids
+    open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    for _ in range(50):
+        with server.connect() as client:
+            client.sendall(post_case(ROW).raw())
+    assert server.post(ROW).json["prediction"] == "setosa"
+    wait_until(lambda: len(list(Path(f"/proc/{pid}/fd").iterdir())) <= open_files + 1, "closed connections")
+    assert server.worker_pids == [pid]
+    assert "Traceback" not in server.text
+
+
+def test_answers_agree_with_those_to_rows_alone() -> None:
+    """A row's answer in company is the one that it gets alone, up to the last few units of floating point."""
+    service = app.make_service(make_settings())
+    flowers = [dict(zip(ROW, row, strict=True)) for row in load_iris().data.tolist()]
+    together = [json.loads(answer) for answer in service.render(flowers)]
+    alone = [json.loads(service.render([row])[0]) for row in flowers]
+    assert [answer["prediction"] for answer in together] == [answer["prediction"] for answer in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert list(one["probabilities"].values()) == pytest.approx(list(other["probabilities"].values()), rel=1e-12)
+
+
+def test_estimator_that_looks_at_the_whole_call_is_never_batched(
+    tmp_path: Path, framework: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the answer to a row depends on the others, requests do not share calls, and the log says so."""
+    file = deploy(tmp_path, estimators.Centring(), "x0 = { example = 1.5 }")
+    native = app.create_app(app.load_settings(file).model_copy(update={"framework": framework}))
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["event"] == "never_batched"
+    answers = ask_together(native, estimators.Noting(), [*rows(1, 2, 3)])
+    assert [answer.json for answer in answers] == [{"prediction": 0.0}] * 3
+
+
+@pytest.mark.parametrize("worker", ["uvicorn", "gevent"])
+def test_slow_call_keeps_nothing_else_waiting(serve: Callable[..., Server], tmp_path: Path, worker: str) -> None:
+    """While a call takes two seconds, health checks are answered within 100 ms."""
+    file = deploy(tmp_path, estimators.Slow(2.0))
+    framework = "fastapi" if worker == "uvicorn" else "flask"
+    environment = {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
+    server = serve(**gunicorn_environment(framework, worker, **environment))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(server.post, {"x0": 1})
+        delays = []
+        while not slow.done():
+            started = time.perf_counter()
+            assert server.get("/health/live").status == 200
+            delays.append(time.perf_counter() - started)
+        assert slow.result().json == {"prediction": 1.0}
+    assert len(delays) > 20
+    assert sorted(delays)[-2] < 0.1
+
+
+def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
+    """Give rows all over the features, and the estimator's answers to them."""
+    X = np.random.default_rng(0).uniform(0, 8, (500, 4)).round(2)
+    probabilities = [dict(zip(estimator.classes_, row, strict=True)) for row in estimator.predict_proba(X).tolist()]
+    answers = [
+        {"prediction": prediction, "probabilities": row}
+        for prediction, row in zip(estimator.predict(X).tolist(), probabilities, strict=True)
+    ]
+    return [dict(zip(ROW, row, strict=True)) for row in X.tolist()], answers
+
+
+def agree(given: Any, expected: dict[str, Any]) -> bool:
+    return app.agrees(given, expected)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_every_client_gets_its_own_answers_under_load(
+    servers: dict[tuple[str, str], Server], combination: tuple[str, str]
+) -> None:
+    """64 clients send different rows, alone and in arrays, good and bad, and each gets exactly its own answers."""
+    flowers, answers = expected_answers(app.make_service(make_settings()).predictor.estimator)
+    end, counts, wrong = time.monotonic() + LOAD_S, itertools.count(), []
+
+    def check(client: http.client.HTTPConnection, chance: random.Random) -> None:
+        places = [chance.randrange(len(flowers)) for _ in range(chance.choice((1, 1, 1, 5, 300)))]
+        payload: Any = [flowers[place] for place in places]
+        is_bad = chance.random() < 0.1
+        if is_bad:
+            payload[-1] = payload[-1] | {"petal_width": "wide"}
+        client.request("POST", "/predictions", json.dumps(payload), {"Content-Type": "application/json"})
+        response = client.getresponse()
+        body = json.loads(response.read())
+        next(counts)
+        if is_bad:
+            is_right = response.status == 422 and body["detail"][0]["loc"] == ["body", len(places) - 1, "petal_width"]
+        else:
+            pairs = zip(body, [answers[place] for place in places], strict=True)
+            is_right = response.status == 200 and all(agree(*pair) for pair in pairs)
+        if not is_right:
+            wrong.append((payload, response.status, body))
+
+    def work(seed: int) -> None:
+        client = http.client.HTTPConnection("127.0.0.1", servers[combination].port, timeout=30)
+        while time.monotonic() < end:
+            check(client, random.Random(seed := seed + N_CLIENTS))
+        client.close()
+
+    with ThreadPoolExecutor(N_CLIENTS) as pool:
+        list(pool.map(work, range(N_CLIENTS)))
+    assert not wrong
+    assert next(counts) > 2 * N_CLIENTS
