@@ -539,7 +539,7 @@ def configure_logging(settings: LoggingSettings) -> None:
     renderer = (
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
         if console
-        else structlog.processors.JSONRenderer()
+        else structlog.processors.JSONRenderer(_write_event)
     )
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -567,6 +567,12 @@ def configure_logging(settings: LoggingSettings) -> None:
     for name in SERVER_ACCESS_LOGGERS:
         _take_over(name, [])
     logging.getLogger("werkzeug").filters = [_is_no_access_line]
+
+
+def _write_event(event: MutableMapping[str, Any], **_: Any) -> str:
+    """Write an event as JSON, which in ASCII is safe on every terminal; pydantic does it in a quarter of the time."""
+    text = to_json(event, fallback=repr).decode()
+    return text if text.isascii() else json.dumps(event, default=repr)
 
 
 def _is_no_access_line(record: logging.LogRecord) -> bool:
@@ -2384,6 +2390,7 @@ class Service:
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
         self.batching = Batching(self.render, settings.batching.max_rows, settings.batching.max_wait_ms / 1000)
+        self._log = log.bind()  # once, for a proxy would do it for each line
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
 
     async def respond(self, request: Request) -> Response:
@@ -2396,7 +2403,7 @@ class Service:
             response = await self._answer(request)
             response.more_headers["X-Request-ID"] = request_id
             if self.settings.logging.access:
-                log.info(
+                self._log.info(
                     "request",
                     method=request.method,
                     path=request.path,
