@@ -27,12 +27,12 @@ bench-short: .venv/bench
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/test: .venv/serve requirements-pandas.txt tests/requirements.txt bench/requirements.txt
+.venv/test: .venv/serve requirements-onnx.txt requirements-pandas.txt bench/requirements.txt tests/requirements.txt
 	{ command -v curl && command -v wrk; } >/dev/null || { apt-get update -qq && apt-get install -qq --yes curl wrk; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-.venv/bench: .venv/serve bench/requirements.txt
+.venv/bench: .venv/serve requirements-onnx.txt bench/requirements.txt
 	-command -v wrk >/dev/null || { apt-get update -qq && apt-get install -qq --yes wrk; }
 	$(BIN)/pip install --quiet --requirement bench/requirements.txt
 	touch $@
