@@ -12,8 +12,8 @@ Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --ap
 `uvicorn app:app --reload`; `python app.py` prints the settings in force. `app:app` is the framework's own object,
 `app:asgi` and `app:wsgi` are the same service behind either interface.
 
-Sections: errors, settings, logging, inputs, contract, predictor, artifact, golden rows, endpoints, OpenAPI, service,
-Flask, FastAPI, bridges, factory.
+Sections: errors, settings, logging, inputs, contract, predictor, ONNX, artifact, golden rows, endpoints, OpenAPI,
+service, Flask, FastAPI, bridges, factory.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import difflib
 import functools
 import hashlib
 import hmac
+import importlib
 import io
 import itertools
 import json
@@ -46,6 +47,7 @@ import threading
 import time
 import tomllib
 import urllib.parse
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -131,6 +133,11 @@ class ModelError(StartupError):
 
 class EstimatorError(ModelError):
     """The estimator raised what only it can explain."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line what others raised."""
+    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
 
 
 class ServingError(Exception):
@@ -252,6 +259,7 @@ class ServerSettings(Section):
 class ModelSettings(Section):
     path: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
+    runtime: Literal["sklearn", "onnx"] = "sklearn"
     sha256: Annotated[str, AfterValidator(_check_hash)] = ""
     trusted_types: list[str] = []
     outputs: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_check_each_once)] = []
@@ -677,6 +685,8 @@ class Inputs:
 
 def read_inputs(estimator: Any) -> Inputs:
     """Read the features off a fitted estimator and its parts. Raises `ModelError` when their names make no sense."""
+    if isinstance(inputs := getattr(estimator, "inputs", None), Inputs):
+        return inputs
     first = _find_first(estimator)
     names = [str(name) for name in getattr(first, "feature_names_in_", ())] or None
     width: int | None = getattr(first, "n_features_in_", len(names) if names else _given_width(first))
@@ -997,6 +1007,7 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
 
 # Contract -------------------------------------------------------------------------------------------------------------
 
+Rows = list[dict[str, Any]]  # of checked cells by the names of features
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 MAX_PROBLEMS = 1000  # bad cells named in one answer
 JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", str: "string"}
@@ -1315,9 +1326,53 @@ def _choice_type(kind: type, choices: list[Cell]) -> Any:
     return Annotated[kind, AfterValidator(check), WithJsonSchema({"type": JSON_TYPES[kind], "enum": choices})]
 
 
+def vary(rows: Rows, contract: Contract, n_rows: int, edges: Mapping[str, list[float]] | None = None) -> Rows:
+    """Make up rows around some, which are the same each time, and all within what the contract admits.
+
+    A third of them has numbers with as many decimals as the known rows have, and a third with one more, for on such a
+    grid distances are equal and thresholds are met; `edges` are numbers at which the estimator may turn.
+    """
+    edges = edges or {}
+    random = np.random.default_rng(0)
+    varied = [dict(rows[random.integers(len(rows))]) for _ in range(n_rows)]
+    for name, feature in contract.features.items():
+        cells = feature.choices or [row[name] for row in rows if row[name] is not None] or [_some_value(feature)]
+        for index, row in enumerate(varied):
+            drawn = random.random()
+            if feature.missing and drawn < 0.1:
+                row[name] = None
+            elif name in edges and drawn < 0.3:
+                row[name] = _within(edges[name][random.integers(len(edges[name]))], feature)
+            elif drawn < 0.8:
+                row[name] = _vary_cell(cells, feature, random, index % 3)
+    return varied
+
+
+def _vary_cell(cells: list[Any], feature: FeatureSettings, random: np.random.Generator, rounding: int) -> Any:
+    """Give a choice of a feature, or a text that may be unknown, or a number near those that are known."""
+    cell = cells[random.integers(len(cells))]
+    if feature.choices is not None:
+        return cell
+    if feature.type == "bool":
+        return bool(random.integers(2))
+    if feature.type == "str":
+        return cell + "?" * int(random.integers(2))
+    # Of one row alone it is not known how far its numbers spread.
+    spread = float(np.std(np.array(cells, float))) or (abs(cell) or 1.0) * 10 ** random.uniform(-1, 3)
+    decimals = len(repr(float(cell)).partition(".")[2])
+    value = float(cell + spread * random.normal())
+    return _within(round(value, decimals + rounding - 1) if rounding else value, feature)
+
+
+def _within(value: float, feature: FeatureSettings) -> float:
+    limit = LIMITS[feature.type or "float"]
+    low, high = -limit if feature.ge is None else feature.ge, limit if feature.le is None else feature.le
+    value = min(max(value, low), high)
+    return int(value) if feature.type == "int" else value
+
+
 # Predictor ------------------------------------------------------------------------------------------------------------
 
-Rows = list[dict[str, Any]]  # of checked cells by the names of features
 Tree = Any  # of an answer: dicts by name and lists, with a column of shape (n_samples,) at each end
 
 
@@ -1338,12 +1393,13 @@ class Predictor:
         by_output = _find_classes(estimator)
         self.classes = by_output[0] if len(by_output) == 1 else None
         self.classes_by_output = by_output if len(by_output) > 1 else []
-        self.score, self._method = self._find_score()
+        self.score, self.method = self._find_score()
         self._decides_by_pair = self.score == "decision" and _decides_by_pair(estimator)
-        self._labels = np.array(self.classes, dtype=object)
+        self._labels = np.array(self.classes, dtype=None if type_of(self.classes or ()) else object)
         self._keys = [_as_key(label) for label in self.classes or []]
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
         self._is_finite = False
+        self.onnx: OnnxModel | None = None  # what answers in the estimator's place
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
@@ -1370,19 +1426,19 @@ class Predictor:
 
         Raises `ModelError` when the settings name another number of outputs than there are.
         """
-        y, scores = self._call(X)
+        y, scores = self.ask(X) if self.onnx is None else self.onnx(X)
+        y = as_array(y)
         answer: Tree = {"prediction": self._name_outputs(y)}
         if self.score is not None:
             answer[self.score] = self._name_scores(scores, several=y.ndim == 2)
         return Predictions.of(answer)
 
-    def _call(self, X: Any) -> tuple[Array, Any]:
-        """Give y, of shape (n_samples,) or (n_samples, n_outputs), and what `predict_proba` or the like gives."""
+    def ask(self, X: Any) -> tuple[Any, Any]:
+        """Give what the estimator predicts for X, and what its other method says, or None where it has none."""
         with sklearn.config_context(assume_finite=True) if self._is_finite else contextlib.nullcontext():
-            scores: Any = getattr(self.estimator, self._method)(X) if self._method else None
+            scores: Any = getattr(self.estimator, self.method)(X) if self.score else None
             labels = None if self._tie is None else _likeliest(scores, self._tie)
-            y = as_array(self.estimator.predict(X)) if labels is None else self._labels[labels]
-        return y, scores
+            return self.estimator.predict(X) if labels is None else self._labels[labels], scores
 
     def _name_outputs(self, y: Array) -> Tree:
         """Give y, of shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
@@ -1581,6 +1637,393 @@ def _name_columns_of(array: Array, names: Sequence[str]) -> Tree:
     return array if array.ndim == 1 else dict(zip(names, array.T, strict=True))
 
 
+# ONNX -----------------------------------------------------------------------------------------------------------------
+
+USE_SKLEARN = 'set model.runtime = "sklearn"'
+ONNX_TYPES: dict[str, tuple[str, Any]] = {  # of an input: the feature's type, and numpy's
+    "tensor(double)": ("float", np.float64),
+    "tensor(float)": ("float", np.float32),
+    "tensor(int64)": ("int", np.int64),
+    "tensor(bool)": ("bool", np.bool_),
+    "tensor(string)": ("str", object),
+}
+OPSETS = {"": 21, "ai.onnx.ml": 3}  # the newest that each converter of skl2onnx 1.20 keeps to
+TOLERANCE = 1e-5  # within which numbers agree, and two classes are tied
+N_VARIED = 400  # made-up rows with which the runtimes are compared
+
+
+def _import_onnx(name: str) -> Any:
+    """Import one of the packages that only ONNX needs. Raises `ModelError`.
+
+    From 1.29 on ONNX Runtime starts a thread when it is imported, which reports to its makers, and for which a worker
+    that is forked later waits without end when it exits.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        hint = "pip install -r requirements-onnx.txt"
+        raise ModelError(f"needs {package} to run in ONNX Runtime, which fails to import ({error}); {hint}") from None
+
+
+def open_session(graph: bytes) -> Any:
+    """Open a graph in ONNX Runtime, without any thread: one made in gunicorn's master then answers in its workers."""
+    onnxruntime = _import_onnx("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4  # fatal: what goes wrong is raised too
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxModel:
+    """An ONNX graph in a predictor's service: called with X, it gives y and scores as the estimator would.
+
+    `how` says which inputs it takes. Raises `ModelError` when it lacks an output.
+    """
+
+    def __init__(self, session: Any, predictor: Predictor, how: str = "") -> None:
+        outputs = [output.name for output in session.get_outputs()]
+        if predictor.score is not None and len(outputs) < 2:
+            raise ModelError(f"has no {predictor.score} in its graph")
+        self.how = how
+        self._run = session.run
+        self._outputs = outputs[: 1 if predictor.score is None else 2]
+        self._inputs = [(item.name, ONNX_TYPES[item.type][1]) for item in session.get_inputs()]
+        classes = getattr(predictor.estimator, "classes_", None)
+        self._by_output = [len(labels) for labels in predictor.classes_by_output]
+        self._labels = None if classes is None else np.asarray(classes[0] if self._by_output else classes).dtype
+        self._is_pair = predictor.score == "decision" and len(predictor.classes or ()) == 2
+        is_artifact = isinstance(predictor.estimator, OnnxArtifact)  # whose second output may be anything
+        self._is_share = predictor.score == "probabilities" and not is_artifact
+
+    def __call__(self, X: Any) -> tuple[Any, Any]:
+        y, *scores = self._run(self._outputs, self._feed(X))
+        y = y.reshape(len(X), -1)  # some operators lay it down
+        return self._to_labels(y[:, 0] if y.shape[1] == 1 else y), self._to_scores(scores[0]) if scores else None
+
+    def _feed(self, X: Any) -> dict[str, Any]:
+        if len(self._inputs) == 1:
+            name, dtype = self._inputs[0]
+            return {name: np.asarray(X, dtype)}
+        columns = X.T if isinstance(X, np.ndarray) else [column for _, column in X.items()]
+        pairs = zip(self._inputs, columns, strict=True)
+        return {name: np.asarray(column, dtype).reshape(-1, 1) for (name, dtype), column in pairs}
+
+    def _to_labels(self, y: Any) -> Any:
+        """Give predictions in the type of the classes, which ONNX knows as integers or strings only."""
+        if self._labels is not None:
+            return y.astype(self._labels, copy=False)
+        return y.astype(np.float64) if y.dtype == np.float32 else y
+
+    def _to_scores(self, scores: Any) -> Any:
+        if self._by_output:
+            pairs = zip(scores, self._by_output, strict=True)
+            return [np.minimum(output[:, :n_classes], 1.0, dtype=np.float64) for output, n_classes in pairs]
+        scores = np.asarray(scores, np.float64)
+        if self._is_share:
+            scores = np.minimum(scores, 1.0)  # above which the float32 sum over a forest's trees may be
+        if scores.ndim == 2 and scores.shape[1] == (2 if self._is_pair else 1):
+            return scores[:, -1]
+        return scores
+
+
+def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[OnnxModel]:
+    """Convert a predictor's estimator, in each way that ONNX Runtime can run, the most exact first.
+
+    Raises `ModelError` if there is none.
+    """
+    if contract.form == "texts":  # which ONNX Runtime splits into words by rules of its own, seen in few texts only
+        raise ModelError(f"takes texts, which are not run in ONNX Runtime; {USE_SKLEARN}")
+    for name in ("onnx", "onnxruntime", "skl2onnx"):
+        _import_onnx(name)
+    graphs, reasons = [], []
+    for how, float_type, estimator in _ways_to_convert(predictor.estimator):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what scikit-learn deprecates and skl2onnx reads
+                graph = _convert(estimator, predictor, contract, float_type)
+            graphs.append(OnnxModel(open_session(graph), predictor, how))
+        except (Exception, SystemExit) as error:  # what converters and ONNX Runtime raise has no bounds
+            reasons.append(f"with {how}, {reason_of(error)}")
+    if not graphs:
+        raise ModelError(f"cannot be converted to ONNX: {'; '.join(reasons)}; {USE_SKLEARN}")
+    return graphs
+
+
+def _ways_to_convert(estimator: Any) -> Iterator[tuple[str, str, Any]]:
+    """Give the ways to convert an estimator, most exact first: a name, the type of floats, and what to convert.
+
+    scikit-learn's trees round X to float32 and compare it with float64 thresholds, of which skl2onnx makes float32 ones
+    that part all float32 alike. With float64 inputs they would part other rows, so what is before them is rounded.
+    Those of histogram boosting do not round X, so that with float32 inputs they would part other rows.
+    """
+    estimator = getattr(estimator, "best_estimator_", estimator)  # what a search hands everything to
+    parts = list(find_parts(estimator))
+    if not any(hasattr(part, "tree_") for part in parts):
+        yield "float64 inputs", "DoubleTensorType", estimator
+    elif steps := getattr(estimator, "steps", ()):
+        cast = _import_onnx("skl2onnx.sklapi").CastTransformer(dtype=np.float32)
+        rounded = type(estimator)([*steps[:-1], ("cast", cast), steps[-1]])
+        yield "float64 inputs and a last step in float32", "DoubleTensorType", rounded
+    if not any(hasattr(part, "_predictors") for part in parts):
+        yield "float32 inputs", "FloatTensorType", estimator
+
+
+def _input_types(contract: Contract, float_type: str) -> list[tuple[str, Any]]:
+    """Give names and types of inputs: one tensor of all features, or one for each where they are not alike."""
+    types = _import_onnx("skl2onnx.common.data_types")
+    names = {
+        name: _tensor_type(contract.features[name], float_type) if name in contract.features else float_type
+        for name in contract.order
+    }
+    kinds = {*names.values()}
+    if contract.form == "frame" or len(kinds) > 1:
+        return [(name, getattr(types, kind)([None, 1])) for name, kind in names.items()]
+    return [("X", getattr(types, kinds.pop())([None, len(names)]))]
+
+
+def _tensor_type(feature: FeatureSettings, float_type: str) -> str:
+    if feature.type == "str":
+        return "StringTensorType"
+    return "Int64TensorType" if feature.type == "int" and feature.choices is not None else float_type
+
+
+def _convert(estimator: Any, predictor: Predictor, contract: Contract, float_type: str) -> bytes:
+    """Convert an estimator with skl2onnx."""
+    last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
+    wanted = {"zipmap": False} | ({"raw_scores": True} if predictor.score == "decision" else {})
+    options = {key: value for key, value in wanted.items() if key in _known_options(last)}
+    model = _import_onnx("skl2onnx").to_onnx(
+        estimator,
+        initial_types=_input_types(contract, float_type),
+        options={id(last): options},
+        target_opset=OPSETS,
+    )
+    if hasattr(last, "_predictors") and float_type == "DoubleTensorType":
+        _widen_thresholds(model, last)
+    graph: bytes = model.SerializeToString()
+    return graph
+
+
+def _known_options(estimator: Any) -> Iterable[str]:
+    """Name the options of a converter, which refuses all others."""
+    names = _import_onnx("skl2onnx._supported_operators").sklearn_operator_name_map
+    converter = _import_onnx("skl2onnx.common._registration")._converter_pool.get(names.get(type(estimator)))
+    return (converter and converter.get_allowed_options()) or ()
+
+
+def _widen_thresholds(model: Any, boosting: Any) -> None:
+    """Put float64 thresholds in the place of skl2onnx's float32 ones: histogram boosting does not round X."""
+    onnx = _import_onnx("onnx")
+    trees = [tree.nodes for trees in boosting._predictors for tree in trees]
+    thresholds = np.concatenate([np.where(nodes["is_leaf"], 0.0, nodes["num_threshold"]) for nodes in trees])
+    (node,) = (node for node in model.graph.node if node.op_type.startswith("TreeEnsemble"))
+    for attribute in list(node.attribute):
+        if attribute.type == onnx.AttributeProto.FLOATS:
+            is_threshold = attribute.name == "nodes_values"
+            values = thresholds if is_threshold else np.array(attribute.floats, np.float64)
+            tensor = onnx.numpy_helper.from_array(values)
+            node.attribute.remove(attribute)
+            node.attribute.append(onnx.helper.make_attribute(f"{attribute.name}_as_tensor", tensor))
+    for opset in model.opset_import:
+        if opset.domain == node.domain:
+            opset.version = OPSETS[node.domain]  # the first that has such tensors
+    for output in model.graph.output:  # which are float32 all the same
+        if output.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+            output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def find_learnt(estimator: Any, contract: Contract) -> list[dict[str, Any]]:
+    """Give rows of those that an estimator keeps of its training, as one of neighbours does."""
+    if any(feature.type != "float" for feature in contract.features.values()):
+        return []
+    kept = [getattr(part, name, None) for part in find_parts(estimator) for name in ("_fit_X", "support_vectors_")]
+    rows = [X for X in kept if isinstance(X, np.ndarray) and X.shape[1] == len(contract.names)]
+    return [
+        {name: _within(cell, contract.features[name]) for name, cell in zip(contract.names, row, strict=True)}
+        for X in rows
+        for row in X[:: len(X) // N_VARIED + 1].tolist()
+    ]
+
+
+def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
+    """Give the thresholds of trees by the feature that they part, with the float32 on either side of each."""
+    edges: dict[str, set[float]] = {}
+    for part in find_parts(estimator):
+        if (tree := getattr(part, "tree_", None)) is not None and tree.n_features == len(contract.order):
+            for position, threshold in zip(tree.feature.tolist(), tree.threshold.tolist(), strict=True):
+                name = contract.order[position]
+                if position >= 0 and contract.features[name].type == "float" and math.isfinite(threshold):
+                    near = np.float32(threshold)
+                    beside = (np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf))
+                    edges.setdefault(name, set()).update((threshold, float(near), *map(float, beside)))
+    return {name: sorted(values) for name, values in edges.items()}
+
+
+def choose_graph(
+    graphs: list[OnnxModel], predictor: Predictor, contract: Contract, known: list[dict[str, Any]]
+) -> OnnxModel:
+    """Give the first graph that answers some known rows, and others around them, as the estimator does.
+
+    Raises `ModelError` if none does, with the row.
+    """
+    reasons = []
+    with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
+        near = [*known, *find_learnt(predictor.estimator, contract)]
+        made_up = near[len(known) :] + vary(near, contract, N_VARIED, find_edges(predictor.estimator, contract))
+        rows = [*known, *_keep_answered(made_up, predictor, contract)]
+        inputs = [contract.to_input(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
+        cases = [(X, predictor.ask(X)) for X in inputs]
+        for graph in graphs:
+            try:
+                found = next(filter(None, (find_disagreement(graph, predictor, *case) for case in cases)), None)
+            except Exception as error:  # what ONNX Runtime raises has no bounds
+                reasons.append(f"with {graph.how} it fails: {reason_of(error)}")
+                continue
+            if found is None:
+                return graph
+            index, how = found
+            reasons.append(f"with {graph.how} it answers row {toml_value(rows[index])} {how}")
+    raise ModelError(f"does not agree with scikit-learn in ONNX Runtime: {'; '.join(reasons)}; {USE_SKLEARN}")
+
+
+def _keep_answered(rows: list[dict[str, Any]], predictor: Predictor, contract: Contract) -> list[dict[str, Any]]:
+    """Leave out the rows for which the estimator fails, as a step of it may for a number that it cannot take."""
+    try:
+        predictor.ask(contract.to_input(rows))
+    except Exception:  # what an estimator raises has no bounds
+        halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ()
+        return [row for half in halves for row in _keep_answered(half, predictor, contract)]
+    return rows
+
+
+def find_disagreement(
+    model: OnnxModel, predictor: Predictor, X: Any, expected: tuple[Any, Any]
+) -> tuple[int, str] | None:
+    """Give the first row of X that a graph does not answer as expected, classes exactly and numbers to 1e-5, and how.
+
+    A row to which the estimator itself gives two classes alike may get either: between them decides rounding, which in
+    scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `agrees`.
+    """
+    y, scores = as_array(expected[0]), expected[1]
+    given, given_scores = model(X)
+    if given.shape != y.shape:
+        return 0, f"in the shape {given.shape}, scikit-learn in {y.shape}"
+    differs = _differs(given, y, None)
+    if scores is not None:
+        scale = 1.0 if predictor.score == "probabilities" else None
+        differs = (differs & ~_are_tied(scores)) | _differs(given_scores, scores, scale)
+    if not differs.any():
+        return None
+    index = int(differs.argmax())
+    ours, theirs = _show(given, given_scores, index), _show(y, scores, index)
+    return index, f"with {ours}, scikit-learn with {theirs}"
+
+
+def _differs(given: Any, expected: Any, scale: float | None) -> Any:
+    """Say which rows differ, in numbers of which the largest, or `scale`, gives what is nothing but rounding."""
+    if isinstance(expected, list):
+        pairs = zip(given, expected, strict=True)
+        return np.logical_or.reduce([_differs(*pair, scale) for pair in pairs])
+    if np.shape(given) != np.shape(expected):
+        return np.ones(len(expected), bool)
+    differs = np.asarray(given != expected)
+    if expected.dtype.kind == "f":
+        if scale is None:
+            scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+        differs = ~np.isclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
+    return differs.reshape(len(expected), -1).any(axis=1)
+
+
+def _are_tied(scores: Any) -> Any:
+    """Say in which rows the two highest scores, or the only one and 0, are alike."""
+    if isinstance(scores, list):
+        return np.logical_or.reduce([_are_tied(output) for output in scores])
+    if scores.ndim == 1 or scores.shape[1] == 1:
+        return np.abs(scores).reshape(-1) <= TOLERANCE
+    highest = np.sort(scores, axis=1)
+    return highest[:, -1] - highest[:, -2] <= TOLERANCE
+
+
+def _show(y: Any, scores: Any, index: int) -> str:
+    """Write the answer to a row for a message."""
+    answer = as_array(y)[index : index + 1].tolist()
+    if isinstance(scores, list):
+        answer += [output[index].tolist() for output in scores]
+    elif scores is not None:
+        answer += scores[index : index + 1].tolist()
+    return SHORT.repr(answer)
+
+
+class OnnxArtifact:
+    """An ONNX graph that came in an estimator's place."""
+
+    def __init__(self, session: Any, classes: Any) -> None:
+        self.session = session
+        self.inputs = _read_graph_inputs(session)
+        if classes is not None:
+            self.classes_ = classes
+
+    def predict(self, X: Any) -> Any:
+        return OnnxModel(self.session, Predictor(self))(X)[0]
+
+
+class OnnxClassifier(OnnxArtifact):
+    """One of which the second output has probabilities."""
+
+    def predict_proba(self, X: Any) -> Any:
+        return OnnxModel(self.session, Predictor(self))(X)[1]
+
+
+def open_artifact(data: bytes) -> OnnxArtifact:
+    """Open a graph that came as a file. Raises `ModelError`."""
+    model = _import_onnx("onnx").load_model_from_string(data)
+    if any(tensor.data_location == tensor.EXTERNAL for tensor in _find_tensors(model.graph)):
+        raise ModelError("keeps numbers in other files, which no hash covers; save it whole")
+    session = open_session(data)
+    outputs = session.get_outputs()
+    for output in outputs[:2]:
+        if not output.type.startswith("tensor"):
+            hint = "convert it with options={'zipmap': False}"
+            raise ModelError(f"gives {output.name!r} as {output.type}, not as a tensor; {hint}")
+    kind = OnnxClassifier if len(outputs) > 1 else OnnxArtifact
+    return kind(session, _find_labels(model.graph))
+
+
+def _find_tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _find_tensors(inner) if inner.node else ()
+
+
+def _find_labels(graph: Any) -> Any:
+    """Give the classes that a graph of skl2onnx's knows: as an attribute of its classifier, or as a tensor."""
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        if attribute.name.startswith("classlabels_") and (attribute.ints or attribute.strings):
+            return np.array(list(attribute.ints) or [label.decode() for label in attribute.strings])
+    onnx = _import_onnx("onnx")
+    for tensor in (tensor for tensor in graph.initializer if tensor.name.startswith("classes")):
+        return np.array(onnx.numpy_helper.to_array(tensor).ravel().tolist())
+    return None
+
+
+def _read_graph_inputs(session: Any) -> Inputs:
+    """Read the features off a graph: the columns of its one input, or several inputs of one column each."""
+    given = session.get_inputs()
+    for item in given:
+        if item.type not in ONNX_TYPES or len(item.shape) != 2:
+            problem = f"takes {item.name!r} as {item.type} of shape {item.shape}"
+            raise ModelError(f"{problem}; it should take rows of {', '.join(ONNX_TYPES)}")
+    kinds: list[Column | None] = [Column(ONNX_TYPES[item.type][0]) for item in given]
+    width = given[0].shape[1]
+    if len(given) == 1:
+        return Inputs(None, kinds * width if isinstance(width, int) else None, "array")
+    return Inputs([item.name for item in given], kinds, "array")
+
+
 # Artifact -------------------------------------------------------------------------------------------------------------
 
 
@@ -1589,7 +2032,15 @@ def load_predictor(settings: Settings) -> Predictor:
     data = read_artifact(settings.model_path)
     _refuse_untrusted(data, settings)
     estimator = load_estimator(settings.model_path, data, settings.model.trusted_types)
-    return Predictor(estimator, settings.model.outputs)
+    return make_predictor(estimator, settings.model.outputs)
+
+
+def make_predictor(estimator: Any, outputs: Sequence[str] = ()) -> Predictor:
+    """Build the predictor of an estimator, or of an ONNX graph, which runs in ONNX Runtime only."""
+    predictor = Predictor(estimator, outputs)
+    if isinstance(estimator, OnnxArtifact):
+        predictor.onnx = OnnxModel(estimator.session, predictor)
+    return predictor
 
 
 def about_artifact(settings: Settings) -> contextlib.AbstractContextManager[None]:
@@ -1642,7 +2093,7 @@ def _refuse_untrusted(data: bytes, settings: Settings) -> None:
     if expected and expected != (found := hashlib.sha256(data).hexdigest()):
         place = settings.place("model", "sha256")
         raise ModelError(f"has the sha256 {found}, but {place} is {expected}: it is not the file that you trusted")
-    if not expected and settings.model_path.suffix.lower() != ".skops":
+    if not expected and settings.model_path.suffix.lower() not in CODELESS:
         hint = "set model.sha256 to the hash of a file that you trust; `python -m model.describe PATH` prints it"
         raise ModelError(f"runs code when it is loaded; {hint}")
 
@@ -1683,10 +2134,18 @@ def _load_pickle(data: bytes, trusted_types: list[str]) -> Any:
         return pickle.loads(data)
 
 
+def _load_onnx(data: bytes, trusted_types: list[str]) -> Any:
+    """Load an ONNX graph, which runs no code: custom operators are in libraries that only settings could name."""
+    with _loading("onnx"):
+        return open_artifact(data)
+
+
 @contextlib.contextmanager
 def _loading(kind: str) -> Iterator[None]:
     try:
         yield
+    except ModelError:
+        raise
     except ModuleNotFoundError as error:
         raise ModelError(f"needs the module {error.name!r}, which is not installed") from error
     except AttributeError as error:  # pickle names classes and functions by module; those of a script are in __main__
@@ -1695,17 +2154,14 @@ def _loading(kind: str) -> Iterator[None]:
         raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason_of(error)}") from error
 
 
-def reason_of(error: BaseException) -> str:
-    """Say in one line what others raised."""
-    return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
-
-
 FORMATS: dict[str, tuple[Callable[[bytes, list[str]], Any], tuple[str, ...]]] = {  # with what the bytes may be
     ".skops": (_load_skops, ("skops",)),
     ".joblib": (_load_joblib, ("joblib", "pickle")),
     ".pickle": (_load_pickle, ("pickle",)),
     ".pkl": (_load_pickle, ("pickle",)),
+    ".onnx": (_load_onnx, ("onnx",)),
 }
+CODELESS = (".skops", ".onnx")  # formats that run no code when they are loaded
 STARTS = {
     b"PK": "skops",
     b"\x80": "pickle",
@@ -1715,6 +2171,7 @@ STARTS = {
     b"\xfd7zXZ": "joblib",
     b"\x5d\0\0": "joblib",
     b"\x04\x22\x4d\x18": "joblib",
+    b"\x08": "onnx",  # the number of the format's version comes first
     b"\x89HDF": "HDF5",
     b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",
 }
@@ -1777,18 +2234,31 @@ def load_golden(settings: Settings) -> Golden | None:
     return golden
 
 
-def agrees(answer: Any, golden: Any, scale: float = 1.0) -> bool:
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How far two floats may be apart: by a part of them, or by one of the largest around."""
+
+    relative: float
+    of_scale: float
+
+
+OF_LIBRARIES = Rounding(1e-6, 1e-9)
+OF_FLOAT32 = Rounding(1e-5, 1e-5)  # in which ONNX computes some probabilities
+
+
+def agrees(answer: Any, golden: Any, scale: float = 1.0, rounding: Rounding = OF_LIBRARIES) -> bool:
     """Whether two answers in JSON are the same, floats up to the rounding of another processor or library.
 
     `scale` is the size of numbers against which one may be nothing but rounding.
     """
+    same = functools.partial(agrees, scale=scale, rounding=rounding)
     if isinstance(answer, dict) and isinstance(golden, dict):
-        return answer.keys() == golden.keys() and all(agrees(answer[key], golden[key], scale) for key in golden)
+        return answer.keys() == golden.keys() and all(same(answer[key], golden[key]) for key in golden)
     if isinstance(answer, list) and isinstance(golden, list):
-        return len(answer) == len(golden) and all(agrees(*pair, scale) for pair in zip(answer, golden, strict=True))
+        return len(answer) == len(golden) and all(itertools.starmap(same, zip(answer, golden, strict=True)))
     if isinstance(answer, float) and isinstance(golden, float | int) and not isinstance(golden, bool):
         golden = max(min(golden, sys.float_info.max), -sys.float_info.max)  # an integer may be larger
-        return math.isclose(answer, golden, rel_tol=1e-6, abs_tol=1e-9 * scale)
+        return math.isclose(answer, golden, rel_tol=rounding.relative, abs_tol=rounding.of_scale * scale)
     return bool(answer == golden) and isinstance(answer, bool) == isinstance(golden, bool)
 
 
@@ -1811,7 +2281,8 @@ def largest(answer: Any) -> float:
 
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 MANY_ROWS = 64  # that tell what one more costs
-MAX_COMPARED = 16  # rows that are answered both alone and together
+MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
+MAX_COMPARING_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -2386,6 +2857,9 @@ class Service:
             predictor.forget_names()
         if self.contract.are_numbers:
             predictor.trust_input()
+        self._graphs: list[OnnxModel] = []
+        if settings.model.runtime == "onnx" and predictor.onnx is None:
+            self._graphs = convert_to_onnx(predictor, self.contract)
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
@@ -2466,6 +2940,8 @@ class Service:
         Raises `ModelError`.
         """
         with about_artifact(self.settings):
+            if self._graphs:
+                self._prove_onnx()
             if self.golden is not None:
                 self._reproduce(self.golden, self.known_rows)
             _ = self.sample
@@ -2473,13 +2949,27 @@ class Service:
 
     def warm_up(self) -> None:
         """Find out what a call of the estimator costs, and whether the rows of several requests can share one."""
-        rows = self.known_rows[:MAX_COMPARED]
-        self.batching.measure(rows[0])
-        alone = [self.answer([row], "a row") for row in rows]
-        together = [[answer] for answer in self.answer(rows, "rows")]
-        if not agrees(together, alone, largest(alone)):
+        self.batching.measure(self.known_rows[0])
+        if not self._answers_by_row():
             self.batching.max_rows = 0
             log.warning("never_batched", reason="the answer to a row depends on the other rows of the call")
+
+    def _answers_by_row(self) -> bool:
+        """Whether rows have the same answers alone and together: the golden rows, or some around the only known one."""
+        rows = self.known_rows[:MAX_COMPARED]
+        if len(rows) == 1:
+            rows += vary(rows, self.contract, MAX_COMPARED)
+        alone: list[tuple[dict[str, Any], Any]] = []
+        end = time.monotonic() + MAX_COMPARING_S
+        with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
+            for row in rows:
+                with contextlib.suppress(EstimatorError):  # as well as fail
+                    alone.append((row, self.answer([row], "a row")[0]))
+                if len(alone) > 1 and time.monotonic() > end:
+                    break
+            together = self.answer([row for row, _ in alone], "rows")
+        answers = [answer for _, answer in alone]
+        return agrees(together, answers, largest(answers))
 
     @property
     def known_rows(self) -> Rows:
@@ -2504,9 +2994,16 @@ class Service:
         scale = largest(golden.predictions)
         for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
             expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
-            if not agrees(answer, expected, scale):
+            if not agrees(answer, expected, scale, OF_LIBRARIES if self.predictor.onnx is None else OF_FLOAT32):
                 wanted = f"as {path.name} has it"
                 raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
+
+    def _prove_onnx(self) -> None:
+        """Have the first graph serve that agrees with scikit-learn, which is the same one in each worker."""
+        known = self.known_rows
+        self.answer(known, "its golden rows" if self.golden else "its example row")
+        self.predictor.onnx = choose_graph(self._graphs, self.predictor, self.contract, known)
+        self._graphs = []
 
     def _rename(self, row: dict[str, Any], index: int, file: str) -> dict[str, Any]:
         names = self.contract.names

@@ -1,10 +1,10 @@
 """Print the settings that an artifact needs, ready to paste: `python -m model.describe PATH`.
 
-What is inside an artifact may run code when it is loaded, so its features are read only with `--trust`; a .skops file
-of which skops trusts every type is read without. `--golden ROWS.json` has the estimator answer the rows of a JSON array
-and writes them, with its answers, beside the artifact, which must reproduce them whenever it is served; such rows also
-say what the estimator does not, as the types that code of the user's takes. For the artifact that the settings in force
-are about, their `[features]` count too.
+What is inside an artifact may run code when it is loaded, so its features are read only with `--trust`; an .onnx file,
+and a .skops file of which skops trusts every type, is read without. `--golden ROWS.json` has the estimator answer the
+rows of a JSON array and writes them, with its answers, beside the artifact, which must reproduce them whenever it is
+served; such rows also say what the estimator does not, as the types that code of the user's takes. For the artifact
+that the settings in force are about, their `[features]` count too.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import app
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m model.describe", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("path", type=Path, metavar="PATH", help="the artifact: .skops, .joblib, .pickle or .pkl")
+    parser.add_argument("path", type=Path, metavar="PATH", help="the artifact: .skops, .joblib, .pickle, .pkl or .onnx")
     parser.add_argument("--trust", action="store_true", help="load it, though it may run code that is inside")
     parser.add_argument("--golden", type=Path, metavar="ROWS.json", help="rows to answer and keep beside the artifact")
     arguments = parser.parse_args(words)
@@ -34,9 +34,9 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     settings = app.load_settings()
     app.configure_logging(settings.logging)
     data = app.read_artifact(path)
-    is_skops = path.suffix.lower() == ".skops"
-    untrusted = app.find_untrusted_types(data) if is_skops else set()
-    trusted = trust or (is_skops and not untrusted)
+    suffix = path.suffix.lower()
+    untrusted = app.find_untrusted_types(data) if suffix == ".skops" else set()
+    trusted = trust or (suffix in app.CODELESS and not untrusted)
     if golden and not trusted:
         raise app.ModelError("can answer golden rows only with --trust")
     print_model(path, data, untrusted, settings)
@@ -44,7 +44,7 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
         return
-    predictor = app.Predictor(app.load_estimator(path, data, sorted(untrusted)))
+    predictor = app.make_predictor(app.load_estimator(path, data, sorted(untrusted)))
     own = choose_settings(settings, path, predictor.inputs)
     known = app.load_golden(own) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []

@@ -28,6 +28,8 @@ import joblib
 import pytest
 import skops.io
 from cases import Case
+from skl2onnx import to_onnx
+from skl2onnx.common.data_types import DoubleTensorType
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 
@@ -239,9 +241,19 @@ def save(estimator: Any, path: Path) -> dict[str, str]:
         skops.io.dump(estimator, path)
     elif path.suffix == ".joblib":
         joblib.dump(estimator, path)
+    elif path.suffix == ".onnx":
+        path.write_bytes(to_graph(estimator))
     else:
         path.write_bytes(pickle.dumps(estimator))
     return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def to_graph(estimator: Any, floats: Any = DoubleTensorType, **options: Any) -> bytes:
+    """Convert an estimator of numbers as its owner would, outside the service."""
+    types = [("X", floats([None, estimator.n_features_in_]))]
+    options = {"zipmap": False} | options if hasattr(estimator, "classes_") else options
+    graph: bytes = to_onnx(estimator, initial_types=types, options={id(estimator): options}).SerializeToString()
+    return graph
 
 
 def deploy(folder: Path, estimator: Any, features: str = "") -> str:

@@ -31,7 +31,7 @@ def make_row(values: Any) -> dict[str, float]:
     return {f"x{column}": value for column, value in enumerate(values)}
 
 
-@pytest.mark.parametrize("suffix", app.FORMATS)
+@pytest.mark.parametrize("suffix", [suffix for suffix in app.FORMATS if suffix != ".onnx"])
 def test_every_format_is_served(tmp_path: Path, suffix: str) -> None:
     """An artifact of each suffix gives the estimator's own answers."""
     estimator = LogisticRegression(max_iter=1000).fit(X, y)
@@ -119,6 +119,8 @@ COMPRESSED = {"zlib": 3, "gzip": ("gzip", 3), "bz2": ("bz2", 3), "lzma": ("lzma"
         (".joblib", ".skops", "is no skops file but joblib; name it .joblib"),
         (".joblib", ".pkl", "is no pickle file but joblib; name it .joblib"),
         (".pickle", ".skops", "is no skops file but pickle; name it .pickle"),
+        (".onnx", ".joblib", "is no joblib file but onnx; name it .onnx"),
+        (".skops", ".onnx", "is no onnx file but skops; name it .skops"),
     ],
 )
 def test_other_format_is_named(tmp_path: Path, written: str, suffix: str, message: str) -> None:

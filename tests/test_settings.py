@@ -28,6 +28,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("server", "max_requests_jitter"): ("16", 16),
     ("model", "path"): ("other.joblib", "other.joblib"),
     ("model", "name"): ("123", "123"),
+    ("model", "runtime"): ("onnx", "onnx"),
     ("model", "sha256"): ("0" * 64, "0" * 64),
     ("model", "trusted_types"): ('["a.B"]', ["a.B"]),
     ("model", "outputs"): ('["a", "b"]', ["a", "b"]),
