@@ -272,6 +272,11 @@ def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def answers_of(predictor: app.Predictor, X: Any) -> list[dict[str, Any]]:
+    """Give what a predictor says of each row of X."""
+    return [json.loads(answer) for answer in predictor.predict(X).render()]
+
+
 def serve_estimator(path: Path, estimator: Any, **changes: Any) -> Any:
     """Save an estimator, and build the app around it from the shipped settings with changes."""
     model = save(estimator, path) | changes.pop("model", {})

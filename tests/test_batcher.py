@@ -41,6 +41,7 @@ def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, An
     """Give an estimator that notes its calls, and the app around it."""
     estimator = estimators.Noting()
     settings = make_settings(framework=framework, features={}, batching=batching)
+    app.configure_logging(settings.logging)
     return estimator, app.FRAMEWORKS[framework](app.Service(settings, app.Predictor(estimator)))
 
 

@@ -15,6 +15,7 @@ from conftest import (
     COMBINATIONS,
     PROJECT,
     Server,
+    answers_of,
     call,
     gunicorn_environment,
     make_settings,
@@ -71,7 +72,7 @@ def prove(path: Path, estimator: Any, features: Any = None, row: Any = None) -> 
     service = app.make_service(make_settings(model=model, features=features or {}))
     if row is not None:
         answers = service.answer([row], "the golden row")
-        service.golden = app.Golden(versions={}, rows=[row], predictions=app.parse_json(app.Response.of(answers).body))
+        service.golden = app.Golden(versions={}, rows=[row], predictions=answers)
     service.prove()
     assert service.predictor.onnx is not None
     return service
@@ -110,7 +111,7 @@ def test_classifier_answers_as_in_sklearn(tmp_path: Path, estimator: Any, labels
     """The labels are the estimator's own in type too, and the other numbers are within 1e-5."""
     service = prove(tmp_path / "model.joblib", estimator.fit(X, labels), row=ROWS[0])
     assert agree(service, X)
-    predictions = [answer["prediction"] for answer in service.predictor.predict(X)]
+    predictions = [answer["prediction"] for answer in answers_of(service.predictor, X)]
     assert predictions == estimator.predict(X).tolist()
     assert {type(label) for label in predictions} == {type(label) for label in labels.tolist()}
 
@@ -130,7 +131,7 @@ def test_regressor_answers_as_in_sklearn(tmp_path: Path, estimator: Any) -> None
     """A number is the same to 1e-5 of the largest."""
     service = prove(tmp_path / "model.joblib", estimator.fit(NUMBERS, TARGET))
     assert agree(service, NUMBERS)
-    assert isinstance(service.predictor.predict(NUMBERS)[0]["prediction"], float)
+    assert isinstance(answers_of(service.predictor, NUMBERS)[0]["prediction"], float)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_other_answers_are_as_in_sklearn(tmp_path: Path, estimator: Any, target:
     """Several outputs, clusters and outliers have the names and the form that they have in scikit-learn."""
     service = prove(tmp_path / "model.joblib", estimator.fit(X, target), row=ROWS[0])
     assert agree(service, X)
-    answers, expected = service.predictor.predict(X), app.Predictor(estimator).predict(X)
+    answers, expected = answers_of(service.predictor, X), answers_of(app.Predictor(estimator), X)
     assert all(map(app.agrees, answers, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
 
 

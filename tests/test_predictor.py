@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cases import Case
-from conftest import ROW, call, make_settings, post_case, serve_estimator
+from conftest import ROW, answers_of, call, make_settings, post_case, serve_estimator
 from jsonschema import Draft202012Validator
 from scipy.sparse import csr_array
 from sklearn.base import clone
@@ -50,7 +50,7 @@ def test_shipped_model_knows_names_and_species(framework: str) -> None:
     service = app.make_service(make_settings(framework=framework))
     assert service.contract.names == ["sepal_length", "sepal_width", "petal_length", "petal_width"]
     assert service.predictor.classes == ["setosa", "versicolor", "virginica"]
-    predictions = map(json.loads, service.predictor.predict(X).render())
+    predictions = answers_of(service.predictor, X)
     accuracy = np.mean(
         [load_iris().target_names[label] == p["prediction"] for label, p in zip(y, predictions, strict=True)]
     )
@@ -82,8 +82,7 @@ def test_crash_answers_500_without_internals(tmp_path: Path, framework: str) -> 
 
 def answer_of(estimator: Any, X: Any, **model: Any) -> dict[str, Any]:
     """Give what the predictor says of the first row."""
-    answer: dict[str, Any] = json.loads(app.Predictor(estimator, **model).predict(X).render()[0])
-    return answer
+    return answers_of(app.Predictor(estimator, **model), X)[0]
 
 
 LABELS = np.array(["few", "many"])[(y > 0).astype(int)]
@@ -284,5 +283,5 @@ def test_class_of_the_highest_probability_is_the_prediction(estimator: Any) -> N
     ends = np.tile([[-1.1], [-0.9], [0.9], [1.1]], (10, 1))
     rows = np.vstack([ends, np.linspace(-1, 1, 41)[:, np.newaxis], [[0.0], [1e-17], [-1e-17]]])
     estimator.fit(ends, ends[:, 0] > 0)
-    answers = [json.loads(answer)["prediction"] for answer in app.Predictor(estimator).predict(rows).render()]
-    assert answers == estimator.predict(rows).tolist()
+    predictions = [answer["prediction"] for answer in answers_of(app.Predictor(estimator), rows)]
+    assert predictions == estimator.predict(rows).tolist()
