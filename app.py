@@ -1136,6 +1136,12 @@ class Contract:
         X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
         return X.reshape(len(rows), len(self.order))
 
+    def join(self, inputs: list[Any]) -> Any:
+        """Put together what `to_input` gave of some rows each."""
+        if self.form == "texts":
+            return [*itertools.chain.from_iterable(inputs)]
+        return self._pandas.concat(inputs, ignore_index=True) if self.form == "frame" else np.concatenate(inputs)
+
     def _column_dtype(self, name: str, column: Column | None) -> Any:
         """Give the type of a DataFrame's column, as the estimator was fitted; one that it drops can be of any."""
         if column is None or column.is_object:
@@ -2504,6 +2510,8 @@ def _gevent_thread() -> Any:
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 LINGER_S = 2.0
 PIECE_BYTES = 65_536
+PIECE_ROWS = 1000
+BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 
 
 def make_request_id() -> str:
@@ -2624,13 +2632,44 @@ async def predict_query(service: Service, request: Request) -> Response:
 
 async def predict_body(service: Service, request: Request) -> Response:
     _check_media_type(request)
+    limit = service.settings.limits.max_rows
+    if (inputs := read_long_array(service.contract, request.body, limit)) is not None:
+        return Response(await service.predict_array(request, inputs))
     payload = parse_json(request.body)
-    if isinstance(payload, list) and len(payload) > service.settings.limits.max_rows:
-        limit = service.settings.limits.max_rows
+    if isinstance(payload, list) and len(payload) > limit:
         raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {limit} rows")
     rows = service.contract.parse_payload(payload)
     predictions = await service.predict(request, rows)
     return Response([b"[%b]" % b",".join(predictions)] if isinstance(payload, list) else predictions)
+
+
+def read_long_array(contract: Contract, body: Any, max_rows: int) -> list[Any] | None:
+    """Give what the contract makes of a long array of rows, in parts, for decoded as a whole it takes many times its
+    size. None for all else, and for rows that should be refused: the whole says why."""
+    if len(body) <= PIECE_BYTES:
+        return None
+    inputs: list[Any] = []
+    n_rows = 0
+    with contextlib.suppress(ServingError):
+        for part in split_array(body):
+            rows = contract.parse_payload(parse_json(part))
+            inputs.append(contract.to_input(rows))
+            n_rows += len(rows)
+        return inputs if n_rows <= max_rows else None
+    return None
+
+
+def split_array(body: bytes) -> Iterator[bytes]:
+    """Split a JSON array of objects into arrays of some of them each.
+
+    A cut inside a string or inside another value leaves a part that is no JSON, so valid parts make up the whole.
+    """
+    match = re.match(rb"[ \t\r\n]*\[", body)
+    start = match.end() if match else len(body)
+    while cut := BETWEEN_OBJECTS.search(body, start + PIECE_BYTES):
+        yield b"[%b}]" % body[start : cut.start()]
+        start = cut.end() - 1
+    yield b"[%b" % body[start:]
 
 
 async def live(service: Service, request: Request) -> Response:
@@ -2927,6 +2966,22 @@ class Service:
     async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[bytes]:
         request.rows = len(rows)
         return await request.batcher.predict(rows) if rows else []
+
+    async def predict_array(self, request: Request, inputs: list[Any]) -> list[bytes]:
+        """Answer an array whose rows are in parts, as the contract gives them, in one call."""
+        request.rows = sum(map(len, inputs))
+        return await request.batcher.run(functools.partial(self.render_array, inputs), request.rows)
+
+    def render_array(self, inputs: list[Any]) -> list[bytes]:
+        """Give the pieces of a JSON array of the answers to all rows. Raises what the estimator raises."""
+        limit_threads(self.settings.threads)
+        predictions = self.predictor.predict(self.contract.join(inputs))
+        n_rows = sum(map(len, inputs))
+        if len(predictions) != n_rows:
+            raise ModelError(f"gives {len(predictions)} answers to {n_rows} rows")
+        starts = range(0, n_rows, PIECE_ROWS)
+        pieces = [b",%b" % b",".join(predictions.render(start, start + PIECE_ROWS)) for start in starts]
+        return [b"[" + pieces[0][1:], *pieces[1:], b"]"]
 
     def render(self, rows: list[dict[str, Any]]) -> list[bytes]:
         """Give the answer to each row as JSON. Raises what the estimator raises."""

@@ -1,0 +1,105 @@
+"""Long arrays are read and written in pieces, as if they were not."""
+
+import json
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROW, Answer, call, make_settings, post_case, serve_estimator
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+
+import app
+
+N_ROWS = 10_000
+TRICKY = ['},{"a": 1', "plain", "[{}],", 'a "quoted" }, {', "]}"]
+
+
+def make_rows(n_rows: int) -> list[dict[str, float]]:
+    X = np.random.default_rng(0).uniform(0, 8, (n_rows, len(ROW)))
+    return [dict(zip(ROW, row, strict=True)) for row in X.tolist()]
+
+
+def serve(framework: str) -> Any:
+    return app.create_app(make_settings(framework=framework))
+
+
+def test_long_array_is_answered_as_its_rows_are(framework: str) -> None:
+    """Row by row the answers to 10 000 rows are those to a few of them, in their order."""
+    native, rows = serve(framework), make_rows(N_ROWS)
+    answers = call(native, post_case(rows)).json
+    assert len(answers) == N_ROWS
+    for start in (0, 999, 5000, N_ROWS - 3):
+        few = call(native, post_case(rows[start : start + 3])).json
+        assert app.agrees(answers[start : start + 3], few)
+
+
+def test_long_array_costs_less_than_four_times_its_size(framework: str) -> None:
+    """Neither the rows nor their answers are held as objects all at once."""
+    native, case = serve(framework), post_case(make_rows(N_ROWS))
+    call(native, case)
+    tracemalloc.start()
+    answer = call(native, case)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert answer.status == 200
+    assert peak < 4 * len(case.body)
+
+
+@pytest.mark.parametrize("place", [0, 4321, N_ROWS - 1])
+def test_bad_cell_of_a_long_array_is_named_by_its_row(framework: str, place: int) -> None:
+    """The row's number is that in the whole array, and all bad cells are named."""
+    rows: list[Any] = make_rows(N_ROWS)
+    rows[place] = {**rows[place], "petal_width": "wide", "colour": 1}
+    answer = call(serve(framework), post_case(rows))
+    assert answer.status == 422
+    assert [problem["loc"] for problem in answer.json["detail"]] == [
+        ["body", place, "petal_width"],
+        ["body", place, "colour"],
+    ]
+
+
+def test_too_long_array_says_how_long_it_is(framework: str) -> None:
+    """An array of more rows than the limit is 413, with their number."""
+    answer = call(serve(framework), post_case(make_rows(N_ROWS + 1)))
+    assert (answer.status, answer.json["detail"]) == (413, "the body has 10001 rows; send at most 10000 rows")
+
+
+@pytest.mark.parametrize("damage", [b"", b"]x", b"]]", b",", b'{"a":', b'},{"sepal_length": 1},{'])
+def test_long_body_that_is_no_array_is_400(framework: str, damage: bytes) -> None:
+    """What is wrong behind a hundred kilobytes of good rows is found and named."""
+    whole = post_case(make_rows(2000))
+    answer = call(serve(framework), replace(whole, body=whole.body[:-1] + damage))
+    assert answer.status == 400
+    assert answer.json["detail"].startswith("the body is not JSON: ")
+
+
+def served(path: Path, n_rows: int) -> tuple[Answer, Any]:
+    """Serve a model of texts and numbers, and ask it for many rows that look like JSON."""
+    frame = pd.DataFrame({"text": TRICKY * 4, "number": np.arange(20.0)})
+    columns = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["text"]), remainder="passthrough")
+    estimator = make_pipeline(columns, LinearRegression()).fit(frame, np.arange(20.0))
+    rows = [{"text": TRICKY[i % 5], "number": float(i)} for i in range(n_rows)]
+    native = serve_estimator(path / "model.joblib", estimator)
+    return call(native, post_case(rows)), estimator.predict(pd.DataFrame(rows))
+
+
+def test_text_that_looks_like_json_is_not_cut(tmp_path: Path) -> None:
+    """A brace and a comma inside a string are part of it, wherever the pieces end."""
+    answer, expected = served(tmp_path, 6000)
+    assert [row["prediction"] for row in answer.json] == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("separator", [",", ", ", " ,\n\t"])
+def test_array_is_split_between_objects(separator: str) -> None:
+    """The parts are arrays of some objects each, and together they have them all."""
+    rows = [{"a": index, "b": [index], "c": "x"} for index in range(8000)]
+    parts = list(app.split_array(f" [{separator.join(map(json.dumps, rows))}] ".encode()))
+    assert [row for part in parts for row in json.loads(part)] == rows
+    assert max(map(len, parts)) < 2 * app.PIECE_BYTES
