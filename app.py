@@ -4,16 +4,16 @@ The path of a request, the same under both frameworks:
 
 1. the framework's route hands it to the binding, which makes a `Request` of it;
 2. `Service.respond` gives it an id, reads its body up to the limit and finds its `Operation`;
-3. the operation's endpoint turns bytes into rows, and these into what the estimator takes, by the `Contract`;
-4. the `Predictor` turns that into predictions;
+3. the operation's endpoint turns bytes into rows by the `Contract`;
+4. a batcher puts the rows of requests that wait at the same moment together, and the `Predictor` answers them;
 5. the `Response` goes back through the binding, byte for byte the same under each.
 
 Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or
 `uvicorn app:app --reload`; `python app.py` prints the settings in force. `app:app` is the framework's own object,
 `app:asgi` and `app:wsgi` are the same service behind either interface.
 
-Sections: errors, settings, logging, inputs, contract, predictor, ONNX, artifact, golden rows, endpoints, OpenAPI,
-service, Flask, FastAPI, bridges, factory.
+Sections: errors, settings, logging, inputs, contract, predictor, ONNX, artifact, golden rows, batcher, endpoints,
+OpenAPI, service, Flask, FastAPI, bridges, factory.
 """
 
 from __future__ import annotations
@@ -2409,7 +2409,7 @@ class LoopBatcher:
     async def run(self, call: Callable[[], T], n_rows: int) -> T:
         """Make one call for itself, for so many rows."""
         if self.batching.is_costly(n_rows):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _beside_loop(call))
         return call()
 
     def _call(self, loop: asyncio.AbstractEventLoop, n_before: int = 0) -> None:
@@ -2420,8 +2420,9 @@ class LoopBatcher:
             return
         jobs = self.batching.take(self._waiting)
         if self.batching.is_costly(sum(len(job.rows) for job in jobs)):
-            call = loop.run_in_executor(self._thread, self.batching.answer, jobs)
-            call.add_done_callback(lambda _: self._hand_out(jobs, loop))
+            call = _beside_loop(functools.partial(self.batching.answer, jobs))
+            done = loop.run_in_executor(self._thread, call)
+            done.add_done_callback(lambda _: self._hand_out(jobs, loop))
         else:
             self.batching.answer(jobs)
             self._hand_out(jobs, loop)
@@ -2490,16 +2491,19 @@ class ThreadBatcher:
                 job.wake()
 
     def _run(self, call: Callable[[], T], n_rows: int) -> T:
-        thread = _gevent_thread() if self.batching.is_costly(n_rows) else None
-        return call() if thread is None else cast(T, thread.apply(call))
+        return (_beside_loop(call) if self.batching.is_costly(n_rows) else call)()
+
+
+def _beside_loop(call: Callable[[], T]) -> Callable[[], T]:
+    """Have a call made in a thread of the system's, also where gevent has made greenlets of Python's own."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return call
+    return functools.partial(_gevent_thread().apply, call)
 
 
 @functools.cache
 def _gevent_thread() -> Any:
-    """Give a thread beside gevent's loop, where gevent has made greenlets of Python's threads."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
-        return None
     import gevent.threadpool  # type: ignore[import-untyped]
 
     return gevent.threadpool.ThreadPool(1)

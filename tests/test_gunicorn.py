@@ -285,6 +285,14 @@ else:
     async def length(request: fastapi.Request) -> int:
         return len(await request.body())
 
+    @native.get("/stream")
+    async def stream():
+        async def pieces():
+            yield b"first"
+            await asyncio.sleep(30)
+
+        return fastapi.responses.StreamingResponse(pieces())
+
     @native.get("/exit")
     async def leave():
         raise SystemExit(1)
@@ -325,6 +333,18 @@ def test_routes_of_a_user_work(serve: Callable[..., Server], project: Path, comb
     server.stop()
     crashes = [line for line in server.lines if "the route is broken" in line.get("exception", "")]
     assert [line["level"] for line in crashes] == ["error"]
+
+
+def test_streamed_pieces_are_sent_as_they_come(serve: Callable[..., Server], project: Path) -> None:
+    """A route's first piece is with the client while the next is still being made."""
+    (project / "routes.py").write_text(ROUTES)
+    server = serve("gunicorn -c gunicorn.conf.py routes:asgi", project, **gunicorn_environment("fastapi", "uvicorn"))
+    with server.connect() as client:
+        client.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        seen = b""
+        while b"first" not in seen:
+            seen += client.recv(1000)
+    server.stop(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("path", ["/exit", "/cancel", "/silent"])
