@@ -388,7 +388,7 @@ def test_lifespan_runs(serve: Callable[..., Server], project: Path, worker: str)
     interface = {"uvicorn": "asgi", "gevent": "wsgi"}[worker]
     command = f"gunicorn -c gunicorn.conf.py extended:{interface}"
     server = serve(command, project, **gunicorn_environment("fastapi", worker))
-    assert server.text.index("event: started") < server.text.index('"path": "/ping"')
+    assert server.text.index("event: started") < server.text.index('"path":"/ping"')
     assert server.get("/colour").json == "violet"
     assert server.stop() == 0
     assert re.findall("event: (.+)", server.text) == ["started", "in a thread", "stopped"]

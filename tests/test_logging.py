@@ -131,7 +131,7 @@ def test_access_lines_can_be_off(serve: Start, free_port: int, name: str, value:
     server = serve(port=free_port, **gunicorn_environment("fastapi", "uvicorn", **choice))
     server.get("/ping", **{"X-Request-ID": "quiet"})
     server.stop()
-    assert server.text.count('"request_id": "quiet"') == seen
+    assert server.text.count('"request_id":"quiet"') == seen
 
 
 def test_console_format_is_readable(serve: Start, tmp_path: Path) -> None:
