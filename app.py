@@ -1432,7 +1432,8 @@ class Predictor:
 
         Raises `ModelError` when the settings name another number of outputs than there are.
         """
-        y, scores = self.ask(X) if self.onnx is None else self.onnx(X)
+        with _contained():
+            y, scores = self.ask(X) if self.onnx is None else self.onnx(X)
         y = as_array(y)
         answer: Tree = {"prediction": self._name_outputs(y)}
         if self.score is not None:
@@ -1566,6 +1567,15 @@ def _likeliest(scores: Any, tie: float) -> Any:
         if not (highest[:, 1] - highest[:, 0] > tie).all():
             return None
     return scores.argmax(axis=1)
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """Make an error of what an estimator raises to end its process."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+        raise RuntimeError(f"it raised {reason_of(error)}") from error
 
 
 _limited = threading.local()
@@ -2297,14 +2307,12 @@ class Job:
 
     rows: Rows
     wake: Callable[[], None]  # what waits for it
-    answers: list[bytes] | BaseException | None = None
+    answers: list[bytes] | BaseException = field(default_factory=list)
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     def result(self) -> list[bytes]:
         """Give the answers. Raises what the estimator raised."""
-        if self.answers is None:
-            raise RuntimeError("the call that was to answer this request was ended")
         if isinstance(self.answers, BaseException):
             raise self.answers
         return self.answers
@@ -2346,13 +2354,15 @@ class Batching:
 
     def answer(self, jobs: Sequence[Job]) -> None:
         """Answer jobs in one call; where that fails, those of each half, so that an error stays with its own job."""
+        if not jobs:
+            return
         rows = [row for job in jobs for row in job.rows]
         context = jobs[0].context if len(jobs) == 1 else contextvars.Context()
         try:
             answers = context.run(self.render, rows)
             if len(answers) != len(rows):
                 raise ModelError(f"gives {len(answers)} answers to {len(rows)} rows")
-        except (Exception, SystemExit) as error:  # what an estimator raises has no bounds
+        except Exception as error:  # what an estimator raises has no bounds
             if len(jobs) == 1:
                 jobs[0].answers = error
             else:
@@ -2390,7 +2400,9 @@ class LoopBatcher:
         if len(rows) > self.batching.max_rows:
             return await self.run(functools.partial(self.batching.render, rows), len(rows))
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # the one before has ended
+        if loop is not self._loop:
+            if self._loop is not None and not self._loop.is_closed():  # one app in two loops
+                return await self.run(functools.partial(self.batching.render, rows), len(rows))
             self._loop, self._waiting, self._is_due = loop, collections.deque(), False
         waker = loop.create_future()
         job = Job(rows, functools.partial(_wake, waker))
@@ -2413,9 +2425,7 @@ class LoopBatcher:
         return call()
 
     def _call(self, loop: asyncio.AbstractEventLoop, n_before: int = 0) -> None:
-        if (
-            n_before < len(self._waiting) < self.batching.max_rows
-        ):  # this turn of the loop brought some, so may the next
+        if n_before < len(self._waiting) < self.batching.max_rows:  # this turn brought some, and so may the next
             loop.call_soon(self._call, loop, len(self._waiting))
             return
         jobs = self.batching.take(self._waiting)
@@ -3087,7 +3097,7 @@ class Service:
             return [json.loads(answer) for answer in self.render(rows)] if rows else []
         except ModelError:
             raise
-        except (Exception, SystemExit) as error:  # what an estimator raises has no bounds
+        except Exception as error:  # what an estimator raises has no bounds
             raise EstimatorError(f"fails on {what}: {reason_of(error)}") from error
 
     @functools.cached_property
@@ -3203,7 +3213,7 @@ def build_fastapi(service: Service) -> fastapi.FastAPI:
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] == "http" and scope["path"] == PREDICTIONS and not self.user_middleware:
-                await endpoint(scope, receive, send)
+                await endpoint.answer(asgi_request(scope, receive, endpoint.batcher), receive, send)
             else:
                 await super().__call__(scope, functools.partial(receive_unless_cut, scope, receive), send)
 

@@ -244,6 +244,7 @@ def uvicorn_worker() -> type:
             "loop": "uvloop",
             "http": http_protocol(),
             "ws": "none",
+            "server_header": False,  # nobody's business
             "timeout_graceful_shutdown": settings.server.graceful_timeout,
         }
 

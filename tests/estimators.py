@@ -109,6 +109,7 @@ class Noting(RegressorMixin, BaseEstimator):
         self.calls: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.error: type[BaseException] = RuntimeError
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -117,7 +118,7 @@ class Noting(RegressorMixin, BaseEstimator):
         self.calls.append(len(X))
         self.gate.wait(30)
         if -1 in X:
-            raise RuntimeError("the estimator is broken")
+            raise self.error("the estimator is broken")
         return np.ravel(X) * 2.0
 
 

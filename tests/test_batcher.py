@@ -140,6 +140,41 @@ def test_cancelled_request_leaves_nothing_behind() -> None:
     assert estimator.calls == [1]
 
 
+def test_call_for_nobody_is_not_made() -> None:
+    """When all that wait are given up there is no call, and the next request is answered."""
+    estimator, native = serve_noting("fastapi", max_wait_ms=50)
+
+    async def ask() -> Answer:
+        given_up = [asyncio.create_task(call_asgi(native, post_case({"x0": 1}))) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        for task in given_up:
+            task.cancel()
+        await asyncio.sleep(0.1)
+        return await call_asgi(native, post_case({"x0": 2}))
+
+    assert asyncio.run(ask()).json == {"prediction": 4.0}
+    assert estimator.calls == [1]
+
+
+def test_app_in_several_loops_answers_in_each() -> None:
+    """An app that two loops run at the same time, or one after the other, answers in all of them."""
+    _, native = serve_noting("fastapi", max_wait_ms=20)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            answers = pool.map(lambda x: asyncio.run(call_asgi(native, post_case({"x0": x}))), (1, 2))
+            assert [answer.json for answer in answers] == [{"prediction": 2.0}, {"prediction": 4.0}]
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_whatever_an_estimator_raises_stays_with_its_row(framework: str, error: type[BaseException]) -> None:
+    """Errors that are no exceptions, too, leave those beside them and those to come unharmed."""
+    estimator, native = serve_noting(framework)
+    estimator.error = error
+    for _ in range(2):
+        answers = ask_together(native, estimator, rows(1, 2, -1, 3))
+        assert [answer.status for answer in answers] == [200, 200, 500, 200]
+
+
 def test_client_that_leaves_harms_nobody(server: Server) -> None:
     """Connections that end while their answers are made leave the worker as it was."""
     (pid,) = server.worker_pids

@@ -226,7 +226,7 @@ def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("exit", "which fails on its example row: SystemExit: 0"),
+        ("exit", "which fails on its example row: RuntimeError: it raised SystemExit: 0"),
         ("end", "which ended the process that tried it, with status 0"),
         ("signal", "which ended the process that tried it, with status -11"),
     ],
