@@ -6,6 +6,7 @@ a mistake in them stops it, and the workers share their memory. Only names that 
 
 import ctypes
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -63,6 +64,9 @@ app.load_service.cache_clear()  # gunicorn runs this file again on HUP
 with app.exit_on_startup_error():
     settings = app.load_service().settings
     prove(app.load_service())
+importlib.import_module(settings.framework)  # once for all workers
+gc.collect()
+gc.freeze()  # or the collector of a worker would write to all that it shares with the master, and so get its own
 
 
 class StructuredLogger(Logger):
@@ -119,9 +123,9 @@ class Together:
         self.transport.close()
 
     def flush(self) -> None:
-        if self.written:
+        if self.written and not self.transport.is_closing():
             self.transport.writelines(self.written)
-            self.written = []
+        self.written = []
 
 
 def http_protocol() -> type:
