@@ -1040,7 +1040,8 @@ class Contract:
         self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
         self._dtype = object if objects else np.float64
         self.are_numbers = not objects and not self.nullable and self.names == self.order
-        self._cells = operator.itemgetter(*self.order)  # of a row: all of them, or the only one
+        self._bounds = _find_bounds([*self.features.values()]) if self.are_numbers else None
+        self._cells = _cells_getter(self.order)
         self._nulls = {name: column.null for name, column in used.items()}
         if self.form == "frame":
             self._pandas = _import_pandas()
@@ -1127,14 +1128,29 @@ class Contract:
             series = {name: self._pandas.Series(columns[name], dtype=self._dtypes[name]) for name in self.order}
             return self._pandas.DataFrame(series)
         if self.are_numbers:
-            cells = (
-                map(self._cells, rows)
-                if len(self.order) == 1
-                else itertools.chain.from_iterable(map(self._cells, rows))
-            )
-            return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), -1)
+            return self._to_numbers(rows)
         X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
         return X.reshape(len(rows), len(self.order))
+
+    def read_numbers(self, body: bytes) -> Array | None:
+        """Give X for a JSON array of rows, where all that a row may have is floats; None if one may not fit.
+
+        It takes half the time of checking each cell. If each row has all features, and the quotes around their names
+        are all that there are, none of them escaped, then there is no other name, no name twice and no string.
+        """
+        if self._bounds is None or b"\\" in body or b"true" in body or b"false" in body:
+            return None
+        try:
+            X = self._to_numbers(jiter.from_json(body, allow_inf_nan=False, cache_mode="keys"))
+        except (ValueError, TypeError, KeyError, OverflowError):
+            return None
+        low, high = self._bounds
+        fits = body.count(b'"') == 2 * X.size and ((low <= X) & (high >= X)).all()
+        return X if fits else None
+
+    def _to_numbers(self, rows: Rows) -> Array:
+        cells = itertools.chain.from_iterable(map(self._cells, rows))
+        return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), -1)
 
     def join(self, inputs: list[Any]) -> Any:
         """Put together what `to_input` gave of some rows each."""
@@ -1232,6 +1248,20 @@ def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, A
     else:
         example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], feature), None)
     return feature.model_copy(update={"example": example})
+
+
+def _cells_getter(names: Sequence[str]) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    """Give what takes the cells out of a row; of one alone `itemgetter` makes no tuple."""
+    return operator.itemgetter(*names) if len(names) > 1 else lambda row: [row[name] for name in names]
+
+
+def _find_bounds(features: Sequence[FeatureSettings]) -> tuple[Array, Array] | None:
+    """Give the bounds of features, (n_features,) each, if all are floats between bounds."""
+    if any(feature.type != "float" or feature.choices is not None for feature in features):
+        return None
+    limit = LIMITS["float"]
+    low = [-limit if feature.ge is None else feature.ge for feature in features]
+    return np.array(low), np.array([limit if feature.le is None else feature.le for feature in features])
 
 
 def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
@@ -1562,10 +1592,8 @@ def _find_tie(estimator: Any) -> float | None:
 
 def _likeliest(scores: Any, tie: float) -> Any:
     """Give the column with the highest score of each row, (n_samples,); None if in one of them two are a tie."""
-    if tie and scores.shape[1] > 1:
-        highest = np.partition(scores, -2, axis=1)[:, -2:]
-        if not (highest[:, 1] - highest[:, 0] > tie).all():
-            return None
+    if tie and np.count_nonzero(scores >= scores.max(axis=1, keepdims=True) - tie) != len(scores):
+        return None
     return scores.argmax(axis=1)
 
 
@@ -2666,9 +2694,9 @@ def read_long_array(contract: Contract, body: Any, max_rows: int) -> list[Any] |
     n_rows = 0
     with contextlib.suppress(ServingError):
         for part in split_array(body):
-            rows = contract.parse_payload(parse_json(part))
-            inputs.append(contract.to_input(rows))
-            n_rows += len(rows)
+            X = contract.read_numbers(part)
+            inputs.append(contract.to_input(contract.parse_payload(parse_json(part))) if X is None else X)
+            n_rows += len(inputs[-1])
         return inputs if n_rows <= max_rows else None
     return None
 

@@ -65,6 +65,50 @@ def test_bad_cell_of_a_long_array_is_named_by_its_row(framework: str, place: int
     ]
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "true",
+        "null",
+        '"5.1"',
+        "[5.1]",
+        '{"a": 5.1}',
+        "1e39",
+        "-1e39",
+        "1e400",
+        "1" * 400,
+        "NaN",
+        "Infinity",
+        '5.1, "petal_width": 5.1',
+        '5.1, "petal_widt\\u0068": 5.1',
+        '5.1, "colour": 1',
+        '5.1, "": 1',
+        "05.1",
+        "",
+    ],
+)
+def test_cell_is_refused_in_a_long_array_as_in_a_short_one(cell: str) -> None:
+    """What does not fit in one row does not fit in one of thousands, and what is said of it is the same."""
+    native, good = serve("fastapi"), json.dumps(ROW)
+    bad = good.replace("0.2", cell)
+    short, long = (
+        call(native, replace(post_case(None), body=f"[{', '.join([bad, *[good] * n_rows])}]".encode()))
+        for n_rows in (1, 2000)
+    )
+    assert short.status in (400, 422)
+    assert (long.status, long.body) == (short.status, short.body)
+
+
+@pytest.mark.parametrize("missing", [0, 1234])
+def test_missing_feature_of_a_long_array_is_named(missing: int) -> None:
+    """A row without one of its features is refused, also when another row has one too many."""
+    rows: list[Any] = make_rows(2000)
+    rows[missing] = dict(list(rows[missing].items())[1:])
+    rows[1999]["colour"] = 1
+    problems = call(serve("fastapi"), post_case(rows)).json["detail"]
+    assert [problem["loc"] for problem in problems] == [["body", missing, "sepal_length"], ["body", 1999, "colour"]]
+
+
 def test_too_long_array_says_how_long_it_is(framework: str) -> None:
     """An array of more rows than the limit is 413, with their number."""
     answer = call(serve(framework), post_case(make_rows(N_ROWS + 1)))
