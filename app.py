@@ -1084,7 +1084,7 @@ class Contract:
         try:
             if isinstance(payload, list):
                 return self.rows.validate_python(payload, strict=True)
-            return [self.row.validate_python(payload, strict=True)]
+            return [self.row.validator.validate_python(payload, strict=True)]
         except ValidationError:
             raise Unprocessable(list(itertools.islice(self._find_problems(payload), MAX_PROBLEMS))) from None
 
@@ -2590,7 +2590,10 @@ class Request:
             raise BodyTooLarge(f"the body is {length} bytes", limit)
         size = 0
         pieces: list[bytes] = []
-        while piece := await self.read(PIECE_BYTES if length is None else min(length - size, PIECE_BYTES)):
+        while size != length:
+            piece = await self.read(PIECE_BYTES if length is None else min(length - size, PIECE_BYTES))
+            if not piece:
+                break
             pieces.append(piece)
             size += len(piece)
             if size > limit:
