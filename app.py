@@ -48,6 +48,7 @@ import time
 import tomllib
 import urllib.parse
 import warnings
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -579,8 +580,11 @@ def configure_logging(settings: LoggingSettings) -> None:
 
 def _write_event(event: MutableMapping[str, Any], **_: Any) -> str:
     """Write an event as JSON, which in ASCII is safe on every terminal; pydantic does it in a quarter of the time."""
-    text = to_json(event, fallback=repr).decode()
-    return text if text.isascii() else json.dumps(event, default=repr, separators=(",", ":"))
+    with contextlib.suppress(ValueError):  # of text that is no Unicode, or bytes that are no text
+        text = to_json(event, fallback=repr).decode()
+        if text.isascii():
+            return text
+    return json.dumps(event, default=repr, separators=(",", ":"))
 
 
 def _is_no_access_line(record: logging.LogRecord) -> bool:
@@ -1150,7 +1154,7 @@ class Contract:
 
     def _to_numbers(self, rows: Rows) -> Array:
         cells = itertools.chain.from_iterable(map(self._cells, rows))
-        return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), -1)
+        return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), len(self.order))
 
     def join(self, inputs: list[Any]) -> Any:
         """Put together what `to_input` gave of some rows each."""
@@ -1431,7 +1435,10 @@ class Predictor:
         self.classes_by_output = by_output if len(by_output) > 1 else []
         self.score, self.method = self._find_score()
         self._decides_by_pair = self.score == "decision" and _decides_by_pair(estimator)
-        self._labels = np.array(self.classes, dtype=None if type_of(self.classes or ()) else object)
+        is_plain = type_of(self.classes or ()) is not None and not any(
+            "\0" in str(label) for label in self.classes or ()
+        )
+        self._labels = np.array(self.classes, dtype=None if is_plain else object)  # numpy's texts lose a last NUL
         self._keys = [_as_key(label) for label in self.classes or []]
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
         self._is_finite = False
@@ -1468,7 +1475,11 @@ class Predictor:
         answer: Tree = {"prediction": self._name_outputs(y)}
         if self.score is not None:
             answer[self.score] = self._name_scores(scores, several=y.ndim == 2)
-        return Predictions.of(answer)
+        predictions = Predictions.of(answer)
+        lengths = {len(column) for column in predictions.columns}
+        if lengths != {len(X)}:
+            raise ModelError(f"gives {listed([*lengths])} answers to {len(X)} rows")
+        return predictions
 
     def ask(self, X: Any) -> tuple[Any, Any]:
         """Give what the estimator predicts for X, and what its other method says, or None where it has none."""
@@ -1524,9 +1535,6 @@ class Predictions:
         columns: list[Array] = []
         return cls(_write_template(tree, columns), columns)
 
-    def __len__(self) -> int:
-        return len(self.columns[0])
-
     def render(self, start: int = 0, stop: int | None = None) -> list[bytes]:
         """Give the JSON of each answer, or of those in a range."""
         values = [_write_values(column[start:stop]) for column in self.columns]
@@ -1552,7 +1560,9 @@ def _write_values(column: Array) -> list[bytes]:
     if column.dtype.kind in "biuf":
         return to_json(values, inf_nan_mode="null", fallback=str)[1:-1].split(b",")
     return [
-        _write_text(value) if type(value) is str else to_json(value, inf_nan_mode="null", fallback=str)
+        _write_text(value)
+        if type(value) is str and len(value) <= MAX_NAME
+        else to_json(value, inf_nan_mode="null", fallback=str)
         for value in values
     ]
 
@@ -1599,10 +1609,12 @@ def _likeliest(scores: Any, tie: float) -> Any:
 
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
-    """Make an error of what an estimator raises to end its process."""
+    """Make a plain error of what would end the process, the task or the iteration in which an estimator runs."""
     try:
         yield
-    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
         raise RuntimeError(f"it raised {reason_of(error)}") from error
 
 
@@ -2320,8 +2332,8 @@ def largest(answer: Any) -> float:
 # Batcher --------------------------------------------------------------------------------------------------------------
 #
 # Most of what a call of an estimator costs is the same for one row and for many. So the rows of requests that wait at
-# the same moment are predicted in one call. How a request waits depends on what runs it: an asyncio loop or a thread,
-# which may be a greenlet of gevent's.
+# the same moment are predicted in one call. There is one call at a time: an estimator may keep what it works on. How a
+# request waits depends on what runs it: an asyncio loop or a thread, which may be a greenlet of gevent's.
 
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 MANY_ROWS = 64  # that tell what one more costs
@@ -2331,17 +2343,19 @@ MAX_COMPARING_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """The rows of one request, and the answers to them or what was raised instead."""
+    """The rows of one request that wait, or a call of its own for so many; then the answers, or what was raised."""
 
     rows: Rows
-    wake: Callable[[], None]  # what waits for it
-    answers: list[bytes] | BaseException = field(default_factory=list)
+    n_rows: int
+    call: Callable[[], list[bytes]] | None = None
+    wake: Callable[[], None] = lambda: None  # what waits for it
+    answers: list[bytes] | Exception = field(default_factory=list)
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     def result(self) -> list[bytes]:
         """Give the answers. Raises what the estimator raised."""
-        if isinstance(self.answers, BaseException):
+        if isinstance(self.answers, Exception):
             raise self.answers
         return self.answers
 
@@ -2356,12 +2370,13 @@ class Batching:
     render: Callable[[Rows], list[bytes]]
     max_rows: int
     max_wait_s: float
+    is_possible: bool = True  # unless the answer to a row depends on the others
     call_s: float = 0.0
     row_s: float = 0.0
 
-    def is_costly(self, n_rows: int) -> bool:
+    def is_costly(self, jobs: Sequence[Job]) -> bool:
         """Whether a call takes so long that it should not run in an event loop."""
-        return self.call_s + self.row_s * n_rows > INLINE_S
+        return self.call_s + self.row_s * sum(job.n_rows for job in jobs) > INLINE_S
 
     def measure(self, row: dict[str, Any]) -> None:
         """Find out what a call takes, by calls of one row and, if that is quick, of many."""
@@ -2369,38 +2384,50 @@ class Batching:
         if self.call_s <= INLINE_S:
             self.row_s = max(0.0, _time(self.render, [row] * MANY_ROWS) - self.call_s) / MANY_ROWS
 
+    def is_full(self, waiting: Iterable[Job]) -> bool:
+        """Whether those that wait have the rows of a call already."""
+        return not self.is_possible or sum(job.n_rows for job in waiting) >= self.max_rows
+
     def take(self, waiting: collections.deque[Job]) -> list[Job]:
-        """Take the jobs of the next call from those that wait, of which there is one at least."""
+        """Take the jobs of the next call from those that wait; none if nobody waits for them any more."""
         jobs: list[Job] = []
         n_rows = 0
-        while waiting and (not jobs or n_rows + len(waiting[0].rows) <= self.max_rows):
+        while waiting and (
+            not jobs or (self._is_shared(waiting[0], jobs[0]) and n_rows + waiting[0].n_rows <= self.max_rows)
+        ):
             job = waiting.popleft()
             if not job.is_given_up:
                 jobs.append(job)
-                n_rows += len(job.rows)
+                n_rows += job.n_rows
         return jobs
 
-    def answer(self, jobs: Sequence[Job]) -> None:
-        """Answer jobs in one call; where that fails, those of each half, so that an error stays with its own job."""
+    def _is_shared(self, *jobs: Job) -> bool:
+        return self.is_possible and all(job.call is None for job in jobs)
+
+    def answer(self, jobs: list[Job]) -> list[list[Job]]:
+        """Answer jobs in one call; if that fails, give their halves, so that an error comes to be with its own job."""
         if not jobs:
-            return
+            return []
+        started = time.perf_counter()
         rows = [row for job in jobs for row in job.rows]
         context = jobs[0].context if len(jobs) == 1 else contextvars.Context()
         try:
-            answers = context.run(self.render, rows)
-            if len(answers) != len(rows):
-                raise ModelError(f"gives {len(answers)} answers to {len(rows)} rows")
+            answers = context.run(jobs[0].call or functools.partial(self.render, rows))
         except Exception as error:  # what an estimator raises has no bounds
-            if len(jobs) == 1:
-                jobs[0].answers = error
-            else:
-                self.answer(jobs[: len(jobs) // 2])
-                self.answer(jobs[len(jobs) // 2 :])
-            return
-        start = 0
-        for job in jobs:
-            job.answers = answers[start : start + len(job.rows)]
-            start += len(job.rows)
+            if len(jobs) > 1:
+                return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
+            jobs[0].answers = error
+            return []
+        if len(jobs) == 1:
+            jobs[0].answers = answers
+        else:
+            start = 0
+            for job in jobs:
+                job.answers = answers[start : start + job.n_rows]
+                start += job.n_rows
+        if (took_s := time.perf_counter() - started) > 10 * INLINE_S:  # as none did at the start
+            self.call_s = max(self.call_s, took_s)
+        return []
 
 
 def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:
@@ -2416,29 +2443,26 @@ def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:
 class LoopBatcher:
     """Batches requests of an asyncio loop: those of one turn of it, and those that came while a call ran beside it."""
 
-    def __init__(self, batching: Batching) -> None:
+    def __init__(self, batching: Batching, loop: asyncio.AbstractEventLoop) -> None:
         self.batching = batching
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop = loop
         self._waiting: collections.deque[Job] = collections.deque()
+        self._halves: list[list[Job]] = []  # of calls that failed
+        self._timer: asyncio.TimerHandle | None = None  # of a call that waits for more rows
         self._is_due = False  # a call is scheduled, or runs
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "predict")  # which starts when it is first used
 
-    async def predict(self, rows: Rows) -> list[bytes]:
-        """Give the answer to each row. Raises what the estimator raises."""
-        if len(rows) > self.batching.max_rows:
-            return await self.run(functools.partial(self.batching.render, rows), len(rows))
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            if self._loop is not None and not self._loop.is_closed():  # one app in two loops
-                return await self.run(functools.partial(self.batching.render, rows), len(rows))
-            self._loop, self._waiting, self._is_due = loop, collections.deque(), False
-        waker = loop.create_future()
-        job = Job(rows, functools.partial(_wake, waker))
+    async def answer(self, job: Job) -> list[bytes]:
+        """Give the answers to a job. Raises what the estimator raised."""
+        waker = self.loop.create_future()
+        job.wake = functools.partial(_wake, waker)
         self._waiting.append(job)
         if not self._is_due:
             self._is_due = True
-            wait_s = self.batching.max_wait_s
-            _ = loop.call_later(wait_s, self._call, loop) if wait_s else loop.call_soon(self._call, loop)
+            self._schedule()
+        elif self._timer is not None and self.batching.is_full(self._waiting):
+            self._timer.cancel()
+            self._call()
         try:
             await waker
         except asyncio.CancelledError:
@@ -2446,31 +2470,32 @@ class LoopBatcher:
             raise
         return job.result()
 
-    async def run(self, call: Callable[[], T], n_rows: int) -> T:
-        """Make one call for itself, for so many rows."""
-        if self.batching.is_costly(n_rows):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, _beside_loop(call))
-        return call()
-
-    def _call(self, loop: asyncio.AbstractEventLoop, n_before: int = 0) -> None:
-        if n_before < len(self._waiting) < self.batching.max_rows:  # this turn brought some, and so may the next
-            loop.call_soon(self._call, loop, len(self._waiting))
-            return
-        jobs = self.batching.take(self._waiting)
-        if self.batching.is_costly(sum(len(job.rows) for job in jobs)):
-            call = _beside_loop(functools.partial(self.batching.answer, jobs))
-            done = loop.run_in_executor(self._thread, call)
-            done.add_done_callback(lambda _: self._hand_out(jobs, loop))
+    def _schedule(self) -> None:
+        if self.batching.max_wait_s and not self.batching.is_full(self._waiting):
+            self._timer = self.loop.call_later(self.batching.max_wait_s, self._call)
         else:
-            self.batching.answer(jobs)
-            self._hand_out(jobs, loop)
+            self.loop.call_soon(self._call)
 
-    def _hand_out(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
-        for job in jobs:
+    def _call(self, n_before: int = 0) -> None:
+        self._timer = None
+        if n_before < len(self._waiting) < self.batching.max_rows:  # this turn brought some, and so may the next
+            self.loop.call_soon(self._call, len(self._waiting))
+            return
+        jobs = self._halves.pop() if self._halves else self.batching.take(self._waiting)
+        if self.batching.is_costly(jobs):
+            call = _beside_loop(functools.partial(self.batching.answer, jobs))
+            done = self.loop.run_in_executor(self._thread, call)
+            done.add_done_callback(lambda done: self._hand_out(jobs, done.result()))
+        else:
+            self._hand_out(jobs, self.batching.answer(jobs))
+
+    def _hand_out(self, jobs: list[Job], halves: list[list[Job]]) -> None:
+        self._halves += halves
+        for job in jobs if not halves else ():
             job.wake()
-        self._is_due = bool(self._waiting)
+        self._is_due = bool(self._waiting or self._halves)
         if self._is_due:
-            loop.call_soon(self._call, loop)
+            self.loop.call_soon(self._call, len(self._waiting))
 
 
 def _wake(waker: asyncio.Future[None]) -> None:
@@ -2479,57 +2504,61 @@ def _wake(waker: asyncio.Future[None]) -> None:
 
 
 class ThreadBatcher:
-    """Batches requests of threads, which may be greenlets, in a thread of its own.
+    """Batches requests of threads, which may be greenlets, in a thread of its own, in which every call is made.
 
-    It starts with the first request: none that runs before lives on in a process that is forked.
+    It starts with the first request of a process: one that runs before does not live on in those that are forked.
     """
 
     def __init__(self, batching: Batching) -> None:
         self.batching = batching
         self._arrived: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    async def predict(self, rows: Rows) -> list[bytes]:
-        """Give the answer to each row; it blocks. Raises what the estimator raises."""
-        if len(rows) > self.batching.max_rows:
-            return await self.run(functools.partial(self.batching.render, rows), len(rows))
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
+    async def answer(self, job: Job) -> list[bytes]:
+        """Give the answers to a job; it blocks. Raises what the estimator raised."""
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():
+                self._arrived = queue.SimpleQueue()
+                self._thread = threading.Thread(target=self._serve, args=[self._arrived], name="predict", daemon=True)
                 self._thread.start()
-        return self._wait_for(rows)
+        return self._wait_for(job)
 
-    async def run(self, call: Callable[[], T], n_rows: int) -> T:
-        """Make one call for itself, for so many rows; it blocks."""
-        return self._run(call, n_rows)
-
-    def _wait_for(self, rows: Rows) -> list[bytes]:
+    def _wait_for(self, job: Job) -> list[bytes]:
         waker = threading.Lock()
         waker.acquire()
-        job = Job(rows, waker.release)
+        job.wake = waker.release
         self._arrived.put(job)
         waker.acquire()
         return job.result()
 
-    def _serve(self) -> None:
+    def _serve(self, arrived: queue.SimpleQueue[Job]) -> None:
         waiting: collections.deque[Job] = collections.deque()
         while True:
             if not waiting:
-                waiting.append(self._arrived.get())
-                time.sleep(self.batching.max_wait_s)
+                waiting.append(arrived.get())
+                self._wait_for_more(arrived, waiting)
             while len(waiting) < self.batching.max_rows:  # as long as others that are ready bring some
                 time.sleep(0)
-                if self._arrived.empty():
+                if arrived.empty():
                     break
-                waiting += [self._arrived.get() for _ in range(self._arrived.qsize())]
-            jobs = self.batching.take(waiting)
-            self._run(functools.partial(self.batching.answer, jobs), sum(len(job.rows) for job in jobs))
-            for job in jobs:
-                job.wake()
+                waiting += [arrived.get() for _ in range(arrived.qsize())]
+            groups = [self.batching.take(waiting)]
+            while groups:
+                groups += self._call(groups.pop())
 
-    def _run(self, call: Callable[[], T], n_rows: int) -> T:
-        return (_beside_loop(call) if self.batching.is_costly(n_rows) else call)()
+    def _wait_for_more(self, arrived: queue.SimpleQueue[Job], waiting: collections.deque[Job]) -> None:
+        end = time.monotonic() + self.batching.max_wait_s
+        while not self.batching.is_full(waiting) and (left_s := end - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                waiting.append(arrived.get(timeout=left_s))
+
+    def _call(self, jobs: list[Job]) -> list[list[Job]]:
+        answer = functools.partial(self.batching.answer, jobs)
+        halves = (_beside_loop(answer) if self.batching.is_costly(jobs) else answer)()
+        for job in jobs if not halves else ():
+            job.wake()
+        return halves
 
 
 def _beside_loop(call: Callable[[], T]) -> Callable[[], T]:
@@ -2556,8 +2585,12 @@ PIECE_ROWS = 1000
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 
 
+IDS = random.Random()  # noqa: S311 — no secrets, and a system call less each; of our own, which nobody else seeds
+os.register_at_fork(after_in_child=IDS.seed)
+
+
 def make_request_id() -> str:
-    return f"{random.getrandbits(128):032x}"  # no secret, and a system call less; a forked process draws others
+    return f"{IDS.getrandbits(128):032x}"
 
 
 @dataclass(slots=True)
@@ -2700,7 +2733,7 @@ def read_long_array(contract: Contract, body: Any, max_rows: int) -> list[Any] |
             X = contract.read_numbers(part)
             inputs.append(contract.to_input(contract.parse_payload(parse_json(part))) if X is None else X)
             n_rows += len(inputs[-1])
-        return inputs if n_rows <= max_rows else None
+        return inputs if 0 < n_rows <= max_rows else None
     return None
 
 
@@ -3010,21 +3043,21 @@ class Service:
 
     async def predict(self, request: Request, rows: list[dict[str, Any]]) -> list[bytes]:
         request.rows = len(rows)
-        return await request.batcher.predict(rows) if rows else []
+        return await request.batcher.answer(Job(rows, len(rows))) if rows else []
 
     async def predict_array(self, request: Request, inputs: list[Any]) -> list[bytes]:
         """Answer an array whose rows are in parts, as the contract gives them, in one call."""
         request.rows = sum(map(len, inputs))
-        return await request.batcher.run(functools.partial(self.render_array, inputs), request.rows)
+        request.body = b""  # which is read, and as large as the rest
+        return await request.batcher.answer(Job([], request.rows, functools.partial(self.render_array, inputs)))
 
     def render_array(self, inputs: list[Any]) -> list[bytes]:
         """Give the pieces of a JSON array of the answers to all rows. Raises what the estimator raises."""
         limit_threads(self.settings.threads)
-        predictions = self.predictor.predict(self.contract.join(inputs))
-        n_rows = sum(map(len, inputs))
-        if len(predictions) != n_rows:
-            raise ModelError(f"gives {len(predictions)} answers to {n_rows} rows")
-        starts = range(0, n_rows, PIECE_ROWS)
+        X = self.contract.join(inputs)
+        inputs.clear()
+        predictions = self.predictor.predict(X)
+        starts = range(0, len(X), PIECE_ROWS)
         pieces = [b",%b" % b",".join(predictions.render(start, start + PIECE_ROWS)) for start in starts]
         return [b"[" + pieces[0][1:], *pieces[1:], b"]"]
 
@@ -3049,16 +3082,19 @@ class Service:
 
     def warm_up(self) -> None:
         """Find out what a call of the estimator costs, and whether the rows of several requests can share one."""
-        self.batching.measure(self.known_rows[0])
-        if not self._answers_by_row():
-            self.batching.max_rows = 0
-            log.warning("never_batched", reason="the answer to a row depends on the other rows of the call")
+        try:
+            self.batching.measure(self.known_rows[0])
+            reason = self._find_dependence()
+        except Exception as error:  # what an estimator raises has no bounds
+            reason = f"rows that are answered alone fail together: {reason_of(error)}"
+        if reason is not None:
+            self.batching.is_possible = False
+            log.warning("never_batched", reason=reason)
 
-    def _answers_by_row(self) -> bool:
-        """Whether rows have the same answers alone and together: the golden rows, or some around the only known one."""
+    def _find_dependence(self) -> str | None:
+        """Say how the answers to rows, known and made up, differ when they are asked alone and together, if they do."""
         rows = self.known_rows[:MAX_COMPARED]
-        if len(rows) == 1:
-            rows += vary(rows, self.contract, MAX_COMPARED)
+        rows += vary(rows, self.contract, MAX_COMPARED - len(rows))
         alone: list[tuple[dict[str, Any], Any]] = []
         end = time.monotonic() + MAX_COMPARING_S
         with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
@@ -3069,7 +3105,14 @@ class Service:
                     break
             together = self.answer([row for row, _ in alone], "rows")
         answers = [answer for _, answer in alone]
-        return agrees(together, answers, largest(answers))
+        if len(alone) < 2:
+            return "too few rows have an answer to be compared; give golden rows, or examples in [features]"
+        is_same = agrees(together, answers, largest(answers), self._rounding)
+        return None if is_same else "the answer to a row depends on the other rows of the call"
+
+    @property
+    def _rounding(self) -> Rounding:
+        return OF_LIBRARIES if self.predictor.onnx is None else OF_FLOAT32
 
     @property
     def known_rows(self) -> Rows:
@@ -3094,7 +3137,7 @@ class Service:
         scale = largest(golden.predictions)
         for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
             expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
-            if not agrees(answer, expected, scale, OF_LIBRARIES if self.predictor.onnx is None else OF_FLOAT32):
+            if not agrees(answer, expected, scale, self._rounding):
                 wanted = f"as {path.name} has it"
                 raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
 
@@ -3162,11 +3205,14 @@ def build_flask(service: Service) -> flask.Flask:
         app.add_url_rule(path, name, view, methods=[*operations], provide_automatic_options=False)
     app.register_error_handler(HTTPException, unmatched)
     inner = app.wsgi_app
+    methods = {*service.routes[PREDICTIONS], "HEAD"}
+    name = service.routes[PREDICTIONS]["GET"].name
 
     def predictions_first(environ: Any, start_response: Any) -> Any:
         """Answer predictions before Flask's router, which takes longer than the service does, unless Flask is to do
         something for each request."""
-        first = environ["PATH_INFO"] == PREDICTIONS and not _has_hooks(app)
+        is_ours = environ["PATH_INFO"] == PREDICTIONS and environ["REQUEST_METHOD"] in methods
+        first = is_ours and app.view_functions[name] is view and not _has_hooks(app)
         return (endpoint if first else inner)(environ, start_response)
 
     app.wsgi_app = predictions_first  # type: ignore[method-assign]
@@ -3175,11 +3221,14 @@ def build_flask(service: Service) -> flask.Flask:
 
 def _has_hooks(app: flask.Flask) -> bool:
     """Whether a user has given a Flask something to do for each request."""
-    from flask import request_finished, request_started
+    from flask import Request, signals
 
     hooks = (app.before_request_funcs, app.after_request_funcs, app.teardown_request_funcs)
     more = (app.url_value_preprocessors, app.teardown_appcontext_funcs)
-    return any(hooks) or any(more) or bool(request_started.receivers or request_finished.receivers)
+    of_request = (signals.request_started, signals.request_finished, signals.request_tearing_down)
+    of_context = (signals.appcontext_pushed, signals.appcontext_popped, signals.appcontext_tearing_down)
+    listened = any(signal.receivers for signal in (*of_request, *of_context))
+    return any(hooks) or any(more) or listened or app.request_class is not Request
 
 
 class WSGIEndpoint:
@@ -3237,13 +3286,15 @@ def build_fastapi(service: Service) -> fastapi.FastAPI:
     import fastapi
 
     endpoint = ASGIEndpoint(service)
+    methods = {*service.routes[PREDICTIONS], "HEAD"}
 
     class App(fastapi.FastAPI):
         """A FastAPI that answers predictions before its router, which takes longer than the service does, unless
         middleware is to do something for each request."""
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "http" and scope["path"] == PREDICTIONS and not self.user_middleware:
+            is_ours = scope["type"] == "http" and scope["path"] == PREDICTIONS and scope["method"] in methods
+            if is_ours and not self.user_middleware and "build_middleware_stack" not in vars(self):
                 await endpoint.answer(asgi_request(scope, receive, endpoint.batcher), receive, send)
             else:
                 await super().__call__(scope, functools.partial(receive_unless_cut, scope, receive), send)
@@ -3278,7 +3329,16 @@ class ASGIEndpoint:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.batcher = LoopBatcher(service.batching)
+        self._batchers: MutableMapping[Any, LoopBatcher] = weakref.WeakKeyDictionary()
+        self._last: LoopBatcher | None = None
+
+    @property
+    def batcher(self) -> LoopBatcher:
+        """The batcher of the running loop; in tests an app may have several."""
+        loop, last = asyncio.get_running_loop(), self._last
+        if last is None or last.loop is not loop:
+            last = self._last = self._batchers.setdefault(loop, LoopBatcher(self.service.batching, loop))
+        return last
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self.answer(asgi_request(scope, receive, self.batcher), receive, send)

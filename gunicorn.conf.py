@@ -113,6 +113,8 @@ class Together:
         if not self.written:
             self.loop.call_soon(self.flush)
         self.written.append(data)
+        if len(data) > MAX_HELD_BYTES or len(self.written) > 2:
+            self.flush()  # so that the transport can say when it has enough
 
     def write_eof(self) -> None:
         self.flush()
@@ -149,9 +151,12 @@ def http_protocol() -> type:
             self.waste_bytes += len(data)
             while data and not self.failed:
                 data = self._feed(data)
-            if self.waste_bytes > MAX_WASTE_BYTES and not self.failed:
-                self.refusal = 431
-                self._fail()
+            if self.waste_bytes > limit_request_field_size and not self.failed:
+                self._check_fields()
+                if self.waste_bytes > MAX_WASTE_BYTES:
+                    self.refusal = 431
+                if self.refusal == 431:
+                    self._fail()
 
         def _feed(self, data: bytes) -> bytes:
             """Feed the parser, and give what it shall be fed next.
@@ -179,6 +184,16 @@ def http_protocol() -> type:
         def on_headers_complete(self) -> None:
             self.waste_bytes = 0
             self._unset_keepalive_if_required()
+            hosts = self._check_fields()
+            is_http_1 = self.parser.get_http_version() in ("1.1", "1.0")
+            if self.refusal != 400 or hosts > 1 or not is_http_1 or self.parser.get_method() == b"CONNECT":
+                raise ValueError("head")
+            if not self.parser.should_upgrade():
+                super().on_headers_complete()
+                self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
+
+        def _check_fields(self) -> int:
+            """Refuse too many fields, or one that is too long, and count those that name a host."""
             hosts = 0
             for name, value in self.headers:
                 hosts += name == b"host"
@@ -186,12 +201,7 @@ def http_protocol() -> type:
                     self.refusal = 431
             if len(self.headers) > limit_request_fields:
                 self.refusal = 431
-            is_http_1 = self.parser.get_http_version() in ("1.1", "1.0")
-            if self.refusal != 400 or hosts > 1 or not is_http_1 or self.parser.get_method() == b"CONNECT":
-                raise ValueError("head")
-            if not self.parser.should_upgrade():
-                super().on_headers_complete()
-                self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
+            return hosts
 
         def on_body(self, body: bytes) -> None:
             self.waste_bytes = 0
@@ -208,6 +218,7 @@ def http_protocol() -> type:
                 self._refuse()
 
         def on_response_complete(self) -> None:
+            self.transport.flush()  # type: ignore[attr-defined]
             super().on_response_complete()
             if self.failed and self.cycle.response_complete and not self.transport.is_closing():
                 self._refuse()  # what follows the requests that were good
@@ -344,6 +355,7 @@ def post_worker_init(worker: Any) -> None:
     gc.set_threshold(GC_THRESHOLD)
 
 
+MAX_HELD_BYTES = 16_384
 GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
 MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
 WORKERS = {

@@ -178,6 +178,7 @@ def test_whatever_an_estimator_raises_stays_with_its_row(framework: str, error: 
 def test_client_that_leaves_harms_nobody(server: Server) -> None:
     """Connections that end while their answers are made leave the worker as it was."""
     (pid,) = server.worker_pids
+    server.post([ROW] * 3)
     open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     for _ in range(50):
         with server.connect() as client:
