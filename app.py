@@ -3008,8 +3008,9 @@ class Service:
 
     async def _answer(self, request: Request) -> Response:
         try:
-            if isinstance(body := await request.read_body(self.settings.limits.max_body_bytes), ServingError):
-                raise body
+            await request.read_body(self.settings.limits.max_body_bytes)
+            if isinstance(request.body, ServingError):
+                raise request.body
             operation = self._find(request)
             self._authorize(operation, request)
             return await operation.endpoint(self, request)
@@ -3054,10 +3055,10 @@ class Service:
     def render_array(self, inputs: list[Any]) -> list[bytes]:
         """Give the pieces of a JSON array of the answers to all rows. Raises what the estimator raises."""
         limit_threads(self.settings.threads)
-        X = self.contract.join(inputs)
+        n_rows = sum(map(len, inputs))
+        predictions = self.predictor.predict(self.contract.join(inputs))
         inputs.clear()
-        predictions = self.predictor.predict(X)
-        starts = range(0, len(X), PIECE_ROWS)
+        starts = range(0, n_rows, PIECE_ROWS)
         pieces = [b",%b" % b",".join(predictions.render(start, start + PIECE_ROWS)) for start in starts]
         return [b"[" + pieces[0][1:], *pieces[1:], b"]"]
 

@@ -110,6 +110,7 @@ class Noting(RegressorMixin, BaseEstimator):
         self.gate = threading.Event()
         self.gate.set()
         self.error: type[BaseException] = RuntimeError
+        self.most = 1_000_000  # rows that it takes
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -117,6 +118,8 @@ class Noting(RegressorMixin, BaseEstimator):
     def predict(self, X: Any) -> Any:
         self.calls.append(len(X))
         self.gate.wait(30)
+        if len(X) > self.most:
+            raise ValueError("too many rows")
         if -1 in X:
             raise self.error("the estimator is broken")
         return np.ravel(X) * 2.0

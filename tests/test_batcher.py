@@ -15,6 +15,7 @@ from typing import Any
 import estimators
 import numpy as np
 import pytest
+import sklearn
 import threadpoolctl  # type: ignore[import-untyped]
 from conftest import (
     COMBINATIONS,
@@ -22,6 +23,7 @@ from conftest import (
     ROW,
     Answer,
     Server,
+    answers_of,
     call,
     call_asgi,
     deploy,
@@ -32,6 +34,9 @@ from conftest import (
 )
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import app
 
@@ -343,3 +348,149 @@ def test_start_says_how_cores_are_shared(server: Server) -> None:
     """One line of the log has cores, workers and threads."""
     (line,) = (line for line in server.lines if line["event"] == "core_budget")
     assert (line["workers"], line["threads"]) == (1, line["cores"])
+
+
+class Ends(BaseException):
+    """What native extensions raise when they panic."""
+
+
+@pytest.mark.parametrize("error", [Ends, StopIteration, asyncio.CancelledError])
+@pytest.mark.parametrize("n_rows", [1, 300])
+def test_request_after_a_fatal_one_is_answered(framework: str, error: type[BaseException], n_rows: int) -> None:
+    """Neither the batcher nor the thread beside it ends with what an estimator raises."""
+    estimator, native = serve_noting(framework)
+    estimator.error = error
+    for batching in (0.0, 1.0):  # in the loop, and in the thread beside it
+        service_of(native).batching.call_s = batching
+        assert call(native, post_case(rows(*[-1] * n_rows))).status == 500
+        assert call(native, post_case({"x0": 2})).json == {"prediction": 4.0}
+
+
+def service_of(native: Any) -> app.Service:
+    service: app.Service = native.extensions["serving"] if hasattr(native, "wsgi_app") else native.state.serving
+    return service
+
+
+def test_estimator_is_asked_one_thing_at_a_time(framework: str) -> None:
+    """Small batches and long arrays never overlap, in the loop or beside it: an estimator may keep what it is asked."""
+    estimator, native = serve_noting(framework)
+    service_of(native).batching.row_s = 1e-4  # so that long arrays are costly, and single rows are not
+    overlaps: list[int] = []
+    predict, running = estimator.predict, threading.Lock()
+
+    def watched(X: Any) -> Any:
+        overlaps.append(not running.acquire(blocking=False))
+        time.sleep(0.002)
+        answer = predict(X)
+        if running.locked():
+            running.release()
+        return answer
+
+    estimator.predict = watched
+    payloads = [rows(*range(300)) if place % 5 == 0 else {"x0": place} for place in range(40)]
+    answers = ask_together(native, estimator, payloads)
+    assert all(answer.status == 200 for answer in answers)
+    assert not any(overlaps)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, -1])
+@pytest.mark.parametrize("n_rows", [1, 3, 300, 5000])
+def test_wrong_number_of_answers_is_an_error(wrong: int, n_rows: int) -> None:
+    """An estimator that gives more or fewer answers than rows gives nobody another's."""
+    estimator, native = serve_noting("fastapi")
+    estimator.predict = lambda X: np.zeros(len(X) + wrong)
+    assert call(native, post_case(rows(*range(n_rows)))).status == (500 if wrong else 200)
+
+
+def test_full_batch_waits_for_nobody(framework: str) -> None:
+    """`batching.max_wait_ms` is the time to wait for a full call, not for one that is full already."""
+    for max_rows, n_requests in ((1, 1), (3, 3)):
+        estimator, native = serve_noting(framework, max_rows=max_rows, max_wait_ms=1000)
+        started = time.perf_counter()
+        ask_at_once(native, rows(*range(n_requests)))
+        assert time.perf_counter() - started < 0.9
+        assert sum(estimator.calls) == n_requests
+
+
+def test_lone_request_does_not_wait(framework: str) -> None:
+    """By default nothing is waited for: a hundred requests, one after the other, take less than a wait would."""
+    _, native = serve_noting(framework)
+    started = time.perf_counter()
+    for _ in range(100):
+        call(native, post_case({"x0": 1}))
+    assert time.perf_counter() - started < 1
+
+
+def ask_at_once(native: Any, payloads: Sequence[Any]) -> list[Answer]:
+    return ask_together(native, estimators.Centring(), payloads)
+
+
+@pytest.mark.parametrize("golden_rows", [[{"x0": 1.5}] * 3, [{"x0": 1.5}, {"x0": 2.5}]], ids=["alike", "different"])
+def test_dependence_is_found_with_golden_rows(golden_rows: list[dict[str, float]]) -> None:
+    """Golden rows that are all alike do not hide that answers depend on the others of a call."""
+    golden = app.Golden(versions={}, rows=golden_rows, predictions=[{"prediction": 0.0}] * len(golden_rows))
+    service = app.Service(make_settings(features={}), app.Predictor(estimators.Centring()), golden)
+    service.warm_up()
+    assert not service.batching.is_possible
+
+
+def test_estimator_that_takes_one_row_only_is_served() -> None:
+    """Rows that fail together are asked alone, from the first request on."""
+    estimator = estimators.Noting()
+    estimator.most = 1
+    service = app.Service(make_settings(features={}), app.Predictor(estimator))
+    app.configure_logging(service.settings.logging)
+    service.warm_up()
+    estimator.calls.clear()
+    answers = ask_at_once(app.build_fastapi(service), rows(1, 2, 3))
+    assert [answer.json for answer in answers] == [{"prediction": 2.0}, {"prediction": 4.0}, {"prediction": 6.0}]
+    assert estimator.calls == [1, 1, 1]
+
+
+def test_retries_let_other_requests_through() -> None:
+    """While the failing rows of a large batch are looked for, the loop does other things between two calls."""
+    estimator, native = serve_noting("fastapi")
+    predict = estimator.predict
+
+    def slow(X: Any) -> Any:
+        time.sleep(0.005)
+        return predict(X)
+
+    estimator.predict = slow
+
+    async def ask() -> float:
+        load = asyncio.gather(*(call_asgi(native, post_case({"x0": -1})) for _ in range(64)))
+        longest, before = 0.0, time.perf_counter()
+        while not load.done():
+            await asyncio.sleep(0)
+            longest, before = max(longest, time.perf_counter() - before), time.perf_counter()
+        assert {answer.status for answer in load.result()} == {500}
+        return longest
+
+    assert asyncio.run(ask()) < 0.1
+    assert len(estimator.calls) > 100
+
+
+def test_one_call_gives_class_and_probabilities() -> None:
+    """Where the likeliest class is the prediction, an estimator is asked for probabilities only."""
+    estimator = LogisticRegression().fit([[0.0], [1.0]], ["a", "b"])
+    predictor = app.Predictor(estimator)
+    asked = []
+    estimator.predict = lambda X: asked.append(X)
+    assert answers_of(predictor, np.array([[2.0]]))[0]["prediction"] == "b"
+    assert not asked
+
+
+def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
+    """scikit-learn does not look for infinity where none comes in, and does where a step could make some."""
+    X, y = np.arange(20.0).reshape(10, 2), [0, 1] * 5
+    for estimator, is_lean in (
+        (LogisticRegression(), True),
+        (make_pipeline(StandardScaler(), LogisticRegression()), False),
+    ):
+        service = app.Service(make_settings(features={}), app.Predictor(estimator.fit(X, y)))
+        seen = []
+        method = estimator.predict_proba
+        estimator.predict_proba = lambda X, method=method, seen=seen: (seen.append(sklearn.get_config()), method(X))[1]
+        service.render([{"x0": 1.0, "x1": 2.0}])
+        assert [config["assume_finite"] for config in seen] == [is_lean]

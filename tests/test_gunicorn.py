@@ -7,13 +7,25 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
-from conftest import BIN, COMBINATIONS, PROJECT, ROW, WAIT_S, Server, gunicorn_environment, read_answer, wait_until
+from conftest import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    WAIT_S,
+    Server,
+    gunicorn_environment,
+    post_case,
+    read_answer,
+    wait_until,
+)
 from test_parity import check
 
 CROSSED = [("flask", "uvicorn"), ("fastapi", "gevent")]
@@ -293,6 +305,14 @@ else:
 
         return fastapi.responses.StreamingResponse(pieces())
 
+    @native.get("/flood")
+    async def flood():
+        async def pieces():
+            for _ in range(16_000):
+                yield bytes(65_536)
+
+        return fastapi.responses.StreamingResponse(pieces())
+
     @native.get("/exit")
     async def leave():
         raise SystemExit(1)
@@ -450,3 +470,32 @@ def test_stop_ends_every_process(serve: Callable[..., Server], combination: tupl
     assert server.stop(signal.SIGTERM) == 0
     assert time.monotonic() - started < 15  # half of graceful_timeout: no worker missed the signal while it booted
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_field_that_is_too_long_is_refused_before_the_head_ends(servers: dict[tuple[str, str], Server]) -> None:
+    """The answer comes as soon as it is known, not when the connection is given up."""
+    with servers["fastapi", "uvicorn"].connect() as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 9000 + b"\r\nX-More: ")
+        started = time.monotonic()
+        assert read_answer(client).status == 431
+        assert time.monotonic() - started < 2
+
+
+def test_long_answer_reaches_a_client_that_has_closed_its_side(server: Server) -> None:
+    """A client that sends no more still gets the whole answer."""
+    answer = server.exchange(post_case([ROW] * 5000).raw(), "POST", half_close=True)
+    assert len(answer.json) == 5000
+
+
+def test_stream_waits_for_a_client_that_does_not_read(serve: Callable[..., Server], project: Path) -> None:
+    """A route that streams a gigabyte does not put it all into memory."""
+    (project / "routes.py").write_text(ROUTES)
+    server = serve("gunicorn -c gunicorn.conf.py routes:asgi", project, **gunicorn_environment("fastapi", "uvicorn"))
+    (pid,) = server.worker_pids
+    with server.connect() as client:
+        client.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.recv(1000)
+        threading.Event().wait(1)
+        peaks_kb = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert int(peaks_kb[0]) < 400_000
+    assert server.get("/ping").status == 200

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import random
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -181,3 +184,23 @@ def test_simultaneous_requests_keep_their_ids(servers: dict[tuple[str, str], Ser
             thread.join()
         assert answers == {name: name for name in names}
         assert all(len(events_of(server, name)) == 1 for name in names)
+
+
+@pytest.mark.parametrize("value", ["\udc80", b"\xff", {1, 2}, object, float("nan"), "\x9b31m", "ö"])
+def test_event_of_any_value_is_a_line_of_ascii(value: Any) -> None:
+    """Whatever is logged is one JSON object a line, without a character that a terminal could obey."""
+    line = app._write_event({"event": "x", "value": value})
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["event"] == "x"
+
+
+def test_request_ids_differ_whatever_is_seeded() -> None:
+    """A library that seeds Python's random numbers does not repeat ids, nor does a process that is forked."""
+    ids = set()
+    for _ in range(3):
+        random.seed(0)
+        ids.add(app.make_request_id())
+    code = "import app, os; os.fork() and os.wait(); print(app.make_request_id(), flush=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert len(ids | set(done.stdout.split())) == 5
