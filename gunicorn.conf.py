@@ -88,8 +88,8 @@ def refuse(status: int) -> bytes:
     }
     request_id = app.make_request_id()
     log.warning("request_refused", status=status, request_id=request_id)
-    headers = {"Connection": "close", "X-Request-ID": request_id}
-    response = app.Response.of({"detail": details[status]}, status, headers)
+    response = app.Response.of({"detail": details[status]}, status, {"Connection": "close"})
+    response.request_id = request_id
     head = [f"HTTP/1.1 {response.status_line}", *map(": ".join, response.headers)]
     return "\r\n".join([*head, "", ""]).encode() + b"".join(response.pieces)
 
@@ -218,7 +218,6 @@ def http_protocol() -> type:
                 self._refuse()
 
         def on_response_complete(self) -> None:
-            self.transport.flush()  # type: ignore[attr-defined]
             super().on_response_complete()
             if self.failed and self.cycle.response_complete and not self.transport.is_closing():
                 self._refuse()  # what follows the requests that were good
@@ -231,6 +230,7 @@ def http_protocol() -> type:
 
         def eof_received(self) -> bool:  # type: ignore[override]
             """Answer a client that has closed its sending side only, as WSGI workers do."""
+            self.transport.flush()  # type: ignore[attr-defined]
             waiting = self.cycle is not None and not self.cycle.response_complete and self.scheme == "http"
             if waiting and not self.failed:
                 self._cut_short()
