@@ -467,7 +467,7 @@ def test_retries_let_other_requests_through() -> None:
         assert {answer.status for answer in load.result()} == {500}
         return longest
 
-    assert asyncio.run(ask()) < 0.1
+    assert asyncio.run(ask()) < 0.3  # all calls together take twice as long
     assert len(estimator.calls) > 100
 
 
