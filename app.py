@@ -2343,6 +2343,7 @@ def largest(answer: Any) -> float:
 # request waits depends on what runs it: an asyncio loop or a thread, which may be a greenlet of gevent's.
 
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
+UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
 MANY_ROWS = 64  # that tell what one more costs
 MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
@@ -2382,9 +2383,13 @@ class Batching:
     call_s: float = 0.0
     row_s: float = 0.0
 
+    def seconds_for(self, jobs: Sequence[Job]) -> float:
+        """Give what a call for some jobs is expected to take."""
+        return self.call_s + self.row_s * sum(job.n_rows for job in jobs)
+
     def is_costly(self, jobs: Sequence[Job]) -> bool:
         """Whether a call takes so long that it should not run in an event loop."""
-        return self.call_s + self.row_s * sum(job.n_rows for job in jobs) > INLINE_S
+        return self.seconds_for(jobs) > INLINE_S
 
     def measure(self, row: dict[str, Any]) -> None:
         """Find out what a call takes, by calls of one row and, if that is quick, of many."""
@@ -2400,17 +2405,16 @@ class Batching:
         """Take the jobs of the next call from those that wait; none if nobody waits for them any more."""
         jobs: list[Job] = []
         n_rows = 0
-        while waiting and (
-            not jobs or (self._is_shared(waiting[0], jobs[0]) and n_rows + waiting[0].n_rows <= self.max_rows)
-        ):
+        while waiting and (not jobs or self._can_join(waiting[0], jobs[0], n_rows)):
             job = waiting.popleft()
             if not job.is_given_up:
                 jobs.append(job)
                 n_rows += job.n_rows
         return jobs
 
-    def _is_shared(self, *jobs: Job) -> bool:
-        return self.is_possible and all(job.call is None for job in jobs)
+    def _can_join(self, job: Job, first: Job, n_rows: int) -> bool:
+        is_shared = self.is_possible and first.call is None and job.call is None
+        return is_shared and n_rows + job.n_rows <= self.max_rows
 
     def answer(self, jobs: list[Job]) -> list[list[Job]]:
         """Answer jobs in one call; if that fails, give their halves, so that an error comes to be with its own job."""
@@ -2433,8 +2437,9 @@ class Batching:
             for job in jobs:
                 job.answers = answers[start : start + job.n_rows]
                 start += job.n_rows
-        if (took_s := time.perf_counter() - started) > 10 * INLINE_S:  # as none did at the start
-            self.call_s = max(self.call_s, took_s)
+        took_s = time.perf_counter() - started
+        if took_s > UNEXPECTED * max(INLINE_S, self.seconds_for(jobs)):
+            self.call_s = took_s
         return []
 
 

@@ -237,6 +237,22 @@ def test_slow_call_keeps_nothing_else_waiting(
     server.stop()
 
 
+@pytest.mark.parametrize(("n_rows", "took_s", "expected"), [(1, 0.11, True), (2000, 0.11, False)])
+def test_call_far_longer_than_expected_moves_later_ones_out_of_the_loop(
+    n_rows: int, took_s: float, expected: bool
+) -> None:
+    """A long array may take long; a row may not, and those after it are expected to be like it."""
+
+    def render(rows: app.Rows) -> list[bytes]:
+        time.sleep(took_s)
+        return [b"{}"] * len(rows)
+
+    batching = app.Batching(render, max_rows=256, max_wait_s=0, call_s=1e-4, row_s=1e-5)
+    job = app.Job([{}] * n_rows, n_rows)
+    assert batching.answer([job]) == []
+    assert batching.is_costly([app.Job([{}], 1)]) is expected
+
+
 def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Give rows all over the features, and the estimator's answers to them."""
     X = np.random.default_rng(0).uniform(0, 8, (500, 4)).round(2)
