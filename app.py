@@ -24,7 +24,6 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
-import datetime
 import difflib
 import functools
 import hashlib
@@ -49,7 +48,6 @@ import time
 import tomllib
 import urllib.parse
 import warnings
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -608,9 +606,15 @@ def _add_process_and_request(_: Any, __: str, event: MutableMapping[str, Any]) -
 
 
 def _add_time(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Add the time, as structlog's own processor does in three times the time."""
-    event["timestamp"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+    """Add the time, as structlog's own processor does in ten times the time."""
+    seconds, ns = divmod(time.time_ns(), 1_000_000_000)
+    event["timestamp"] = f"{_write_second(seconds)}.{ns // 1000:06d}Z"
     return event
+
+
+@functools.lru_cache(maxsize=1)
+def _write_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _escape_controls(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -1490,10 +1494,18 @@ class Predictor:
 
     def ask(self, X: Any) -> tuple[Any, Any]:
         """Give what the estimator predicts for X, and what its other method says, or None where it has none."""
-        with sklearn.config_context(assume_finite=True) if self._is_finite else contextlib.nullcontext():
-            scores: Any = getattr(self.estimator, self.method)(X) if self.score else None
-            labels = None if self._tie is None else _likeliest(scores, self._tie)
-            return self.estimator.predict(X) if labels is None else self._labels[labels], scores
+        if not self._is_finite:
+            return self._ask(X)
+        sklearn.set_config(assume_finite=True)  # of this thread, in a tenth of the time of `config_context`
+        try:
+            return self._ask(X)
+        finally:
+            sklearn.set_config(assume_finite=False)
+
+    def _ask(self, X: Any) -> tuple[Any, Any]:
+        scores: Any = getattr(self.estimator, self.method)(X) if self.score else None
+        labels = None if self._tie is None else _likeliest(scores, self._tie)
+        return self.estimator.predict(X) if labels is None else self._labels[labels], scores
 
     def _name_outputs(self, y: Array) -> Tree:
         """Give y, of shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
@@ -3341,16 +3353,15 @@ class ASGIEndpoint:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._batchers: MutableMapping[Any, LoopBatcher] = weakref.WeakKeyDictionary()
-        self._last: LoopBatcher | None = None
+        self._batcher: LoopBatcher | None = None
 
     @property
     def batcher(self) -> LoopBatcher:
-        """The batcher of the running loop; in tests an app may have several."""
-        loop, last = asyncio.get_running_loop(), self._last
-        if last is None or last.loop is not loop:
-            last = self._last = self._batchers.setdefault(loop, LoopBatcher(self.service.batching, loop))
-        return last
+        """The batcher of the running loop; in tests an app may see several, one after the other."""
+        loop, batcher = asyncio.get_running_loop(), self._batcher
+        if batcher is None or batcher.loop is not loop:
+            batcher = self._batcher = LoopBatcher(self.service.batching, loop)
+        return batcher
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self.answer(asgi_request(scope, receive, self.batcher), receive, send)

@@ -4,6 +4,7 @@ Run with `gunicorn -c gunicorn.conf.py`. Settings and predictor are loaded here,
 a mistake in them stops it, and the workers share their memory. Only names that are gunicorn settings reach gunicorn.
 """
 
+import collections
 import ctypes
 import gc
 import importlib
@@ -101,6 +102,8 @@ class Together:
     a small answer takes.
     """
 
+    pending: ClassVar[collections.deque["Together"]] = collections.deque()  # those of this turn
+
     def __init__(self, transport: Any, loop: Any) -> None:
         self.transport = transport
         self.loop = loop
@@ -111,7 +114,9 @@ class Together:
 
     def write(self, data: bytes) -> None:
         if not self.written:
-            self.loop.call_soon(self.flush)
+            if not self.pending:
+                self.loop.call_soon(self.flush_pending)
+            self.pending.append(self)
         self.written.append(data)
         if len(data) > MAX_HELD_BYTES or len(self.written) > 2:
             self.flush()  # so that the transport can say when it has enough
@@ -123,6 +128,14 @@ class Together:
     def close(self) -> None:
         self.flush()
         self.transport.close()
+
+    def flush_pending(self) -> None:
+        try:
+            while self.pending:
+                self.pending.popleft().flush()
+        finally:
+            if self.pending:  # one transport's failure is not the others'
+                self.loop.call_soon(self.flush_pending)
 
     def flush(self) -> None:
         if self.written and not self.transport.is_closing():
