@@ -109,6 +109,7 @@ def test_bad_cell_of_a_long_array_is_named_by_its_row(framework: str, place: int
     "cell",
     [
         "true",
+        "false",
         "null",
         '"5.1"',
         "[5.1]",
@@ -137,6 +138,22 @@ def test_cell_is_refused_in_a_long_array_as_in_a_short_one(cell: str) -> None:
     )
     assert short.status in (400, 422)
     assert (long.status, long.body) == (short.status, short.body)
+
+
+@pytest.mark.parametrize("names", [["true", "false"], ["fun", "stuff"], ["für", 'a "u" \\'], ["x", "y"]], ids=repr)
+@pytest.mark.parametrize("cell", ["true", "false", "1e0"])
+def test_boolean_is_found_among_numbers_whatever_their_names(tmp_path: Path, names: list[str], cell: str) -> None:
+    """A long array is checked by counting letters, which names may have too."""
+    X = pd.DataFrame(np.eye(2), columns=names)
+    native = serve_estimator(tmp_path / "model.joblib", LinearRegression().fit(X, [1.0, 2.0]))
+    for ensure_ascii in (True, False):
+        good = json.dumps(dict.fromkeys(names, 0.5), ensure_ascii=ensure_ascii)
+        body = f"[{', '.join([good] * 4000 + [good.replace('0.5', cell, 1)])}]"
+        assert len(body) > app.PIECE_BYTES
+        answer = call(native, replace(post_case(None), body=body.encode()))
+        assert answer.status == (200 if cell == "1e0" else 422)
+        if cell != "1e0":
+            assert answer.json["detail"][0]["loc"] == ["body", 4000, names[0]]
 
 
 @pytest.mark.parametrize("missing", [0, 1234])
