@@ -597,8 +597,12 @@ def _take_over(name: str, handlers: list[logging.Handler]) -> logging.Logger:
     return logger
 
 
+_get_pid = functools.cache(os.getpid)  # a system call less each
+os.register_at_fork(after_in_child=_get_pid.cache_clear)
+
+
 def _add_process_and_request(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    event["pid"] = os.getpid()
+    event["pid"] = _get_pid()
     request_id = REQUEST_ID.get(None)
     if request_id is not None:
         event["request_id"] = request_id
