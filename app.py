@@ -1061,7 +1061,7 @@ class Contract:
         self.are_numbers = not objects and not self.nullable and self.names == self.order
         self._bounds = _find_bounds([*self.features.values()]) if self.are_numbers else None
         names = b"".join(b'"%b"' % name.encode() for name in self.order)
-        self._marks = {mark: names.count(mark) for mark in (b'"', b"u", b"f")}  # of strings, true and false
+        self._marks = {mark: names.count(mark) for mark in b'"uf'}  # which strings, true and false have
         self._cells = _cells_getter(self.order)
         self._nulls = {name: column.null for name, column in used.items()}
         if self.form == "frame":
@@ -1165,7 +1165,8 @@ class Contract:
             X = self._to_numbers(jiter.from_json(body, allow_inf_nan=False, cache_mode="keys"))
         except (ValueError, TypeError, KeyError, OverflowError):
             return None
-        if any(body.count(mark) != len(X) * number for mark, number in self._marks.items()):
+        marks = np.frombuffer(body, np.uint8)
+        if any(np.count_nonzero(marks == mark) != len(X) * number for mark, number in self._marks.items()):
             return None
         low, high = self._bounds
         return X if ((low <= X) & (high >= X)).all() else None

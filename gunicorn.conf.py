@@ -106,6 +106,7 @@ class Together:
 
     def __init__(self, transport: Any, loop: Any) -> None:
         self.transport = transport
+        self.is_closing = transport.is_closing  # which is asked for each answer
         self.loop = loop
         self.written: list[bytes] = []
 
