@@ -2368,6 +2368,7 @@ def largest(answer: Any) -> float:
 
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
+EASING = 0.9
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
 MANY_ROWS = 64  # that tell what one more costs
 MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
@@ -2461,16 +2462,23 @@ class Batching:
             for job in jobs:
                 job.answers = answers[start : start + job.n_rows]
                 start += job.n_rows
-        took_s = time.perf_counter() - started
-        if took_s > UNEXPECTED * max(INLINE_S, self.seconds_for(jobs)):
-            self.call_s = took_s
+        self._learn(jobs, time.perf_counter() - started)
         return []
+
+    def _learn(self, jobs: list[Job], took_s: float) -> None:
+        """Expect of later calls what this one took, if that is far more than expected, or bit by bit if it is less."""
+        expected_s = self.seconds_for(jobs)
+        if took_s > UNEXPECTED * max(INLINE_S, expected_s):
+            self.call_s = took_s
+        elif took_s < INLINE_S < expected_s:
+            self.call_s *= EASING
+            self.row_s *= EASING
 
 
 def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:
-    """Give the seconds that a call takes when nothing disturbs it."""
+    """Give the seconds that a call takes when nothing disturbs it, as the start of other workers does."""
     times: list[float] = []
-    while len(times) < 5 and sum(times) < INLINE_S:
+    while len(times) < 5 and sum(times) < 10 * INLINE_S:
         started = time.perf_counter()
         render(rows)
         times.append(time.perf_counter() - started)

@@ -253,6 +253,26 @@ def test_call_far_longer_than_expected_moves_later_ones_out_of_the_loop(
     assert batching.is_costly([app.Job([{}], 1)]) is expected
 
 
+def test_call_that_was_disturbed_once_returns_to_the_loop() -> None:
+    """What was slow at the start or once since, as others had the core, is not held against calls that are quick."""
+    delays = [0.03, 0.03]
+
+    def render(rows: app.Rows) -> list[bytes]:
+        time.sleep(delays.pop(0) if delays else 0)
+        return [b"{}"] * len(rows)
+
+    batching = app.Batching(render, max_rows=256, max_wait_s=0)
+    jobs = [app.Job([{}], 1)]
+    batching.measure({})
+    assert not batching.is_costly(jobs)
+    delays.append(0.15)
+    batching.answer(jobs)
+    assert batching.is_costly(jobs)
+    for _ in range(50):
+        batching.answer(jobs)
+    assert not batching.is_costly(jobs)
+
+
 def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Give rows all over the features, and the estimator's answers to them."""
     X = np.random.default_rng(0).uniform(0, 8, (500, 4)).round(2)
