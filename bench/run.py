@@ -192,7 +192,7 @@ unless stated otherwise. Medians over rounds: {self.rounds}, interleaved, of a
 second ({slow}); ratios are within a round.
 Two workers have two cores, one of which they share with wrk if there are no more.
 
-Command: `python -m bench.run {" ".join(sys.argv[1:])}`"""
+Command: `{" ".join(["python -m bench.run", *sys.argv[1:]])}`"""
 
 
 def loads_of(cases: Sequence[Case]) -> list[Load]:

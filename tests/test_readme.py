@@ -75,6 +75,11 @@ def test_status_table_lists_every_error() -> None:
     assert {status for operation in app.OPERATIONS for status in operation.errors} <= listed
 
 
+def test_speed_is_what_the_bench_wrote() -> None:
+    """The table of figures is the bench's own, with date, machine and command."""
+    assert (PROJECT / "bench" / "results.md").read_text().strip() in README
+
+
 def test_layout_table_lists_the_house() -> None:
     """The layout names what is there, and every top-level module and folder of code is in it."""
     table = README.partition("| file | holds |")[2].partition("\n\n")[0]

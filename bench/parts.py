@@ -1,0 +1,86 @@
+"""Where the time of a request goes inside of the service: its parts by themselves, each in a tight loop.
+
+`python -m bench.parts` prints microseconds of the shipped model. A server takes longer for the same: between the parts
+of one request are those of others, or a wait, which leave less of it in the processor's caches.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import app
+from bench.load import flowers, make_bodies
+
+ROUNDS, ROUND_S = 7, 0.2
+
+
+def main() -> None:
+    """Time the parts, and print them as a table in Markdown."""
+    with tempfile.TemporaryFile("w", buffering=1) as log, contextlib.redirect_stderr(log):
+        rows = [f"| {name} | {measure_us(call):.3g} |" for name, call in make_parts()]
+    print("\n".join(["| part | µs |", "|---|---|", *rows]))
+
+
+def make_parts() -> list[tuple[str, Callable[[], Any]]]:
+    """Give the parts by name, of a service that logs to where stderr goes."""
+    os.environ["SERVING_LOGGING__ACCESS"] = "false"
+    service = app.load_service()
+    service.prove()
+    service.warm_up()
+    one, many, body = flowers()[:1], flowers()[:64], make_bodies(1000)[0].encode()
+    X, X_1000 = (service.contract.to_input(rows) for rows in (many, json.loads(body)))
+    array = service.predictor.predict(X_1000)
+    return [
+        ("a request without its prediction", make_request(service, json.dumps(one[0]).encode())),
+        ("an access line, in JSON", lambda: write_line(service)),
+        ("`predict_proba`, 1 row", lambda: service.predictor.estimator.predict_proba(X[:1])),
+        ("a call for 1 row: input, `predict_proba`, JSON", lambda: service.render(one)),
+        ("a call for 64 rows", lambda: service.render(many)),
+        ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(service.contract, body, 1000)),
+        ("1000 rows: `predict_proba` and classes", lambda: service.predictor.predict(X_1000)),
+        ("1000 rows: numbers to JSON", lambda: b",".join(array.render())),
+    ]
+
+
+def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
+    """Give a call that has a request read, checked and answered, as uvicorn does, with an answer that is there."""
+
+    class Answered:
+        async def answer(self, job: app.Job) -> list[bytes]:
+            return [b"{}"]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "method": "POST", "path": app.PREDICTIONS, "query_string": b"", "headers": headers}
+    endpoint, batcher = app.ASGIEndpoint(service), cast(Any, Answered())
+    return lambda: app.run_now(endpoint.answer(app.asgi_request(scope, receive, batcher), receive, send))
+
+
+def write_line(service: app.Service) -> None:
+    """Log a request as `Service.respond` does."""
+    service._log.info("request", method="POST", path=app.PREDICTIONS, status=200, duration_ms=2.345, rows=1)
+
+
+def measure_us(call: Callable[[], Any]) -> float:
+    """Give the least time over rounds of a call, when nothing disturbs it."""
+    times_s = []
+    for _ in range(ROUNDS):
+        n_calls, begun_s = 0, time.perf_counter()
+        while (spent_s := time.perf_counter() - begun_s) < ROUND_S:
+            call()
+            n_calls += 1
+        times_s.append(spent_s / n_calls)
+    return min(times_s) * 1e6
+
+
+if __name__ == "__main__":
+    main()
