@@ -15,7 +15,7 @@ from typing import Any, cast
 import app
 from bench.load import flowers, make_bodies
 
-ROUNDS, ROUND_S = 7, 0.2
+ROUNDS, ROUND_S = 7, 0.1
 
 
 def main() -> None:

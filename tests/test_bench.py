@@ -101,3 +101,15 @@ def test_missing_wrk_is_named() -> None:
     done = subprocess.run(command, cwd=PROJECT, env={"PATH": str(BIN)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "apt-get install wrk" in done.stderr
+
+
+def test_parts_are_timed() -> None:
+    """Each part of a request has its time, and a call for a row takes longer than the estimator's share of it."""
+    command = [BIN / "python", "-m", "bench.parts"]
+    table = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    times_us = {name: float(time_us) for name, time_us in (line[2:-2].split(" | ") for line in table.splitlines()[2:])}
+    call_us, predict_us = (
+        next(us for name, us in times_us.items() if name.startswith(start)) for start in ("a call for 1", "`pre")
+    )
+    assert len(times_us) == 8
+    assert call_us > predict_us > 0
