@@ -2368,7 +2368,7 @@ def largest(answer: Any) -> float:
 
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
-EASING = 0.9
+EASING = 0.9  # of what is expected, after each call that was quick where a long one was expected
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
 MANY_ROWS = 64  # that tell what one more costs
 MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
