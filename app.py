@@ -2368,7 +2368,7 @@ def largest(answer: Any) -> float:
 
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
-EASING = 0.9  # of what is expected, after each call that was quick where a long one was expected
+STEP = 0.1  # part of a difference that is believed
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
 MANY_ROWS = 64  # that tell what one more costs
 MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
@@ -2466,13 +2466,20 @@ class Batching:
         return []
 
     def _learn(self, jobs: list[Job], took_s: float) -> None:
-        """Expect of later calls what this one took, if that is far more than expected, or bit by bit if it is less."""
-        expected_s = self.seconds_for(jobs)
+        """Correct what is expected of later calls: at once if this one took far longer, else by a part of it.
+
+        What a call takes in all bounds both what it takes by itself and what each of its rows does.
+        """
+        expected_s, n_rows = self.seconds_for(jobs), sum(job.n_rows for job in jobs)
         if took_s > UNEXPECTED * max(INLINE_S, expected_s):
             self.call_s = took_s
-        elif took_s < INLINE_S < expected_s:
-            self.call_s *= EASING
-            self.row_s *= EASING
+        elif took_s < expected_s:
+            self.call_s = max(self.call_s * (1 - STEP), min(self.call_s, took_s))
+            self.row_s = max(self.row_s * (1 - STEP), min(self.row_s, took_s / n_rows))
+        elif took_s > INLINE_S and n_rows >= MANY_ROWS:
+            self.row_s += STEP * (took_s - expected_s) / n_rows
+        elif took_s > INLINE_S:
+            self.call_s += STEP * (took_s - expected_s)
 
 
 def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:

@@ -273,6 +273,23 @@ def test_call_that_was_disturbed_once_returns_to_the_loop() -> None:
     assert not batching.is_costly(jobs)
 
 
+@pytest.mark.parametrize("stall_s", [0.0, 0.05, 0.2, 1.0, 30.0])
+@pytest.mark.parametrize(("call_s", "row_s"), [(3e-4, 1.28e-4), (1e-3, 0.0), (0.05, 1e-5)])
+def test_estimates_return_to_what_calls_take(stall_s: float, call_s: float, row_s: float) -> None:
+    """After a stall, and from any estimate, each size of call comes to run where what it takes says."""
+    for believed_s in (0.0, 1e-3, 1.0):
+        batching = app.Batching(lambda rows: [], 256, 0.0, call_s=believed_s, row_s=believed_s / 100)
+        sizes = [1, 1, 1, 64, 500, 1, 3000]
+        for turn in range(700):
+            n_rows = sizes[turn % len(sizes)]
+            took_s = stall_s if turn == 200 and stall_s else call_s + row_s * n_rows
+            batching._learn([app.Job([], n_rows)], took_s)
+        for n_rows in sizes:
+            took_s = call_s + row_s * n_rows
+            if not 0.7 < took_s / app.INLINE_S < 1.4:
+                assert batching.is_costly([app.Job([], n_rows)]) is (took_s > app.INLINE_S), (n_rows, took_s, batching)
+
+
 def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Give rows all over the features, and the estimator's answers to them."""
     X = np.random.default_rng(0).uniform(0, 8, (500, 4)).round(2)
