@@ -26,24 +26,29 @@ def main() -> None:
 
 
 def make_parts() -> list[tuple[str, Callable[[], Any]]]:
-    """Give the parts by name, of a service that logs to where stderr goes."""
-    os.environ["SERVING_LOGGING__ACCESS"] = "false"
-    service = app.load_service()
-    service.prove()
-    service.warm_up()
+    """Give the parts by name, of services that log to where stderr goes."""
+    service, logging_service = make_service("false"), make_service("true")
     one, many, body = flowers()[:1], flowers()[:64], make_bodies(1000)[0].encode()
-    X, X_1000 = (service.contract.to_input(rows) for rows in (many, json.loads(body)))
-    array = service.predictor.predict(X_1000)
+    X, X_1000 = (service.contract.to_input(rows) for rows in (one, json.loads(body)))
+    predictions = service.predictor.predict(X_1000)
     return [
         ("a request without its prediction", make_request(service, json.dumps(one[0]).encode())),
-        ("an access line, in JSON", lambda: write_line(service)),
-        ("`predict_proba`, 1 row", lambda: service.predictor.estimator.predict_proba(X[:1])),
+        ("the same with its access line", make_request(logging_service, json.dumps(one[0]).encode())),
+        ("`predict_proba`, 1 row", lambda: service.predictor.estimator.predict_proba(X)),
         ("a call for 1 row: input, `predict_proba`, JSON", lambda: service.render(one)),
         ("a call for 64 rows", lambda: service.render(many)),
         ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(service.contract, body, 1000)),
         ("1000 rows: `predict_proba` and classes", lambda: service.predictor.predict(X_1000)),
-        ("1000 rows: numbers to JSON", lambda: b",".join(array.render())),
+        ("1000 rows: numbers to JSON", lambda: b",".join(predictions.render())),
     ]
+
+
+def make_service(access: str) -> app.Service:
+    """Load the shipped model into a service with or without access lines."""
+    os.environ["SERVING_LOGGING__ACCESS"] = access
+    service = app.make_service(app.load_settings())
+    service.prove()
+    return service
 
 
 def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
@@ -63,11 +68,6 @@ def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
     scope = {"type": "http", "method": "POST", "path": app.PREDICTIONS, "query_string": b"", "headers": headers}
     endpoint, batcher = app.ASGIEndpoint(service), cast(Any, Answered())
     return lambda: app.run_now(endpoint.answer(app.asgi_request(scope, receive, batcher), receive, send))
-
-
-def write_line(service: app.Service) -> None:
-    """Log a request as `Service.respond` does."""
-    service._log.info("request", method="POST", path=app.PREDICTIONS, status=200, duration_ms=2.345, rows=1)
 
 
 def measure_us(call: Callable[[], Any]) -> float:
