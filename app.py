@@ -1632,9 +1632,10 @@ def _find_tie(estimator: Any) -> float | None:
 def _likeliest(scores: Any, tie: float) -> Any:
     """Give the column with the highest score of each row, (n_samples,); None if in one of them two are a tie."""
     likeliest = scores.argmax(axis=1)
-    highest = scores[np.arange(len(scores)), likeliest]
-    if tie and np.count_nonzero(scores >= highest[:, None] - tie) != len(scores):
-        return None
+    if tie:
+        highest = scores[np.arange(len(scores)), likeliest]
+        if np.count_nonzero(scores >= highest[:, None] - tie) != len(scores):
+            return None
     return likeliest
 
 
@@ -2394,6 +2395,10 @@ class Job:
         return self.answers
 
 
+def count_rows(jobs: Iterable[Job]) -> int:
+    return sum(job.n_rows for job in jobs)
+
+
 @dataclass(slots=True)
 class Batching:
     """How to call `render`, which gives the answers to rows: for how many at once, and where.
@@ -2408,13 +2413,13 @@ class Batching:
     call_s: float = 0.0
     row_s: float = 0.0
 
-    def seconds_for(self, jobs: Sequence[Job]) -> float:
-        """Give what a call for some jobs is expected to take."""
-        return self.call_s + self.row_s * sum(job.n_rows for job in jobs)
+    def seconds_for(self, n_rows: int) -> float:
+        """Give what a call for so many rows is expected to take."""
+        return self.call_s + self.row_s * n_rows
 
-    def is_costly(self, jobs: Sequence[Job]) -> bool:
+    def is_costly(self, jobs: Iterable[Job]) -> bool:
         """Whether a call takes so long that it should not run in an event loop."""
-        return self.seconds_for(jobs) > INLINE_S
+        return self.seconds_for(count_rows(jobs)) > INLINE_S
 
     def measure(self, row: dict[str, Any]) -> None:
         """Find out what a call takes, by calls of one row and, if that is quick, of many."""
@@ -2424,7 +2429,7 @@ class Batching:
 
     def is_full(self, waiting: Iterable[Job]) -> bool:
         """Whether those that wait have the rows of a call already."""
-        return not self.is_possible or sum(job.n_rows for job in waiting) >= self.max_rows
+        return not self.is_possible or count_rows(waiting) >= self.max_rows
 
     def take(self, waiting: collections.deque[Job]) -> list[Job]:
         """Take the jobs of the next call from those that wait; none if nobody waits for them any more."""
@@ -2465,12 +2470,13 @@ class Batching:
         self._learn(jobs, time.perf_counter() - started)
         return []
 
-    def _learn(self, jobs: list[Job], took_s: float) -> None:
+    def _learn(self, jobs: Iterable[Job], took_s: float) -> None:
         """Correct what is expected of later calls: at once if this one took far longer, else by a part of it.
 
         What a call takes in all bounds both what it takes by itself and what each of its rows does.
         """
-        expected_s, n_rows = self.seconds_for(jobs), sum(job.n_rows for job in jobs)
+        n_rows = count_rows(jobs)
+        expected_s = self.seconds_for(n_rows)
         if took_s > UNEXPECTED * max(INLINE_S, expected_s):
             self.call_s = took_s
         elif took_s < expected_s:
