@@ -1504,11 +1504,12 @@ class Predictor:
         """Give what the estimator predicts for X, and what its other method says, or None where it has none."""
         if not self._is_finite:
             return self._ask(X)
-        sklearn.set_config(assume_finite=True)  # of this thread, in a tenth of the time of `config_context`
+        before = sklearn.get_config()["assume_finite"]
+        sklearn.set_config(assume_finite=True)  # of this thread, in a fraction of the time of `config_context`
         try:
             return self._ask(X)
         finally:
-            sklearn.set_config(assume_finite=False)
+            sklearn.set_config(assume_finite=before)
 
     def _ask(self, X: Any) -> tuple[Any, Any]:
         scores: Any = getattr(self.estimator, self.method)(X) if self.score else None

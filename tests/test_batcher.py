@@ -547,3 +547,15 @@ def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
         estimator.predict_proba = lambda X, method=method, seen=seen: (seen.append(sklearn.get_config()), method(X))[1]
         service.render([{"x0": 1.0, "x1": 2.0}])
         assert [config["assume_finite"] for config in seen] == [is_lean]
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_lean_call_leaves_no_trace(is_given: bool) -> None:
+    """What a thread has set in scikit-learn is so again after a call, also after one that failed."""
+    predictor = app.Predictor(LogisticRegression().fit([[0.0], [1.0]], ["a", "b"]))
+    predictor.trust_input()
+    with sklearn.config_context(assume_finite=is_given):
+        predictor.ask(np.array([[2.0]]))
+        with pytest.raises(ValueError, match="2 features"):
+            predictor.ask(np.array([[2.0, 3.0]]))
+        assert sklearn.get_config()["assume_finite"] is is_given
