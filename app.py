@@ -189,6 +189,10 @@ class UnsupportedMediaType(ServingError):
     status = 415
 
 
+class Unavailable(ServingError):
+    status = 503
+
+
 class Unprocessable(ServingError):
     """Well-formed input that the contract refuses; `detail` lists `{type, loc, msg, input}`, one for each bad cell."""
 
@@ -359,6 +363,11 @@ class Settings(Section):
     def model_path(self) -> Path:
         """The artifact's place."""
         return self.folder / self.model.path
+
+    @property
+    def sha256(self) -> str:
+        """A hash of every value in force, by which two services can be compared; secrets are masked in it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def worker_class(self) -> Literal["uvicorn", "gevent"]:
@@ -1462,6 +1471,7 @@ class Predictor:
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
         self._is_finite = False
         self.onnx: OnnxModel | None = None  # what answers in the estimator's place
+        self.sha256 = ""  # of the artifact that it was loaded from
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
@@ -2121,7 +2131,9 @@ def load_predictor(settings: Settings) -> Predictor:
     data = read_artifact(settings.model_path)
     _refuse_untrusted(data, settings)
     estimator = load_estimator(settings.model_path, data, settings.model.trusted_types)
-    return make_predictor(estimator, settings.model.outputs)
+    predictor = make_predictor(estimator, settings.model.outputs)
+    predictor.sha256 = hashlib.sha256(data).hexdigest()
+    return predictor
 
 
 def make_predictor(estimator: Any, outputs: Sequence[str] = ()) -> Predictor:
@@ -2134,7 +2146,11 @@ def make_predictor(estimator: Any, outputs: Sequence[str] = ()) -> Predictor:
 
 def about_artifact(settings: Settings) -> contextlib.AbstractContextManager[None]:
     """Put the place and the path of the settings' artifact in front of what is wrong with it."""
-    return about(f"{settings.place('model', 'path')} is {str(settings.model_path)!r}, which")
+    return about(name_artifact(settings))
+
+
+def name_artifact(settings: Settings) -> str:
+    return f"{settings.place('model', 'path')} is {str(settings.model_path)!r}, which"
 
 
 @contextlib.contextmanager
@@ -2624,7 +2640,7 @@ def _beside_loop(call: Callable[[], T]) -> Callable[[], T]:
 
 @functools.cache
 def _gevent_thread() -> Any:
-    import gevent.threadpool  # type: ignore[import-untyped]
+    import gevent.threadpool
 
     return gevent.threadpool.ThreadPool(1)
 
@@ -2811,7 +2827,9 @@ async def live(service: Service, request: Request) -> Response:
 
 
 async def ready(service: Service, request: Request) -> Response:
-    return Response.of({"status": "ready", "model": service.settings.model.name})
+    if service.is_ending:
+        raise Unavailable("the service is ending")
+    return Response.of({"status": "ready", **service.identity})
 
 
 async def openapi(service: Service, request: Request) -> Response:
@@ -2877,6 +2895,8 @@ OPERATIONS = (
 class Status(BaseModel):
     status: str
     model: str | None = None
+    model_sha256: str | None = None  # of the artifact's bytes
+    settings_sha256: str | None = None  # of every value in force but the secrets
 
 
 class Problem(BaseModel):
@@ -3021,6 +3041,8 @@ def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
 class Service:
     """Everything the two frameworks share: settings, contract, predictor, and the answer to a request."""
 
+    is_ending: ClassVar[bool] = False  # with this process no other one takes over
+
     def __init__(self, settings: Settings, predictor: Predictor, golden: Golden | None = None) -> None:
         self.settings = settings
         self.predictor = predictor
@@ -3039,6 +3061,12 @@ class Service:
         self.batching = Batching(self.render, settings.batching.max_rows, settings.batching.max_wait_ms / 1000)
         self._log = log.bind()  # once, for a proxy would do it for each line
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What is served: the model's name and the hashes of artifact and settings, for readiness and the log."""
+        hashes = {"model_sha256": self.predictor.sha256, "settings_sha256": self.settings.sha256}
+        return {"model": self.settings.model.name, **hashes}
 
     async def respond(self, request: Request) -> Response:
         """Answer one request, good or bad, and log it."""
@@ -3598,21 +3626,34 @@ class FastAPIOverWSGI:
 FRAMEWORKS: dict[str, Callable[[Service], Any]] = {"flask": build_flask, "fastapi": build_fastapi}
 
 
-@functools.cache
+IN_USE: list[Service] = []  # the one of this process, once there is one
+
+
 def load_service() -> Service:
-    """Load settings, logging and predictor, once a process: gunicorn's workers get those of its master."""
-    return make_service(load_settings())
+    """Give this process's service, loaded the first time: gunicorn's workers get that of its master."""
+    if not IN_USE:
+        settings = load_settings()
+        configure_logging(settings.logging)
+        use(make_service(settings))
+    return IN_USE[0]
+
+
+def use(service: Service) -> None:
+    """Make a service that of this process, and log as it says."""
+    configure_logging(service.settings.logging)
+    IN_USE[:] = [service]
 
 
 def make_service(settings: Settings) -> Service:
     """Build the service that the settings describe. Raises `StartupError`."""
-    configure_logging(settings.logging)
     with about_artifact(settings):
         return Service(settings, load_predictor(settings), load_golden(settings))
 
 
 def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:
     """Build the app of the framework that the settings name: a `Flask` or a `FastAPI`, to extend as either is."""
+    if settings is not None:
+        configure_logging(settings.logging)
     service = load_service() if settings is None else make_service(settings)
     service.prove()
     service.warm_up()

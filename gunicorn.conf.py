@@ -4,70 +4,157 @@ Run with `gunicorn -c gunicorn.conf.py`. Settings and predictor are loaded here,
 a mistake in them stops it, and the workers share their memory. Only names that are gunicorn settings reach gunicorn.
 """
 
+import asyncio
 import collections
+import contextlib
 import ctypes
+import functools
 import gc
 import importlib
+import itertools
+import json
 import logging
+import mmap
 import os
 import signal
+import socket
+import struct
 import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import gunicorn.sock
 import structlog
 from gunicorn import util
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
-from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, NoMoreData, ParseException
+from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket, close_sockets
+from gunicorn.workers.base import Worker
 
 import app
 
 log = structlog.get_logger()
 
-PROVEN, REFUSED = b"+", b"-"
+PROVEN, REFUSED = "+", "-"
+MAX_SAID_BYTES = 32_768  # half of what a pipe holds, so that nobody need read while it is written
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to get when the parent ends
 
 
-def prove(service: app.Service) -> None:
-    """Have a child process answer the golden rows: what predicts here may start threads, which workers that are forked
-    later would lack, and wait for (gunicorn's issue 1891).
+def end_with_parent(number: int) -> None:
+    """Have the kernel send a signal to this process when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
-    What the child says counts, not its status, for a predict may end it with any.
+
+class Trial:
+    """A call made in a child process: its crash, its memory and its threads, which workers that are forked later would
+    lack and wait for (gunicorn's issue 1891), are not this one's. `call` gives a text or raises `StartupError`;
+    `what` is tried.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)  # whatever the child started may hold the other end
-    child = os.fork()
-    if child == 0:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def __init__(self, call: Callable[[], str], what: str) -> None:
+        self.what = what
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)  # whatever the child started may hold the other end
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(call, writing)
+        os.close(writing)
+        self._pipe = os.fdopen(reading, "rb")
+        self._status: int | None = None
+
+    def _run(self, call: Callable[[], str], writing: int) -> None:
+        said = ""  # what is said counts, not the status, for a predict may end the process with any
         try:
-            with app.exit_on_startup_error():
-                service.prove()
-            os.write(writing, PROVEN)
-        except SystemExit:
-            os.write(writing, REFUSED)
+            for number in (*Arbiter.SIGNALS, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            end_with_parent(signal.SIGKILL)
+            said = PROVEN + call()
+        except app.StartupError as error:
+            said = f"{REFUSED}{type(error).__name__}: {error}"
+        except Exception as error:  # of a user's module, or of what an artifact holds
+            log.exception("trial_failed")
+            said = f"{REFUSED}StartupError: {app.reason_of(error)}"
         finally:
-            os._exit(app.STARTUP_STATUS)  # and wait for no thread
-    os.close(writing)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
-    if said == REFUSED:
-        sys.exit(app.STARTUP_STATUS)
-    if said != PROVEN:
+            os.write(writing, said.encode()[:MAX_SAID_BYTES])
+            os._exit(0)  # and wait for no thread
+
+    def has_ended(self) -> bool:
+        """Say whether `result` is there."""
+        return self._has_ended(os.WNOHANG)
+
+    def _has_ended(self, options: int) -> bool:
+        if self._status is None:
+            try:
+                pid, status = os.waitpid(self.pid, options)
+            except ChildProcessError:  # gunicorn's master waits for whatever child it has
+                pid, status = self.pid, 0
+            self._status = status if pid else None
+        return self._status is not None
+
+    def result(self) -> str:
+        """Wait, and give what the call gave. Raises `StartupError` with what it raised."""
+        self._has_ended(0)
+        with self._pipe:
+            said = (self._pipe.read() or b"").decode(errors="ignore")
+        if said.startswith(PROVEN):
+            return said.removeprefix(PROVEN)
+        if said.startswith(REFUSED):
+            kind, _, text = said.removeprefix(REFUSED).partition(": ")
+            raise getattr(app, kind)(text)
+        status = os.waitstatus_to_exitcode(self._status or 0)
+        raise app.ModelError(f"{self.what} ended the process that tried it, with status {status}")
+
+    def stop(self) -> None:
+        """End the child, if it has not ended."""
+        if not self.has_ended():
+            os.kill(self.pid, signal.SIGKILL)
+            self._has_ended(0)
+        self._pipe.close()
+
+
+def load() -> app.Service:
+    """Load what the settings say, for workers to be forked. Raises `StartupError`."""
+    service = app.make_service(app.load_settings())
+    ours = (threading.main_thread(), threading.current_thread())
+    if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
         with app.about_artifact(service.settings):
-            raise app.ModelError(f"ended the process that tried it, with status {os.waitstatus_to_exitcode(status)}")
+            raise app.ModelError(f"starts threads when it is loaded, which forked workers lack: {app.listed(others)}")
+    importlib.import_module(service.settings.framework)  # once for all workers
+    return service
 
 
-app.load_service.cache_clear()  # gunicorn runs this file again on HUP
-with app.exit_on_startup_error():
-    settings = app.load_service().settings
-    prove(app.load_service())
-importlib.import_module(settings.framework)  # once for all workers
-gc.collect()
-gc.freeze()  # or the collector of a worker would write to all that it shares with the master, and so get its own
+def prove(service: app.Service) -> str:
+    """Have a service answer its golden rows, and give what identifies it. Raises `StartupError`."""
+    service.prove()
+    return json.dumps(service.identity)
+
+
+def freeze() -> None:
+    """Keep the garbage collector from what is loaded, or it would write to all that workers share with the master."""
+    gc.collect()
+    gc.freeze()
+
+
+early_hups: list[int] = []
+if not app.IN_USE:  # else a reload runs this file again, with a service that is proven
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # which would end this process
+        signal.signal(signal.SIGHUP, lambda number, _: early_hups.append(number))
+    with app.exit_on_startup_error():
+        loaded = load()
+        Trial(functools.partial(prove, loaded), app.name_artifact(loaded.settings)).result()
+        app.use(loaded)
+        del loaded
+    freeze()
+settings = app.load_service().settings
 
 
 class StructuredLogger(Logger):
@@ -153,6 +240,7 @@ def http_protocol() -> type:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Protocol(HttpToolsProtocol):
+        is_draining = False  # which all connections share
         refusal = 400
         waste_bytes = 0  # received since the last head or piece of a body was whole
         failed = False
@@ -204,7 +292,14 @@ def http_protocol() -> type:
                 raise ValueError("head")
             if not self.parser.should_upgrade():
                 super().on_headers_complete()
+                if self.is_draining:
+                    self.drain()
                 self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
+
+        def drain(self) -> None:
+            """Have the answer that is being made be the last, unless it is on its way."""
+            if self.cycle is not None and not self.cycle.response_started:
+                self.cycle.keep_alive = False
 
         def _check_fields(self) -> int:
             """Refuse too many fields, or one that is too long, and count those that name a host."""
@@ -264,18 +359,91 @@ def http_protocol() -> type:
     return Protocol
 
 
+class Serving(Worker):
+    """What both workers share: how the master learns that one is ready, and what one that shall end has to do."""
+
+    fate: mmap.mmap  # shared with the master; what is in it counts when the worker is told to end
+    is_known = False
+
+    def notify(self) -> None:
+        """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
+        self.tmp.notify()
+        if not self.is_known:
+            self.is_known = True
+            os.write(self.tmp.fileno(), b"ready")
+            os.kill(self.ppid, signal.SIGCHLD)  # for which it looks after its workers
+
+    @property
+    def is_orphan(self) -> bool:
+        return bool(os.getppid() != self.ppid)
+
+    @property
+    def keeps_accepting(self) -> bool:
+        """Whether nobody else will take the connections that the kernel has queued for this worker."""
+        return self.fate[0] != KEPT or self.is_orphan
+
+    def begin_drain(self) -> float:
+        """Say that this worker ends, and give the time by which it must have, before the master loses its patience."""
+        app.Service.is_ending = self.fate[0] == ENDING or self.is_orphan
+        log.info("draining", service_ends=app.Service.is_ending)
+        return time.monotonic() + float(self.cfg.graceful_timeout) - MARGIN_S
+
+
 def uvicorn_worker() -> type:
-    """Give uvicorn's worker with gunicorn's time-outs, which it does not pass on by itself."""
+    """Give uvicorn's worker with gunicorn's time-outs, which it does not pass on by itself, and a drain at its end.
+
+    The classes stand in here because importing their bases imports uvicorn.
+    """
+    from uvicorn.server import Server
     from uvicorn_worker import UvicornWorker
 
-    class ServingUvicornWorker(UvicornWorker):
+    protocol: Any = http_protocol()
+
+    class DrainingServer(Server):
+        def __init__(self, worker: Any) -> None:
+            super().__init__(worker.config)
+            self.worker = worker
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            """End without a reset: what is under way is answered, with `Connection: close`, and so is what comes on
+            open connections for a moment, before those that are idle are closed."""
+            end = self.worker.begin_drain()
+            signs_of_life = asyncio.create_task(self._give_signs_of_life())
+            protocol.is_draining = True
+            connections: Any = self.server_state.connections
+            for connection in connections:
+                connection.drain()
+            if self.worker.keeps_accepting:
+                await asyncio.sleep(DRAIN_S + SETTLE_S)
+            for server in self.servers:
+                server.close()
+            idle_end = time.monotonic() + DRAIN_S
+            while connections and time.monotonic() < min(idle_end, end):  # noqa: ASYNC110 — no event
+                await asyncio.sleep(POLL_S)
+            self.config.timeout_graceful_shutdown = max(POLL_S, end - time.monotonic())
+            await super().shutdown()
+            signs_of_life.cancel()
+
+        async def _give_signs_of_life(self) -> None:
+            while True:
+                self.worker.notify()
+                await asyncio.sleep(1)
+
+    class ServingUvicornWorker(Serving, UvicornWorker):
         CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
             "loop": "uvloop",
-            "http": http_protocol(),
+            "http": protocol,
             "ws": "none",
             "server_header": False,  # nobody's business
-            "timeout_graceful_shutdown": settings.server.graceful_timeout,
         }
+
+        async def _serve(self) -> None:
+            self.config.app = self.wsgi
+            server = DrainingServer(self)
+            self._install_sigquit_handler()
+            await server.serve(sockets=[listener.sock for listener in self.sockets])
+            if not server.started:
+                sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     return ServingUvicornWorker
 
@@ -290,16 +458,66 @@ def gevent_worker() -> type:
 
     The class stands in here because importing its base imports gevent.
     """
+    import gevent
+    from gevent.pool import Pool
+    from gevent.server import StreamServer
     from gunicorn.workers.ggevent import GeventWorker
 
-    class ServingGeventWorker(GeventWorker):
+    class ServingGeventWorker(Serving, GeventWorker):
         wsgi: Any
         inner: Any
 
         def run(self) -> None:
-            super().run()
+            """Serve until told to end, then drain."""
+            self.waiting: set[Any] = set()  # greenlets whose connections have no whole request
+            self.pool = Pool(self.worker_connections)
+            tls = {"ssl_context": gunicorn.sock.ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+            servers = []
+            for sock in self.sockets:
+                sock.setblocking(1)
+                # Its name is asked for each connection, and would not be there once it is closed.
+                listener = types.SimpleNamespace(getsockname=itertools.repeat(sock.getsockname()).__next__)
+                server = StreamServer(sock, handle=functools.partial(self.handle, listener), spawn=self.pool, **tls)
+                server.max_accept = 1 if self.cfg.workers > 1 else StreamServer.max_accept
+                server.start()
+                servers.append(server)
+            while self.alive:
+                self.notify()
+                gevent.sleep(TICK_S)
+            self.drain(servers)
             if isinstance(self.inner, app.FastAPIOverWSGI):
                 self.inner.stop()
+
+        def drain(self, servers: list[Any]) -> None:
+            """End without a reset, as `DrainingServer` does; gunicorn answers `Connection: close` by itself by now."""
+            end = self.begin_drain()
+            if self.keeps_accepting:
+                gevent.sleep(DRAIN_S + SETTLE_S)
+            for server in servers:
+                server.close()
+            self.wait(min(time.monotonic() + DRAIN_S, end))
+            for greenlet in [*self.waiting]:
+                greenlet.kill(NoMoreData, block=False)
+            self.wait(end)
+            if self.pool:
+                log.error("drain_cut_short", connections=len(self.pool))
+                self.pool.kill(timeout=POLL_S)
+
+        def wait(self, end: float) -> None:
+            """Wait until no connection is left, or `end` has come."""
+            while self.pool and time.monotonic() < end:
+                self.notify()
+                gevent.sleep(POLL_S)
+
+        @contextlib.contextmanager
+        def timeout_ctx(self) -> Iterator[None]:
+            greenlet = gevent.getcurrent()
+            self.waiting.add(greenlet)
+            try:
+                with super().timeout_ctx():
+                    yield
+            finally:
+                self.waiting.discard(greenlet)
 
         def load_wsgi(self) -> None:
             super().load_wsgi()
@@ -344,12 +562,303 @@ def gevent_worker() -> type:
     return ServingGeventWorker
 
 
+def refuse_new(listener: Any) -> None:
+    """Have the kernel drop the first packet of each new connection to a listener, as if nothing had come.
+
+    A listener that is closed resets the connections that the kernel has queued for it; so first no more may come. The
+    program is one of the classic BPF's (linux/filter.h), run on the header of TCP, whose byte 13 has the flags.
+    """
+    load_flags, jump_unless_syn, drop, keep = (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF)
+    code = b"".join(struct.pack("HBBI", *step) for step in (load_flags, jump_unless_syn, drop, keep))
+    buffer = ctypes.create_string_buffer(code)
+    with contextlib.suppress(OSError):  # where the kernel has none, a few connections may be reset
+        program = struct.pack("HL", len(code) // 8, ctypes.addressof(buffer))
+        listener.sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+class Master(Arbiter):
+    """Gunicorn's arbiter, with a reload that is a transaction.
+
+    The reload goes on a step with each turn of the arbiter's loop, and waits where it yields, so that the master looks
+    after the workers all the while. Gunicorn has no setting for the class of its arbiter, so the object is given it.
+    """
+
+    LISTENERS: list[Any]
+    fate: mmap.mmap  # of the workers that are forked from now on, which share it
+    retired: dict[int, float]  # workers that shall end, with the time by which they must have
+    reloading: Generator[None, None, None] | None = None
+    is_asked = False  # to reload
+    is_loading = False  # in a thread, beside which nothing may be forked
+    is_replacing = False
+    n_failed = 0  # workers in a row that ended before they were ready
+    spawn_after = 0.0
+
+    @classmethod
+    def adopt(cls, arbiter: Any) -> None:
+        """Make an arbiter one of this class."""
+        arbiter.__class__ = cls
+        arbiter.fate = mmap.mmap(-1, 1)
+        arbiter.retired = {}
+        arbiter.is_asked = bool(early_hups)
+
+    def handle_hup(self) -> None:
+        """Ask for a reload. One that is under way gives way to it."""
+        self.is_asked = True
+
+    def _go_on(self) -> None:
+        """Take the next step of a reload, and begin one if it is asked for."""
+        try:
+            if self.is_asked and self.reloading is not None and not self.is_loading:
+                self.reloading.throw(app.StartupError("it gives way to another HUP"))
+            if self.is_asked and self.reloading is None:
+                self.is_asked = False
+                self.reloading = self._reload()
+            if self.reloading is not None:
+                next(self.reloading)
+        except StopIteration:
+            self.reloading = None
+        except app.StartupError as error:
+            self.reloading = None
+            kind = type(error).__name__
+            reason = str(error) if kind == "StartupError" else f"{kind}: {error}"
+            log.error("reload_refused", reason=reason, serving=app.load_service().identity)
+        if self.is_asked and self.reloading is None:
+            self.wakeup()
+
+    def _reload(self) -> Generator[None, None, None]:
+        """Take new settings and a new model, or raise `StartupError` and leave all as it was."""
+        log.info("reload_started")
+        identity = yield from self._try()
+        service = yield from self._load()
+        if json.dumps(service.identity) != identity:
+            raise app.StartupError("settings or model were changed while they were loaded; send HUP again")
+        yield from self._replace(service)
+        log.info("reloaded", **service.identity)
+        del service
+        gc.unfreeze()  # or what the old service has in cycles would stay for ever
+        freeze()
+
+    def _try(self) -> Generator[None, None, str]:
+        trial = Trial(self._rehearse, "the new model")
+        try:
+            while not trial.has_ended():
+                yield
+            return trial.result()
+        finally:
+            trial.stop()
+
+    def _rehearse(self) -> str:
+        """Do in a child what the master and a worker will do; the child's changes end with it."""
+        service = load()
+        identity = prove(service)
+        app.use(service)
+        self._configure()
+        if not self.app.app_uri.startswith("app:"):
+            self.app.load()  # a user's module
+        return identity
+
+    def _load(self) -> Generator[None, None, app.Service]:
+        """Load beside the arbiter's loop, which goes on."""
+        results: list[app.Service | BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(load())
+            except BaseException as error:  # what an artifact raises has no bounds
+                results.append(error)
+            self.wakeup()
+
+        self.is_loading = True
+        thread = threading.Thread(target=run, name="load", daemon=True)
+        thread.start()
+        while not results:
+            yield
+        thread.join()
+        self.is_loading = False
+        (result,) = results
+        if isinstance(result, app.StartupError):
+            raise result
+        if isinstance(result, BaseException):
+            raise app.StartupError(app.reason_of(result))
+        return result
+
+    def _replace(self, service: app.Service) -> Iterator[None]:
+        """Fork workers of the new service, and retire the old ones once all the new ones are ready."""
+        old_service, old_app, old = app.load_service(), dict(self.app.__dict__), [*self.WORKERS]
+        old_listeners, old_fate = self.LISTENERS, self.fate
+        new: list[int] = []
+        self.is_replacing, self.fate = True, mmap.mmap(-1, 1)
+        app.use(service)
+        try:
+            self._configure()
+            self.LISTENERS = self._listen()
+            self.setup(self.app)
+            freeze()
+            new += [self.spawn_worker() for _ in range(self.num_workers)]
+            while not all(self._is_ready(pid) for pid in new):
+                yield
+                if not self.WORKERS.keys() >= set(new):
+                    raise app.StartupError("a new worker ended before it was ready; the log says why")
+        except (app.StartupError, GeneratorExit):
+            close_sockets([listener for listener in self.LISTENERS if listener not in old_listeners])
+            self.app.__dict__.update(old_app)
+            self.LISTENERS, self.fate = old_listeners, old_fate
+            app.use(old_service)
+            self.setup(self.app)
+            for pid in new:
+                self._retire(pid)
+            raise
+        finally:
+            self.is_replacing = False
+        dropped = [listener for listener in old_listeners if listener not in self.LISTENERS]
+        old_fate[0] = DROPPED if dropped else KEPT
+        for listener in dropped:
+            refuse_new(listener)
+        close_sockets(dropped)
+        for pid in old:
+            self._retire(pid)
+        self.cfg.on_reload(self)
+        announce()
+
+    def _configure(self) -> None:
+        """Read gunicorn's configuration again, this file among it."""
+        try:
+            self.app.reload()
+        except SystemExit:
+            problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
+            raise app.StartupError(problem) from None
+
+    def _listen(self) -> list[Any]:
+        """Give a listener for each address of the configuration: those that there are, and new ones."""
+        cfg = self.app.cfg
+        if cfg.address == self.cfg.address or self.systemd or cfg.reuse_port:
+            return self.LISTENERS
+        there = {listener.cfg_addr: listener for listener in self.LISTENERS}
+        listeners: list[Any] = []
+        try:
+            for address in cfg.address:
+                listeners.append(there.get(address) or listen(address, cfg, self.log, self.LISTENERS))
+        except (OSError, ValueError) as error:
+            close_sockets([listener for listener in listeners if listener not in self.LISTENERS])
+            where = app.load_service().settings.place("server", "bind")
+            shown = ":".join(map(str, address)) if isinstance(address, tuple) else address
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise app.SettingsError(f"{where}: cannot listen at {shown!r}: {reason}") from None
+        return listeners
+
+    def manage_workers(self) -> None:
+        """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
+        self._go_on()
+        self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
+        for pid, end in self.retired.items():
+            if time.monotonic() > end:
+                self.kill_worker(pid, signal.SIGKILL)
+        serving = sorted(self.WORKERS.keys() - self.retired.keys(), key=lambda pid: self.WORKERS[pid].age)
+        if self.is_replacing or self.is_loading:
+            return
+        if all(map(self._is_ready, serving)):
+            self.n_failed = 0
+        if time.monotonic() >= self.spawn_after:
+            for _ in range(self.num_workers - len(serving)):
+                self.spawn_worker()
+        for pid in serving[: max(0, len(serving) - self.num_workers)]:
+            self._retire(pid)
+
+    def _retire(self, pid: int) -> None:
+        if pid in self.WORKERS:
+            self.retired[pid] = time.monotonic() + self.cfg.graceful_timeout
+            self.kill_worker(pid, signal.SIGTERM)
+
+    def _is_ready(self, pid: int) -> bool:
+        """Say whether a worker has said in its file that it is."""
+        with contextlib.suppress(KeyError, ValueError):  # it has ended, and its file is closed
+            return os.fstat(self.WORKERS[pid].tmp.fileno()).st_size > 0
+        return False
+
+    def reap_workers(self) -> None:
+        """Bury workers that have ended. While others serve, one that cannot start does not end the service, and is
+        started anew later and later."""
+        before, ready = [*self.WORKERS], [*filter(self._is_ready, self.WORKERS)]
+        try:
+            super().reap_workers()
+        except HaltServer:
+            if not any(map(self._is_ready, self.WORKERS)):
+                raise
+        failed = [pid for pid in before if pid not in self.WORKERS and pid not in ready]
+        if failed and not self.is_replacing:
+            self.n_failed += 1
+            wait_s = min(2.0**self.n_failed, MAX_WAIT_S)
+            self.spawn_after = time.monotonic() + wait_s
+            log.error("worker_not_started", pids=failed, retry_in_s=wait_s)
+
+    def stop(self, graceful: bool = True) -> None:
+        """End the workers. If there is time for it, say so for a moment before the listeners close."""
+        if self.reloading is not None:
+            self.reloading.close()
+        self.fate[0] = ENDING
+        if graceful:
+            self.kill_workers(signal.SIGTERM)
+            end = time.monotonic() + DRAIN_S
+            while self.WORKERS and time.monotonic() < end:
+                time.sleep(POLL_S)
+            for listener in self.LISTENERS:
+                refuse_new(listener)
+        super().stop(graceful)
+
+
+def listen(address: Any, cfg: Any, logger: Any, others: Iterable[Any]) -> Any:
+    """Open a listener. Raises `OSError`, `ValueError`.
+
+    One for all interfaces and one for a single one can have the same port only if both say so while they are bound.
+    """
+    if isinstance(address, int):
+        raise ValueError("a file descriptor is taken over at the start only")
+    if not isinstance(address, tuple):
+        return UnixSocket(address, cfg, logger)
+    kind = TCP6Socket if util.is_ipv6(address[0]) else TCPSocket
+    sockets = [socket.socket(kind.FAMILY), *(other.sock for other in others if isinstance(other, TCPSocket))]
+    try:
+        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for sock in sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sockets[0].bind(address)
+        return kind(address, cfg, logger, fd=os.dup(sockets[0].fileno()))
+    finally:
+        for sock in sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+        sockets[0].close()
+
+
+def announce() -> None:
+    """Log what is served, and how the cores are shared out: workers times threads is no more of them, unless there are
+    more workers."""
+    service = app.load_service()
+    named = {"framework": service.settings.framework, "worker_class": service.settings.worker_class}
+    log.info("serving", **named, **service.identity)
+    budget = {name: getattr(service.settings, name) for name in ("cores", "workers", "threads")}
+    log.info("core_budget", **budget)
+
+
+def on_starting(server: Any) -> None:
+    """Have the arbiter reload as a transaction, and refuse what would make it fork beside threads."""
+    if server.cfg.preload_app:
+        reason = "it would predict in the master; leave it out: workers share the model anyway"
+        log.critical("preload_refused", reason=reason)
+        sys.exit(app.STARTUP_STATUS)
+    Master.adopt(server)
+
+
+def when_ready(server: Any) -> None:
+    announce()
+
+
 def post_fork(server: Any, worker: Any) -> None:
     """End a worker that is told to stop while it boots.
 
     Until it has handlers of its own, those of the master queue the signal in a copy of the queue that nobody reads,
     and the service would wait `graceful_timeout` for the worker.
     """
+    worker.fate = server.fate
     for number in worker.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     while not server.SIG_QUEUE.empty():
@@ -357,18 +866,24 @@ def post_fork(server: Any, worker: Any) -> None:
             sys.exit(0)
 
 
-def when_ready(server: Any) -> None:
-    """Say how the cores are shared out: workers times threads is no more of them, unless there are more workers."""
-    log.info("core_budget", cores=settings.cores, workers=settings.workers, threads=settings.threads)
-
-
 def post_worker_init(worker: Any) -> None:
-    """Spare the garbage collector what was loaded, which it would go through again and again and find in use."""
-    gc.collect()
-    gc.freeze()
+    """Tie a worker to its master, and spare the garbage collector what was loaded, which it would go through again and
+    again and find in use."""
+    end_with_parent(signal.SIGTERM)  # which a change of user would undo, so not before it
+    if worker.is_orphan:
+        sys.exit(0)
+    freeze()
     gc.set_threshold(GC_THRESHOLD)
 
 
+KEPT, DROPPED, ENDING = 0, 1, 2  # fates of a worker that ends: its listeners are others' too, nobody's, or all end
+DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
+SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted
+MARGIN_S = 0.5  # before the master kills what has not ended
+POLL_S = 0.05
+TICK_S = 0.1
+MAX_WAIT_S = 30.0
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 MAX_HELD_BYTES = 16_384
 GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
 MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to

@@ -46,7 +46,9 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
 def make_service(access: str) -> app.Service:
     """Load the shipped model into a service with or without access lines."""
     os.environ["SERVING_LOGGING__ACCESS"] = access
-    service = app.make_service(app.load_settings())
+    settings = app.load_settings()
+    app.configure_logging(settings.logging)
+    service = app.make_service(settings)
     service.prove()
     return service
 

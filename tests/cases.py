@@ -92,7 +92,7 @@ GOOD = [
     Case("head-ping", "HEAD", "/ping"),
     Case("ping", "GET", "/ping", says='{"status":"live"}'),
     Case("live", "GET", "/health/live", says='{"status":"live"}'),
-    Case("ready", "GET", "/health/ready", says='{"status":"ready","model":"iris"}'),
+    Case("ready", "GET", "/health/ready", says='{"status":"ready","model":"iris","model_sha256":"'),
     Case("openapi", "GET", "/openapi.json", says='"openapi":"3.1.0"'),
     Case("get-with-body", "GET", "/ping", (), b"ignored", says="live"),
     Case("connection-close", "GET", "/ping", (("Connection", "close"),), says="live"),

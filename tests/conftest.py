@@ -57,6 +57,7 @@ class Answer:
         compared = ("content-type", "content-length", "allow", "www-authenticate", "x-request-id")
         kept = {name.lower(): MADE_ID.sub("made", value) for name, value in headers if name.lower() in compared}
         closes = any(name.lower() == "connection" and value == "close" for name, value in headers)
+        body = re.sub(rb'(?<="settings_sha256":")[0-9a-f]{64}', b"0" * 64, body)  # which names the framework too
         return cls(status, kept | ({"connection": "close"} if closes else {}), body)
 
     @property

@@ -1,0 +1,92 @@
+"""Clients that send one request after the other, and count what comes of each."""
+
+import contextlib
+import http.client
+import socket
+import threading
+import time
+from collections import Counter
+from typing import Self
+
+from cases import Case
+from conftest import Server, wait_until
+
+TIMEOUT_S = 20.0
+
+
+class Load:
+    """So many clients, from `with` to its end. With `keep_alive` each goes on as long as answers let it.
+
+    A failure is all that is no whole answer: a reset, an end without one, a time-out. A connection that is refused is
+    one too, unless `until_refused`: then it is the client's end, as the service's end is announced.
+    """
+
+    def __init__(
+        self, server: Server, case: Case, clients: int = 16, keep_alive: bool = True, until_refused: bool = False
+    ) -> None:
+        self.port, self.until_refused, self.keep_alive = server.port, until_refused, keep_alive
+        self.raw, self.method = case.raw(), case.method
+        if not keep_alive:
+            self.raw = self.raw.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        self.answers: Counter[int] = Counter()
+        self.failures: list[str] = []
+        self.took_s: list[float] = []
+        self._ending = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    @property
+    def count(self) -> int:
+        return self.answers.total() + len(self.failures)
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join(2 * TIMEOUT_S)
+
+    def wait_for(self, more: int) -> None:
+        """Wait until so many more requests have got what they get."""
+        goal = self.count + more
+        wait_until(lambda: self.count >= goal or self.is_over, f"{goal} requests")
+
+    @property
+    def is_over(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        client: socket.socket | None = None
+        while not self._ending.is_set():
+            started = time.perf_counter()
+            try:
+                client = client or self._connect()
+                client.sendall(self.raw)
+                response = http.client.HTTPResponse(client, method=self.method)
+                response.begin()
+                response.read()
+            except ConnectionRefusedError as error:
+                if self.until_refused:
+                    return
+                self.failures.append(repr(error))
+            except (OSError, http.client.HTTPException) as error:
+                self.failures.append(f"{error!r} after {time.perf_counter() - started:.3f} s")
+                client = self._close(client)
+            else:
+                self.answers[response.status] += 1
+                self.took_s.append(time.perf_counter() - started)
+                if response.will_close:
+                    client = self._close(client)
+        self._close(client)
+
+    def _connect(self) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return client
+
+    def _close(self, client: socket.socket | None) -> None:
+        with contextlib.suppress(OSError):
+            if client is not None:
+                client.close()
