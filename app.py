@@ -162,6 +162,15 @@ class BodyCutShort(BadRequest):
         super().__init__("the body ended early or its chunks are malformed; send all of it", {"Connection": "close"})
 
 
+class BodyTooSlow(ServingError):
+    """The body did not come in time, and may never: the connection ends here."""
+
+    status = 408
+
+    def __init__(self) -> None:
+        super().__init__("the body took too long; send it faster, or in smaller requests", {"Connection": "close"})
+
+
 class Unauthorized(ServingError):
     status = 401
 
@@ -189,7 +198,19 @@ class UnsupportedMediaType(ServingError):
     status = 415
 
 
-class Unavailable(ServingError):
+class TryAgain(ServingError):
+    """There is too much to do; `Retry-After` says when there will be less."""
+
+    def __init__(self, detail: str, wait_s: float) -> None:
+        seconds = max(1, math.ceil(wait_s))
+        super().__init__(f"{detail}; try again in {seconds} s", {"Retry-After": str(seconds)})
+
+
+class TooManyRequests(TryAgain):
+    status = 429
+
+
+class Unavailable(TryAgain):
     status = 503
 
 
@@ -314,6 +335,8 @@ class FeatureSettings(Section):
 class LimitSettings(Section):
     max_body_bytes: PositiveInt = 8_388_608
     max_rows: PositiveInt = 10_000
+    max_queued_rows: PositiveInt = 10_000
+    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
 
 
 class BatchingSettings(Section):
@@ -2387,6 +2410,8 @@ def largest(answer: Any) -> float:
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
 STEP = 0.1  # part of a difference that is believed
+STUCK = 2.0  # times `limits.request_timeout_s` after which a call is taken never to end
+LOOK_S = 0.25  # how often a call that runs beside a loop is looked at, and what waits for it
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
 MANY_ROWS = 64  # that tell what one more costs
 MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
@@ -2402,6 +2427,8 @@ class Job:
     call: Callable[[], list[bytes]] | None = None
     waker: Any = None  # what waits for it: a future of the loop, or a lock
     answers: list[bytes] | Exception = field(default_factory=list)
+    deadline: float = math.inf  # by the monotonic clock
+    is_taken: bool = False  # by a call
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
@@ -2418,7 +2445,7 @@ def count_rows(jobs: Iterable[Job]) -> int:
 
 @dataclass(slots=True)
 class Batching:
-    """How to call `render`, which gives the answers to rows: for how many at once, and where.
+    """How to call `render`, which gives the answers to rows: for how many at once, and where; and who may wait for it.
 
     A call takes about `call_s` and for each row `row_s`, in seconds.
     """
@@ -2426,9 +2453,53 @@ class Batching:
     render: Callable[[Rows], list[bytes]]
     max_rows: int
     max_wait_s: float
+    max_queued_rows: float = math.inf
+    timeout_s: float = math.inf
     is_possible: bool = True  # unless the answer to a row depends on the others
     call_s: float = 0.0
     row_s: float = 0.0
+    queued_jobs: int = 0  # that no call has taken
+    queued_rows: int = 0
+    called_at: float | None = None  # by the monotonic clock, while a call is made
+    _lock: Any = field(default_factory=threading.Lock)  # of the queue's counts
+
+    def admit(self, job: Job) -> None:
+        """Let a job wait until its deadline. Raises `TooManyRequests`: a queue that is not empty has its limit."""
+        with self._lock:
+            if self.queued_rows and self.queued_rows + job.n_rows > self.max_queued_rows:
+                raise TooManyRequests(f"{self.queued_rows} rows wait already", self.seconds_left())
+            self.queued_jobs += 1
+            self.queued_rows += job.n_rows
+        job.deadline = time.monotonic() + self.timeout_s
+
+    def give_up(self, job: Job) -> None:
+        """Have a job predicted no more: its client has left, or waited too long."""
+        with self._lock:
+            job.is_given_up = True
+            self._leave_queue(job)
+
+    def _leave_queue(self, job: Job) -> None:
+        if not job.is_taken:
+            job.is_taken = True
+            self.queued_jobs -= 1
+            self.queued_rows -= job.n_rows
+
+    def seconds_left(self) -> float:
+        """Give what it is expected to take until all that wait are answered."""
+        calls = math.ceil(self.queued_rows / self.max_rows) if self.is_possible else self.queued_jobs
+        return calls * self.call_s + self.queued_rows * self.row_s
+
+    def is_late(self, job: Job) -> bool:
+        """Whether a job has waited too long, or waits for a call that does not end."""
+        return time.monotonic() > job.deadline or self.is_stuck()
+
+    def is_stuck(self) -> bool:
+        """Whether a call is made that does not end."""
+        called_at = self.called_at
+        return called_at is not None and time.monotonic() - called_at > STUCK * self.timeout_s
+
+    def too_late(self) -> Unavailable:
+        return Unavailable("the prediction took too long", self.seconds_left())
 
     def seconds_for(self, n_rows: int) -> float:
         """Give what a call for so many rows is expected to take."""
@@ -2454,6 +2525,8 @@ class Batching:
         n_rows = 0
         while waiting and (not jobs or self._can_join(waiting[0], jobs[0], n_rows)):
             job = waiting.popleft()
+            with self._lock:
+                self._leave_queue(job)
             if not job.is_given_up:
                 jobs.append(job)
                 n_rows += job.n_rows
@@ -2464,27 +2537,38 @@ class Batching:
         return is_shared and n_rows + job.n_rows <= self.max_rows
 
     def answer(self, jobs: list[Job]) -> list[list[Job]]:
-        """Answer jobs in one call; if that fails, give their halves, so that an error comes to be with its own job."""
-        if not jobs:
+        """Answer jobs in one call; if that fails, give their halves, so that an error comes to be with its own job.
+
+        Those that have waited too long are told so instead.
+        """
+        called = jobs
+        if jobs and self.is_late(jobs[0]):  # which came first
+            called = [job for job in jobs if not self.is_late(job)]
+            for job in jobs:
+                job.answers = self.too_late()
+        if not called:
             return []
+        rows = [row for job in called for row in job.rows]
+        context = called[0].context if len(called) == 1 else contextvars.Context()
         started = time.perf_counter()
-        rows = [row for job in jobs for row in job.rows]
-        context = jobs[0].context if len(jobs) == 1 else contextvars.Context()
+        self.called_at = time.monotonic()
         try:
-            answers = context.run(jobs[0].call or functools.partial(self.render, rows))
+            answers = context.run(called[0].call or functools.partial(self.render, rows))
         except Exception as error:  # what an estimator raises has no bounds
             if len(jobs) > 1:
                 return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
             jobs[0].answers = error
             return []
-        if len(jobs) == 1:
-            jobs[0].answers = answers
+        finally:
+            self.called_at = None
+        if len(called) == 1:
+            called[0].answers = answers
         else:
             start = 0
-            for job in jobs:
+            for job in called:
                 job.answers = answers[start : start + job.n_rows]
                 start += job.n_rows
-        self._learn(jobs, time.perf_counter() - started)
+        self._learn(called, time.perf_counter() - started)
         return []
 
     def _learn(self, jobs: Iterable[Job], took_s: float) -> None:
@@ -2529,6 +2613,7 @@ class LoopBatcher:
 
     async def answer(self, job: Job) -> list[bytes]:
         """Give the answers to a job. Raises what the estimator raised."""
+        self.batching.admit(job)
         job.waker = self.loop.create_future()
         self._waiting.append(job)
         if not self._is_due:
@@ -2540,7 +2625,7 @@ class LoopBatcher:
         try:
             await job.waker
         except asyncio.CancelledError:
-            job.is_given_up = True
+            self.batching.give_up(job)
             raise
         return job.result()
 
@@ -2560,13 +2645,25 @@ class LoopBatcher:
             call = _beside_loop(functools.partial(self.batching.answer, jobs))
             done = self.loop.run_in_executor(self._thread, call)
             done.add_done_callback(lambda done: self._hand_out(jobs, done.result()))
+            self.loop.call_later(LOOK_S, self._look, jobs, done)
         else:
             self._hand_out(jobs, self.batching.answer(jobs))
+
+    def _look(self, jobs: list[Job], done: asyncio.Future[Any]) -> None:
+        """Tell those who wait too long for a call, or behind it."""
+        if done.done():
+            return
+        for job in (*jobs, *self._waiting, *itertools.chain(*self._halves)):
+            if not job.waker.done() and self.batching.is_late(job):
+                self.batching.give_up(job)
+                job.answers = self.batching.too_late()
+                job.waker.set_result(None)
+        self.loop.call_later(LOOK_S, self._look, jobs, done)
 
     def _hand_out(self, jobs: list[Job], halves: list[list[Job]]) -> None:
         self._halves += halves
         for job in jobs if not halves else ():
-            if not job.waker.done():  # as it is when its task was cancelled
+            if not job.waker.done():  # as it is when its task was cancelled, or it was told that it is late
                 job.waker.set_result(None)
         self._is_due = bool(self._waiting or self._halves)
         if self._is_due:
@@ -2587,6 +2684,7 @@ class ThreadBatcher:
 
     async def answer(self, job: Job) -> list[bytes]:
         """Give the answers to a job; it blocks. Raises what the estimator raised."""
+        self.batching.admit(job)
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
                 self._arrived = queue.SimpleQueue()
@@ -2598,7 +2696,10 @@ class ThreadBatcher:
         job.waker = threading.Lock()
         job.waker.acquire()
         self._arrived.put(job)
-        job.waker.acquire()  # once it is released
+        while not job.waker.acquire(timeout=LOOK_S):  # until its release
+            if self.batching.is_late(job):
+                self.batching.give_up(job)
+                raise self.batching.too_late()
         return job.result()
 
     def _serve(self, arrived: queue.SimpleQueue[Job]) -> None:
@@ -2822,13 +2923,16 @@ def split_array(body: bytes) -> Iterator[bytes]:
     yield b"[%b" % body[start:]
 
 
+RESTART_S = 5.0  # that a service that ends may need to be there again
+
+
 async def live(service: Service, request: Request) -> Response:
     return Response.of({"status": "live"})
 
 
 async def ready(service: Service, request: Request) -> Response:
     if service.is_ending:
-        raise Unavailable("the service is ending")
+        raise Unavailable("the service is ending", RESTART_S)
     return Response.of({"status": "ready", **service.identity})
 
 
@@ -2870,7 +2974,7 @@ OPERATIONS = (
         predict_query,
         takes="query",
         gives="Prediction",
-        errors=(400, 401, 413, 422, 500),
+        errors=(400, 401, 408, 413, 422, 429, 500, 503),
     ),
     Operation(
         "POST",
@@ -2880,11 +2984,11 @@ OPERATIONS = (
         predict_body,
         takes="body",
         gives="Prediction",
-        errors=(400, 401, 413, 415, 422, 500),
+        errors=(400, 401, 408, 413, 415, 422, 429, 500, 503),
     ),
     Operation("GET", "/ping", "ping", "Whether the process answers", live, open=True),
     Operation("GET", "/health/live", "live", "Whether the process answers", live, open=True),
-    Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, open=True),
+    Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, errors=(503,), open=True),
     Operation("GET", "/openapi.json", "openapi", "This document", openapi, gives="Document", errors=(401,)),
 )
 
@@ -3058,7 +3162,9 @@ class Service:
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
-        self.batching = Batching(self.render, settings.batching.max_rows, settings.batching.max_wait_ms / 1000)
+        max_wait_s, limits = settings.batching.max_wait_ms / 1000, settings.limits
+        queue_limits = (float(limits.max_queued_rows), limits.request_timeout_s)
+        self.batching = Batching(self.render, settings.batching.max_rows, max_wait_s, *queue_limits)
         self._log = log.bind()  # once, for a proxy would do it for each line
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
 
@@ -3296,16 +3402,20 @@ def build_flask(service: Service) -> flask.Flask:
         app.add_url_rule(path, name, view, methods=[*operations], provide_automatic_options=False)
     app.register_error_handler(HTTPException, unmatched)
     inner = app.wsgi_app
-    methods = {*service.routes[PREDICTIONS], "HEAD"}
-    name = service.routes[PREDICTIONS]["GET"].name
+
+    def is_ours_alone(path: str, method: str) -> bool:
+        """Whether a request is for the service, and Flask is to do nothing for it."""
+        operations = service.routes.get(path, {})
+        name = next((operation.name for operation in operations.values()), "")
+        is_ours = (method in operations or method == "HEAD") and app.view_functions.get(name) is view
+        return is_ours and not _has_hooks(app)
 
     def predictions_first(environ: Any, start_response: Any) -> Any:
-        """Answer predictions before Flask's router, which takes longer than the service does, unless Flask is to do
-        something for each request."""
-        is_ours = environ["PATH_INFO"] == PREDICTIONS and environ["REQUEST_METHOD"] in methods
-        first = is_ours and app.view_functions[name] is view and not _has_hooks(app)
+        """Answer predictions before Flask's router, which takes longer than the service does."""
+        first = environ["PATH_INFO"] == PREDICTIONS and is_ours_alone(PREDICTIONS, environ["REQUEST_METHOD"])
         return (endpoint if first else inner)(environ, start_response)
 
+    app.extensions["serving.is_ours_alone"] = is_ours_alone
     app.wsgi_app = predictions_first  # type: ignore[method-assign]
     return app
 
@@ -3406,7 +3516,7 @@ def build_fastapi(service: Service) -> fastapi.FastAPI:
     return app
 
 
-CUT_SHORT = "serving.cut_short"  # in a scope: the connection ended, or lost its framing, inside the body
+CUT_SHORT = "serving.cut_short"  # in a scope: the error by which a body ended before its end
 
 
 async def receive_unless_cut(scope: Any, receive: Any) -> Any:
@@ -3466,7 +3576,7 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
         while more and size and not piece:
             message = await receive()
             if CUT_SHORT in scope or message["type"] == "http.disconnect":
-                raise BodyCutShort
+                raise scope.get(CUT_SHORT, BodyCutShort)()
             piece, more = message.get("body", b""), message.get("more_body", False)
         return piece
 
@@ -3502,13 +3612,15 @@ def as_wsgi(app: Any) -> Any:
 
 
 class FlaskOverASGI:
-    """A Flask app behind ASGI: it runs in a2wsgi's threads."""
+    """A Flask app behind ASGI: it runs in a2wsgi's threads, of which waiting predictions would leave none for health;
+    so what needs no Flask is answered in the loop."""
 
     def __init__(self, app: flask.Flask) -> None:
         from a2wsgi import WSGIMiddleware
 
         self.service: Service = app.extensions["serving"]
         self.endpoint = ASGIEndpoint(self.service)
+        self.is_ours_alone: Callable[[str, str], bool] = app.extensions["serving.is_ours_alone"]
         self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -3516,6 +3628,9 @@ class FlaskOverASGI:
             await self.bridge(scope, receive, send)
             return
         request = asgi_request(scope, receive, self.endpoint.batcher)
+        if self.is_ours_alone(request.path, request.method):
+            await self.endpoint.answer(request, receive, send)
+            return
         body = await request.read_body(self.service.settings.limits.max_body_bytes)
         if isinstance(body, ServingError):
             await self.endpoint.answer(request, receive, send)

@@ -244,6 +244,7 @@ def http_protocol() -> type:
         refusal = 400
         waste_bytes = 0  # received since the last head or piece of a body was whole
         failed = False
+        body_timer: Any = None  # until the body that is being received must be whole
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(cast(Any, Together(transport, self.loop)))
@@ -253,6 +254,8 @@ def http_protocol() -> type:
             self.waste_bytes += len(data)
             while data and not self.failed:
                 data = self._feed(data)
+            if self.body_timer is None and self.cycle is not None and self.cycle.more_body:
+                self.body_timer = self.loop.call_later(request_timeout_s, self._cut_short, app.BodyTooSlow)
             if self.waste_bytes > limit_request_field_size and not self.failed:
                 self._check_fields()
                 if self.waste_bytes > MAX_WASTE_BYTES:
@@ -318,8 +321,18 @@ def http_protocol() -> type:
 
         def on_message_complete(self) -> None:
             self.waste_bytes = 0
+            self._stop_body_timer()
             if not self.parser.should_upgrade():
                 super().on_message_complete()
+
+        def _stop_body_timer(self) -> None:
+            if self.body_timer is not None:
+                self.body_timer.cancel()
+                self.body_timer = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_body_timer()
+            super().connection_lost(exc)
 
         def _fail(self) -> None:
             self.failed = True
@@ -346,12 +359,12 @@ def http_protocol() -> type:
                 self.cycle.keep_alive = False
             return waiting
 
-        def _cut_short(self) -> bool:
+        def _cut_short(self, error: type[app.ServingError] = app.BodyCutShort) -> bool:
             """Tell the app, if it waits for the rest of a body, that there is none."""
             if self.cycle is None or not self.cycle.more_body or self.cycle.response_complete:
                 return False
             scope: Any = self.cycle.scope
-            scope[app.CUT_SHORT] = True
+            scope[app.CUT_SHORT] = error
             self.cycle.more_body = False
             self.cycle.message_event.set()
             return True
@@ -363,6 +376,7 @@ class Serving(Worker):
     """What both workers share: how the master learns that one is ready, and what one that shall end has to do."""
 
     fate: mmap.mmap  # shared with the master; what is in it counts when the worker is told to end
+    alive: bool
     is_known = False
 
     def notify(self) -> None:
@@ -372,6 +386,13 @@ class Serving(Worker):
             self.is_known = True
             os.write(self.tmp.fileno(), b"ready")
             os.kill(self.ppid, signal.SIGCHLD)  # for which it looks after its workers
+
+    def is_stuck(self) -> bool:
+        """Whether this worker makes a call that does not end, and so shall end itself."""
+        if not app.load_service().batching.is_stuck():
+            return False
+        log.critical("prediction_stuck", after_s=app.STUCK * request_timeout_s)
+        return True
 
     @property
     def is_orphan(self) -> bool:
@@ -403,6 +424,9 @@ def uvicorn_worker() -> type:
         def __init__(self, worker: Any) -> None:
             super().__init__(worker.config)
             self.worker = worker
+
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or self.worker.is_stuck()
 
         async def shutdown(self, sockets: Any = None) -> None:
             """End without a reset: what is under way is answered, with `Connection: close`, and so is what comes on
@@ -463,6 +487,20 @@ def gevent_worker() -> type:
     from gevent.server import StreamServer
     from gunicorn.workers.ggevent import GeventWorker
 
+    class TimedBody:
+        """The body of a request, which has to come in time."""
+
+        def __init__(self, body: Any) -> None:
+            self.body = body
+            self.end = time.monotonic() + request_timeout_s
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.body, name)
+
+        def read(self, size: int | None = None) -> bytes:
+            with gevent.Timeout(self.end - time.monotonic(), app.BodyTooSlow):
+                return cast(bytes, self.body.read(size))
+
     class ServingGeventWorker(Serving, GeventWorker):
         wsgi: Any
         inner: Any
@@ -481,9 +519,10 @@ def gevent_worker() -> type:
                 server.max_accept = 1 if self.cfg.workers > 1 else StreamServer.max_accept
                 server.start()
                 servers.append(server)
-            while self.alive:
+            while self.alive and not self.is_stuck():
                 self.notify()
                 gevent.sleep(TICK_S)
+            self.alive = False
             self.drain(servers)
             if isinstance(self.inner, app.FastAPIOverWSGI):
                 self.inner.stop()
@@ -526,11 +565,15 @@ def gevent_worker() -> type:
                 inner.start()
 
             def wsgi(environ: dict[str, Any], start_response: Any) -> Any:
+                body = environ["wsgi.input"]
+
                 def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
                     if any(name.lower() == "connection" and value == "close" for name, value in headers):
                         start_response.__self__.force_close()
-                        environ["wsgi.input"].failed = True  # gunicorn's mark of a body that was not read to its end
+                        body.failed = True  # gunicorn's mark of one that was not read to its end
                     return start_response(status, headers, exc_info)
+
+                environ["wsgi.input"] = TimedBody(body)
 
                 if "HTTP_TRANSFER_ENCODING" not in environ:
                     environ.pop("wsgi.input_terminated")  # so that werkzeug counts, and sees a body that is cut short
@@ -866,6 +909,13 @@ def post_fork(server: Any, worker: Any) -> None:
             sys.exit(0)
 
 
+def worker_exit(server: Any, worker: Any) -> None:
+    """End a worker in which a call is still made: Python would wait for its thread."""
+    if app.load_service().batching.called_at is not None:
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def post_worker_init(worker: Any) -> None:
     """Tie a worker to its master, and spare the garbage collector what was loaded, which it would go through again and
     again and find in use."""
@@ -876,6 +926,7 @@ def post_worker_init(worker: Any) -> None:
     gc.set_threshold(GC_THRESHOLD)
 
 
+request_timeout_s = settings.limits.request_timeout_s
 KEPT, DROPPED, ENDING = 0, 1, 2  # fates of a worker that ends: its listeners are others' too, nobody's, or all end
 DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
 SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted

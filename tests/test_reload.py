@@ -1,13 +1,11 @@
 """HUP: new settings and a new model are taken as a whole or not at all, and no request is lost by it."""
 
 import os
-import shutil
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from conftest import COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, post_case, wait_until
+from conftest import COMBINATIONS, ROW, Server, gunicorn_environment, post_case, wait_until
 from load import Load
 
 
@@ -26,9 +24,7 @@ def ends(server: Server) -> int:
 @pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "close"])
 def test_reloads_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str], keep_alive: bool) -> None:
     """Ten HUPs under load: every request is answered 200, and none waits for a second."""
-    server = serve(
-        **gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false")
-    )
+    server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
     with Load(server, post_case(ROW), keep_alive=keep_alive) as load:
         for _ in range(10):
             reload(server)
