@@ -3165,8 +3165,11 @@ class Service:
         max_wait_s, limits = settings.batching.max_wait_ms / 1000, settings.limits
         queue_limits = (float(limits.max_queued_rows), limits.request_timeout_s)
         self.batching = Batching(self.render, settings.batching.max_rows, max_wait_s, *queue_limits)
-        self._log = log.bind()  # once, for a proxy would do it for each line
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
+
+    @functools.cached_property
+    def _log(self) -> Any:
+        return log.bind()  # once, for a proxy would do it for each line; but not before logging is configured
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:

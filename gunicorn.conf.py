@@ -123,7 +123,10 @@ class Trial:
 
 def load() -> app.Service:
     """Load what the settings say, for workers to be forked. Raises `StartupError`."""
-    service = app.make_service(app.load_settings())
+    loaded = app.load_settings()
+    if not app.IN_USE:
+        app.configure_logging(loaded.logging)
+    service = app.make_service(loaded)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
         with app.about_artifact(service.settings):

@@ -38,6 +38,8 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("batching", "max_wait_ms"): ("2.5", 2.5),
     ("limits", "max_body_bytes"): ("17", 17),
     ("limits", "max_rows"): ("18", 18),
+    ("limits", "max_queued_rows"): ("20", 20),
+    ("limits", "request_timeout_s"): ("2.5", 2.5),
     ("logging", "level"): ("debug", "debug"),
     ("logging", "format"): ("console", "console"),
     ("logging", "access"): ("false", False),
