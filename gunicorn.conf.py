@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -375,10 +375,26 @@ def http_protocol() -> type:
     return Protocol
 
 
+def refuse_new(sock: Any) -> None:
+    """Have the kernel drop the first packet of each new connection to a listening socket, as if nothing had come.
+
+    A listener that is closed resets the connections that the kernel has queued for it; so first no more may come. The
+    program is one of the classic BPF's (linux/filter.h), run on the header of TCP, whose byte 13 has the flags.
+    """
+    load_flags, jump_unless_syn, drop, keep = (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF)
+    code = b"".join(struct.pack("HBBI", *step) for step in (load_flags, jump_unless_syn, drop, keep))
+    buffer = ctypes.create_string_buffer(code)
+    if sock.family == socket.AF_UNIX:
+        return
+    with contextlib.suppress(OSError):  # where the kernel has none, a few connections may be reset
+        program = struct.pack("HL", len(code) // 8, ctypes.addressof(buffer))
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
 class Serving(Worker):
     """What both workers share: how the master learns that one is ready, and what one that shall end has to do."""
 
-    fate: mmap.mmap  # shared with the master; what is in it counts when the worker is told to end
+    fate: mmap.mmap  # shared with the master: whether the service ends, then for each listener whether it is dropped
     alive: bool
     is_known = False
 
@@ -401,16 +417,13 @@ class Serving(Worker):
     def is_orphan(self) -> bool:
         return bool(os.getppid() != self.ppid)
 
-    @property
-    def keeps_accepting(self) -> bool:
-        """Whether nobody else will take the connections that the kernel has queued for this worker."""
-        return self.fate[0] != KEPT or self.is_orphan
-
-    def begin_drain(self) -> float:
-        """Say that this worker ends, and give the time by which it must have, before the master loses its patience."""
-        app.Service.is_ending = self.fate[0] == ENDING or self.is_orphan
+    def begin_drain(self) -> tuple[float, list[int]]:
+        """Say that this worker ends. Give the time by which it must have, before the master loses its patience, and
+        which of its listeners nobody else has: what the kernel has queued for them is to be accepted."""
+        app.Service.is_ending = bool(self.fate[0]) or self.is_orphan
         log.info("draining", service_ends=app.Service.is_ending)
-        return time.monotonic() + float(self.cfg.graceful_timeout) - MARGIN_S
+        alone = [n for n in range(len(self.sockets)) if app.Service.is_ending or self.fate[n + 1]]
+        return time.monotonic() + float(self.cfg.graceful_timeout) - MARGIN_S, alone
 
 
 def uvicorn_worker() -> type:
@@ -434,16 +447,22 @@ def uvicorn_worker() -> type:
         async def shutdown(self, sockets: Any = None) -> None:
             """End without a reset: what is under way is answered, with `Connection: close`, and so is what comes on
             open connections for a moment, before those that are idle are closed."""
-            end = self.worker.begin_drain()
+            end, alone = self.worker.begin_drain()
             signs_of_life = asyncio.create_task(self._give_signs_of_life())
             protocol.is_draining = True
             connections: Any = self.server_state.connections
             for connection in connections:
                 connection.drain()
-            if self.worker.keeps_accepting:
-                await asyncio.sleep(DRAIN_S + SETTLE_S)
-            for server in self.servers:
-                server.close()
+            for n, server in enumerate(self.servers):
+                if n not in alone:
+                    server.close()
+            if alone:
+                await asyncio.sleep(DRAIN_S)
+                for n in alone:
+                    refuse_new(sockets[n])
+                await asyncio.sleep(SETTLE_S)
+                for n in alone:
+                    self.servers[n].close()
             idle_end = time.monotonic() + DRAIN_S
             while connections and time.monotonic() < min(idle_end, end):  # noqa: ASYNC110 — no event
                 await asyncio.sleep(POLL_S)
@@ -532,11 +551,17 @@ def gevent_worker() -> type:
 
         def drain(self, servers: list[Any]) -> None:
             """End without a reset, as `DrainingServer` does; gunicorn answers `Connection: close` by itself by now."""
-            end = self.begin_drain()
-            if self.keeps_accepting:
-                gevent.sleep(DRAIN_S + SETTLE_S)
-            for server in servers:
-                server.close()
+            end, alone = self.begin_drain()
+            for n, server in enumerate(servers):
+                if n not in alone:
+                    server.close()
+            if alone:
+                gevent.sleep(DRAIN_S)
+                for n in alone:
+                    refuse_new(servers[n].socket)
+                gevent.sleep(SETTLE_S)
+                for n in alone:
+                    servers[n].close()
             self.wait(min(time.monotonic() + DRAIN_S, end))
             for greenlet in [*self.waiting]:
                 greenlet.kill(NoMoreData, block=False)
@@ -608,20 +633,6 @@ def gevent_worker() -> type:
     return ServingGeventWorker
 
 
-def refuse_new(listener: Any) -> None:
-    """Have the kernel drop the first packet of each new connection to a listener, as if nothing had come.
-
-    A listener that is closed resets the connections that the kernel has queued for it; so first no more may come. The
-    program is one of the classic BPF's (linux/filter.h), run on the header of TCP, whose byte 13 has the flags.
-    """
-    load_flags, jump_unless_syn, drop, keep = (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF)
-    code = b"".join(struct.pack("HBBI", *step) for step in (load_flags, jump_unless_syn, drop, keep))
-    buffer = ctypes.create_string_buffer(code)
-    with contextlib.suppress(OSError):  # where the kernel has none, a few connections may be reset
-        program = struct.pack("HL", len(code) // 8, ctypes.addressof(buffer))
-        listener.sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-
-
 class Master(Arbiter):
     """Gunicorn's arbiter, with a reload that is a transaction.
 
@@ -630,7 +641,8 @@ class Master(Arbiter):
     """
 
     LISTENERS: list[Any]
-    fate: mmap.mmap  # of the workers that are forked from now on, which share it
+    fate: mmap.mmap  # of the workers that are forked from now on, which share it: see `Serving`
+    dropped: Sequence[Any] = ()  # listeners of old workers that new ones shall not have
     retired: dict[int, float]  # workers that shall end, with the time by which they must have
     reloading: Generator[None, None, None] | None = None
     is_asked = False  # to reload
@@ -643,7 +655,7 @@ class Master(Arbiter):
     def adopt(cls, arbiter: Any) -> None:
         """Make an arbiter one of this class."""
         arbiter.__class__ = cls
-        arbiter.fate = mmap.mmap(-1, 1)
+        arbiter.fate = mmap.mmap(-1, mmap.PAGESIZE)
         arbiter.retired = {}
         arbiter.is_asked = bool(early_hups)
 
@@ -733,11 +745,12 @@ class Master(Arbiter):
         old_service, old_app, old = app.load_service(), dict(self.app.__dict__), [*self.WORKERS]
         old_listeners, old_fate = self.LISTENERS, self.fate
         new: list[int] = []
-        self.is_replacing, self.fate = True, mmap.mmap(-1, 1)
+        self.is_replacing, self.fate = True, mmap.mmap(-1, mmap.PAGESIZE)
         app.use(service)
         try:
             self._configure()
             self.LISTENERS = self._listen()
+            self.dropped = [listener for listener in old_listeners if listener not in self.LISTENERS]
             self.setup(self.app)
             freeze()
             new += [self.spawn_worker() for _ in range(self.num_workers)]
@@ -754,13 +767,12 @@ class Master(Arbiter):
             for pid in new:
                 self._retire(pid)
             raise
+        else:
+            for n, listener in enumerate(old_listeners):
+                old_fate[n + 1] = listener in self.dropped
+            close_sockets(self.dropped)
         finally:
-            self.is_replacing = False
-        dropped = [listener for listener in old_listeners if listener not in self.LISTENERS]
-        old_fate[0] = DROPPED if dropped else KEPT
-        for listener in dropped:
-            refuse_new(listener)
-        close_sockets(dropped)
+            self.is_replacing, self.dropped = False, ()
         for pid in old:
             self._retire(pid)
         self.cfg.on_reload(self)
@@ -838,17 +850,10 @@ class Master(Arbiter):
             log.error("worker_not_started", pids=failed, retry_in_s=wait_s)
 
     def stop(self, graceful: bool = True) -> None:
-        """End the workers. If there is time for it, say so for a moment before the listeners close."""
+        """End the workers, which know by it that the service ends."""
         if self.reloading is not None:
             self.reloading.close()
-        self.fate[0] = ENDING
-        if graceful:
-            self.kill_workers(signal.SIGTERM)
-            end = time.monotonic() + DRAIN_S
-            while self.WORKERS and time.monotonic() < end:
-                time.sleep(POLL_S)
-            for listener in self.LISTENERS:
-                refuse_new(listener)
+        self.fate[0] = True
         super().stop(graceful)
 
 
@@ -905,6 +910,8 @@ def post_fork(server: Any, worker: Any) -> None:
     and the service would wait `graceful_timeout` for the worker.
     """
     worker.fate = server.fate
+    for listener in server.dropped:
+        listener.close()
     for number in worker.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     while not server.SIG_QUEUE.empty():
@@ -930,7 +937,6 @@ def post_worker_init(worker: Any) -> None:
 
 
 request_timeout_s = settings.limits.request_timeout_s
-KEPT, DROPPED, ENDING = 0, 1, 2  # fates of a worker that ends: its listeners are others' too, nobody's, or all end
 DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
 SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted
 MARGIN_S = 0.5  # before the master kills what has not ended

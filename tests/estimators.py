@@ -153,3 +153,39 @@ class Slow(RegressorMixin, BaseEstimator):
         while time.perf_counter() < end:
             pass
         return np.ravel(X)
+
+
+class SlowToLoad(LogisticRegression):
+    """One whose artifact takes seconds to load, as large ones do."""
+
+    def __setstate__(self, state: Any) -> None:
+        time.sleep(float(os.environ.get("LOAD_S", "0")))
+        super().__setstate__(state)
+
+
+class Hanging(Duck):
+    """One that takes `call_s` for a call, and never ends one that has a negative number."""
+
+    n_features_in_ = 1
+
+    def __init__(self, call_s: float) -> None:
+        self.call_s = call_s
+
+    def predict(self, X: Any) -> Any:
+        end = time.perf_counter() + self.call_s
+        while time.perf_counter() < end or np.min(X) < 0:
+            pass
+        return [0] * len(X)
+
+
+class Threading(Duck):
+    """One that starts a thread when it is loaded."""
+
+    n_features_in_ = 1
+
+    def __init__(self) -> None:
+        self.state = "which a pickle has only if there is one"
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+        threading.Thread(target=threading.Event().wait, name="of the model", daemon=True).start()
