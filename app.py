@@ -2539,13 +2539,9 @@ class Batching:
     def answer(self, jobs: list[Job]) -> list[list[Job]]:
         """Answer jobs in one call; if that fails, give their halves, so that an error comes to be with its own job.
 
-        Those that have waited too long are told so instead.
+        Those that would come too late are told so instead.
         """
-        called = jobs
-        if jobs and self.is_late(jobs[0]):  # which came first
-            called = [job for job in jobs if not self.is_late(job)]
-            for job in jobs:
-                job.answers = self.too_late()
+        called = self._refuse_late(jobs)
         if not called:
             return []
         rows = [row for job in called for row in job.rows]
@@ -2570,6 +2566,17 @@ class Batching:
                 start += job.n_rows
         self._learn(called, time.perf_counter() - started)
         return []
+
+    def _refuse_late(self, jobs: list[Job]) -> list[Job]:
+        """Give the jobs that can be answered in time. What a call takes is not counted on if it is most of that time,
+        for without a call nothing more would be learnt of it."""
+        takes_s = self.seconds_for(count_rows(jobs))
+        end = time.monotonic() + (takes_s if takes_s < self.timeout_s / 2 else 0.0)
+        if not jobs or jobs[0].deadline >= end:  # which came first
+            return jobs
+        for job in jobs:
+            job.answers = self.too_late()
+        return [job for job in jobs if job.deadline >= end]
 
     def _learn(self, jobs: Iterable[Job], took_s: float) -> None:
         """Correct what is expected of later calls: at once if this one took far longer, else by a part of it.

@@ -667,7 +667,9 @@ class Master(Arbiter):
         """Take the next step of a reload, and begin one if it is asked for."""
         try:
             if self.is_asked and self.reloading is not None and not self.is_loading:
-                self.reloading.throw(app.StartupError("it gives way to another HUP"))
+                self.reloading.close()
+                self.reloading = None
+                log.info("reload_given_up", reason="another HUP came")
             if self.is_asked and self.reloading is None:
                 self.is_asked = False
                 self.reloading = self._reload()

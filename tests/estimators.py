@@ -164,7 +164,7 @@ class SlowToLoad(LogisticRegression):
 
 
 class Hanging(Duck):
-    """One that takes `call_s` for a call, and never ends one that has a negative number."""
+    """One that takes `call_s` for a call, and never ends one that has 666."""
 
     n_features_in_ = 1
 
@@ -173,7 +173,7 @@ class Hanging(Duck):
 
     def predict(self, X: Any) -> Any:
         end = time.perf_counter() + self.call_s
-        while time.perf_counter() < end or np.min(X) < 0:
+        while time.perf_counter() < end or 666 in X:
             pass
         return [0] * len(X)
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import http.client
+import itertools
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Self
 
 from cases import Case
@@ -22,7 +23,13 @@ class Load:
     """
 
     def __init__(
-        self, server: Server, case: Case, clients: int = 16, keep_alive: bool = True, until_refused: bool = False
+        self,
+        server: Server,
+        case: Case,
+        clients: int = 16,
+        keep_alive: bool = True,
+        until_refused: bool = False,
+        pause_s: float = 0.0,
     ) -> None:
         self.port, self.until_refused, self.keep_alive = server.port, until_refused, keep_alive
         self.raw, self.method = case.raw(), case.method
@@ -30,9 +37,14 @@ class Load:
             self.raw = self.raw.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         self.answers: Counter[int] = Counter()
         self.failures: list[str] = []
-        self.took_s: list[float] = []
+        self.took_by_status: dict[int, list[float]] = defaultdict(list)
+        self.pause_s = pause_s
         self._ending = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    @property
+    def took_s(self) -> list[float]:
+        return [*itertools.chain(*self.took_by_status.values())]
 
     @property
     def count(self) -> int:
@@ -76,9 +88,11 @@ class Load:
                 client = self._close(client)
             else:
                 self.answers[response.status] += 1
-                self.took_s.append(time.perf_counter() - started)
+                self.took_by_status[response.status].append(time.perf_counter() - started)
                 if response.will_close:
                     client = self._close(client)
+            if self.pause_s:
+                self._ending.wait(self.pause_s)
         self._close(client)
 
     def _connect(self) -> socket.socket:

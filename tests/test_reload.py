@@ -109,8 +109,9 @@ def test_slow_load_stalls_nothing(serve: Callable[..., Server], tmp_path: Path, 
         for _ in range(8):
             os.kill(server.process.pid, signal.SIGHUP)
             load.wait_for(1000)
-        assert reload(server)["event"] == "reloaded"
+        wait_until(lambda: len(ends(server)) == 2, "the second reload")
         load.wait_for(5000)
+    assert ends(server)[1]["event"] == "reloaded"
     server.stop()
     assert (load.failures, [*load.answers]) == ([], [200])
     assert load.count >= 20_000

@@ -1,0 +1,231 @@
+"""Who may wait, and for how long: full queues, late answers, slow senders."""
+
+import collections
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import QUERY, Case
+from conftest import (
+    COMBINATIONS,
+    WAIT_S,
+    Server,
+    deploy,
+    gunicorn_environment,
+    post_case,
+    read_answer,
+)
+from estimators import Slow
+from load import Load
+
+import app
+
+TESTS = str(Path(__file__).parent)
+HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+
+
+def headers_of(server: Server, case: Case) -> tuple[int, dict[str, str]]:
+    """Send a case, and give the status and all headers."""
+    with server.connect() as client:
+        client.sendall(case.raw())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(1000)
+    status, *lines = head.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+    return int(status.split()[1]), {name.lower(): text for name, text in (line.split(": ", 1) for line in lines)}
+
+
+def waiting(batching: app.Batching, *n_rows: int) -> list[app.Job]:
+    jobs = [app.Job([{}] * n, n) for n in n_rows]
+    for job in jobs:
+        batching.admit(job)
+    return jobs
+
+
+def test_queue_has_its_limit() -> None:
+    """What comes on top of `max_queued_rows` is refused, until a call takes some or a client gives up."""
+    batching = app.Batching(lambda rows: [], max_rows=8, max_wait_s=0.0, max_queued_rows=10, call_s=2.0, row_s=0.5)
+    first, second, third = waiting(batching, 4, 4, 2)
+    with pytest.raises(app.TooManyRequests) as refusal:
+        waiting(batching, 1)
+    assert refusal.value.headers == {"Retry-After": "9"}  # two calls, and ten rows
+    batching.give_up(third)
+    batching.take(collections.deque([first, second, third]))
+    batching.give_up(second)
+    assert (batching.queued_jobs, batching.queued_rows) == (0, 0)
+
+
+def test_empty_queue_takes_any_request() -> None:
+    """A request of more rows than may wait is taken if nobody waits, or it could never be."""
+    batching = app.Batching(lambda rows: [], max_rows=8, max_wait_s=0.0, max_queued_rows=10)
+    waiting(batching, 1000)
+    with pytest.raises(app.TooManyRequests):
+        waiting(batching, 1)
+
+
+def test_late_jobs_are_not_predicted() -> None:
+    """A job that would be answered past its deadline is told so, and its rows are in no call."""
+    calls: list[int] = []
+
+    def render(rows: list[Any]) -> list[bytes]:
+        calls.append(len(rows))
+        return [b"{}"] * len(rows)
+
+    batching = app.Batching(render, max_rows=8, max_wait_s=0.0, timeout_s=10.0, call_s=1.0)
+    late, hurried, good = waiting(batching, 1, 2, 3)
+    late.deadline = time.monotonic() - 1
+    hurried.deadline = time.monotonic() + 0.5
+    batching.answer([late, hurried, good])
+    assert calls == [3]
+    assert good.result() == [b"{}"] * 3
+    for job in (late, hurried):
+        with pytest.raises(app.Unavailable):
+            job.result()
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_overload_is_refused_and_forgotten(
+    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
+) -> None:
+    """At several times what a slow estimator can do, each answer is 200, 429 or 503, in time; health and memory are
+    as ever; and a second later a request takes what it took before."""
+    file = deploy(tmp_path, Slow(0.02))
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "50"}
+    batching = {"SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": TESTS, "SERVING_LOGGING__ACCESS": "false"}
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, **limits, **batching))
+    (worker,) = server.worker_pids
+    case = post_case({"x0": 1.0})
+    alone_s = statistics.median(time_of(server, case) for _ in range(10))
+    before_mb = resident_mb(worker)
+    health_s: list[float] = []
+    with Load(server, case, clients=100, pause_s=0.2) as load:  # up to 500 a second, of which it can do 50
+        end = time.monotonic() + 6
+        while time.monotonic() < end:
+            health_s.append(time_of(server, Case("live", "GET", "/health/live")))
+    assert load.failures == []
+    assert load.answers.keys() <= {200, 429, 503}
+    assert load.answers[429] > load.answers[200] > 50
+    assert statistics.quantiles(load.took_by_status[200], n=100)[-1] < 2
+    assert statistics.median(health_s) < 0.5
+    assert resident_mb(worker) < before_mb + 100
+    threading.Event().wait(1)
+    assert statistics.median(time_of(server, case) for _ in range(10)) < 2 * alone_s
+    assert server.worker_pids == [worker]
+    server.stop()
+
+
+def time_of(server: Server, case: Case) -> float:
+    started = time.perf_counter()
+    assert server.send(case).status == 200
+    return time.perf_counter() - started
+
+
+def resident_mb(pid: int) -> float:
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1000
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_refusals_say_when_to_come_back(
+    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
+) -> None:
+    """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
+    file = deploy(tmp_path, Slow(0.5))
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1.2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
+    environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": TESTS}
+    server = serve(**gunicorn_environment(*combination, **environment, **limits))
+    case = post_case({"x0": 1.0})
+    with ThreadPoolExecutor(5) as pool:
+        futures = []
+        for _ in range(5):  # one is predicted, four wait
+            futures.append(pool.submit(headers_of, server, case))
+            threading.Event().wait(0.04)
+        refused, headers = headers_of(server, case)
+        assert (refused, headers["retry-after"]) == (429, "2")
+        assert server.get("/ping").status == 200
+        answers = [future.result() for future in futures]
+    assert [status for status, _ in answers] == [200, 200, 503, 503, 503]
+    assert all("retry-after" in headers for status, headers in answers if status == 503)
+    server.stop()
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n[", b"Transfer-Encoding: chunked\r\n\r\n5\r\n["])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_body_has_its_time(serve: Callable[..., Server], combination: tuple[str, str], framing: bytes) -> None:
+    """A body that trickles in is answered 408 when its time is over, however it is sent."""
+    server = serve(**gunicorn_environment(*combination, SERVING_LIMITS__REQUEST_TIMEOUT_S="1"))
+    with server.connect() as client:
+        client.sendall(HEAD + framing)
+        started = time.monotonic()
+        while time.monotonic() < started + WAIT_S:
+            client.settimeout(0.2)
+            try:
+                if client.recv(1, socket.MSG_PEEK):
+                    break
+            except TimeoutError:
+                client.sendall(b" ")
+        assert 0.9 < time.monotonic() - started < 3
+        client.settimeout(WAIT_S)
+        answer = read_answer(client)
+    assert (answer.status, answer.headers["connection"]) == (408, "close")
+    server.stop()
+
+
+class SlowSenders:
+    """Connections that send a byte every second of a request that never ends, half of them of its head."""
+
+    def __init__(self, server: Server, count: int) -> None:
+        self.server, self.count = server, count
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.ending.set()
+        self.thread.join()
+
+    def run(self) -> None:
+        clients: list[socket.socket] = []
+        while not self.ending.wait(1):
+            while len(clients) < self.count:
+                client = self.server.connect()
+                client.sendall(HEAD + (b"Content-Length: 1000\r\n\r\n" if len(clients) % 2 else b""))
+                clients.append(client)
+            for client in [*clients]:
+                try:
+                    client.sendall(b"x")
+                except OSError:
+                    client.close()
+                    clients.remove(client)
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_slow_senders_hold_nobody_up(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+    """Beside 200 connections that send a byte a second, a normal client's p99 at most doubles."""
+    server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
+    case = Case("query", "GET", f"/predictions?{QUERY}")
+    ratios = []
+    for _ in range(5):
+        alone = p99_of(server, case)
+        with SlowSenders(server, 200):
+            threading.Event().wait(1.5)
+            ratios.append(p99_of(server, case) / alone)
+    assert statistics.median(ratios) < 2
+    server.stop()
+
+
+def p99_of(server: Server, case: Case) -> float:
+    with Load(server, case, clients=1) as load:
+        load.wait_for(1000)
+    assert (load.failures, [*load.answers]) == ([], [200])
+    return statistics.quantiles(load.took_s, n=100)[-1]

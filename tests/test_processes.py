@@ -1,0 +1,184 @@
+"""What ends a worker, or all of them, and what each request gets meanwhile."""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import (
+    COMBINATIONS,
+    ROW,
+    Server,
+    deploy,
+    gunicorn_environment,
+    post_case,
+    wait_until,
+)
+from estimators import Hanging
+from load import Load
+from sklearn.linear_model import LogisticRegression
+
+TESTS = str(Path(__file__).parent)
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "close"])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_end_loses_nothing(serve: Callable[..., Server], combination: tuple[str, str], keep_alive: bool) -> None:
+    """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
+    for _ in range(3):
+        server = serve(
+            **gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false")
+        )
+        with Load(server, post_case(ROW), keep_alive=keep_alive, until_refused=True) as load:
+            load.wait_for(1000)
+            server.process.terminate()
+            ready = wait_until(lambda server=server: not_ready(server), "readiness to end")
+            wait_until(lambda load=load: load.is_over, "the clients' end")
+        assert server.stop() == 0
+        assert ready == 503
+        assert (load.failures, [*load.answers]) == ([], [200])
+
+
+def not_ready(server: Server) -> int:
+    status = server.get("/health/ready").status
+    return status if status != 200 else 0
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+    """`kill -9` of each worker in turn: a client loses at most the request that was in flight there."""
+    server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="3", SERVING_LOGGING__ACCESS="false"))
+    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 3 else None, "three workers")
+    with Load(server, post_case(ROW)) as load:
+        for pid in workers:
+            load.wait_for(1000)
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: pid not in server.worker_pids and len(server.worker_pids) == 3, "a new worker")
+    assert len(load.failures) <= 16 * len(workers)
+    assert [*load.answers] == [200]
+    server.stop()
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+    """Workers whose master is killed drain and end by themselves."""
+    server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2"))
+    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: not alive(workers), "the workers to end")
+
+
+FRAGILE = """
+import pathlib
+import app
+
+if pathlib.Path(__file__).with_suffix(".broken").exists():
+    raise RuntimeError("cannot start now")
+native = app.create_app()
+asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
+"""
+
+
+@pytest.mark.parametrize("combination", [COMBINATIONS[0], COMBINATIONS[3]], ids="-".join)
+def test_worker_that_cannot_start_harms_nobody(
+    serve: Callable[..., Server], project: Path, combination: tuple[str, str]
+) -> None:
+    """While another serves, a worker that cannot start is tried again, later and later, and a reload is refused."""
+    (project / "fragile.py").write_text(FRAGILE)
+    broken = project / "fragile.broken"
+    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
+    environment = gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2")
+    server = serve(f"gunicorn -c gunicorn.conf.py fragile:{interface}", project, **environment)
+    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    wait_until(lambda: server.text.count("cannot") == 0 and server.get("/ping").status == 200, "an answer")
+    broken.touch()
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_until(lambda: '"event":"reload_refused"' in server.text, "the refusal")
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: server.text.count('"event":"worker_not_started"') >= 2, "two failures")
+    assert server.post(ROW).status == 200
+    waits = [line["retry_in_s"] for line in server.lines if line["event"] == "worker_not_started"]
+    assert waits[:2] == [2.0, 4.0]
+    broken.unlink()
+    wait_until(lambda: len(server.worker_pids) == 2, "the second worker")
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("call_s", [0.0, 0.02], ids=["quick", "costly"])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_hanging_prediction_costs_a_worker(
+    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str], call_s: float
+) -> None:
+    """A predict that never ends is ended with its worker, and another serves.
+
+    Where calls run beside the loop, its client and those that wait behind it are told 503; where one has taken the loop
+    itself, `server.timeout` ends it.
+    """
+    file = deploy(tmp_path, Hanging(call_s))
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "0.5", "SERVING_SERVER__TIMEOUT": "2", "PYTHONPATH": TESTS}
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, **limits))
+    (worker,) = server.worker_pids
+    with server.connect() as client:
+        client.sendall(post_case({"x0": 666.0}).raw())
+        if call_s:
+            answers = [client.recv(100), server.exchange(post_case({"x0": 1.0}).raw()).status]
+            assert (answers[0].split()[1], answers[1]) == (b"503", 503)
+            assert server.get("/ping").status == 200
+        wait_until(lambda: not alive([worker]), "the worker to end")
+    assert wait_until(lambda: server.post({"x0": 1.0}), "an answer").json == {"prediction": 0.0}
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_recycled_workers_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+    """`max_requests` with jitter replaces workers under load, and every request is answered."""
+    recycling = {"SERVING_SERVER__MAX_REQUESTS": "500", "SERVING_SERVER__MAX_REQUESTS_JITTER": "100"}
+    environment = gunicorn_environment(
+        *combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false", **recycling
+    )
+    server = serve(**environment)
+    for keep_alive in (True, False):
+        with Load(server, post_case(ROW), keep_alive=keep_alive) as load:
+            load.wait_for(5000)
+        assert (load.failures, [*load.answers]) == ([], [200])
+    assert server.text.count("Booting worker") > 5
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_workers_share_the_model(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
+    """With a model of 100 MB each worker has no more than 25 MB of its own, also after a reload."""
+    rng = np.random.default_rng(0)
+    estimator = LogisticRegression().fit(rng.normal(size=(20, 2)), [0, 1] * 10)
+    estimator.ballast_ = rng.normal(size=13_000_000)
+    file = deploy(tmp_path, estimator)
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, SERVING_SERVER__WORKERS="2"))
+    assert max(map(private_mb, used(server))) < 25
+    old = server.worker_pids
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_until(lambda: '"event":"reloaded"' in server.text and not alive(old), "the reload")
+    assert max(map(private_mb, used(server))) < 25
+    assert private_mb(server.process.pid) < 250  # the master has not kept the old one
+    server.stop()
+
+
+def used(server: Server) -> list[int]:
+    """Give the workers, after each has predicted."""
+    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    for _ in range(50):
+        assert server.post([{"x0": 0.5, "x1": 1.5}] * 100).status == 200
+    return workers
+
+
+def private_mb(pid: int) -> float:
+    """The kernel's figure for what a process has to itself, in MB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) / 1000
