@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test lint bench bench-short
+.PHONY: serve test lint bench bench-short soak
 
 serve: .venv/serve
 	$(BIN)/gunicorn -c gunicorn.conf.py
@@ -14,6 +14,9 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy app.py gunicorn.conf.py model bench
+
+soak: .venv/test
+	PYTHONPATH=. $(BIN)/python tests/soak.py
 
 bench: .venv/bench
 	$(BIN)/python -m bench.run

@@ -263,6 +263,7 @@ def _check_each_once(values: list[T]) -> list[T]:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Cell = bool | int | Finite | str  # of a row
 
@@ -279,10 +280,12 @@ class ServerSettings(Section):
     keepalive: PositiveInt = 5
     max_requests: NonNegativeInt = 0
     max_requests_jitter: NonNegativeInt = 0
+    certfile: PathText = ""
+    keyfile: PathText = ""
 
 
 class ModelSettings(Section):
-    path: Annotated[str, Field(pattern=r"^[^\x00]+$")] = "model/iris.skops"
+    path: Annotated[PathText, Field(min_length=1)] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
     runtime: Literal["sklearn", "onnx"] = "sklearn"
     sha256: Annotated[str, AfterValidator(_check_hash)] = ""
@@ -352,6 +355,7 @@ class LoggingSettings(Section):
 
 class AuthSettings(Section):
     api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = []
+    docs: bool = True
 
 
 class Settings(Section):
@@ -2880,7 +2884,13 @@ class Operation:
     takes: Literal["query", "body", None] = None
     gives: str = "Status"
     errors: tuple[int, ...] = ()
-    open: bool = False  # answers without an API key
+    access: Literal["key", "docs", "open"] = "key"  # whether it takes an API key; "docs" is a setting
+
+
+def needs_key(operation: Operation, settings: Settings) -> bool:
+    """Whether an operation answers only to an API key."""
+    is_closed = operation.access == "key" or (operation.access == "docs" and settings.auth.docs)
+    return is_closed and bool(settings.auth.api_keys)
 
 
 async def predict_query(service: Service, request: Request) -> Response:
@@ -2993,10 +3003,12 @@ OPERATIONS = (
         gives="Prediction",
         errors=(400, 401, 408, 413, 415, 422, 429, 500, 503),
     ),
-    Operation("GET", "/ping", "ping", "Whether the process answers", live, open=True),
-    Operation("GET", "/health/live", "live", "Whether the process answers", live, open=True),
-    Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, errors=(503,), open=True),
-    Operation("GET", "/openapi.json", "openapi", "This document", openapi, gives="Document", errors=(401,)),
+    Operation("GET", "/ping", "ping", "Whether the process answers", live, access="open"),
+    Operation("GET", "/health/live", "live", "Whether the process answers", live, access="open"),
+    Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, errors=(503,), access="open"),
+    Operation(
+        "GET", "/openapi.json", "openapi", "This document", openapi, gives="Document", errors=(401,), access="docs"
+    ),
 )
 
 
@@ -3034,9 +3046,9 @@ def describe_api(
     """Make the OpenAPI 3.1 document from the table of operations; `sample` is the answer to the contract's example."""
     schemas = _schemas(contract) | {"Prediction": _describe_prediction(predictor, sample)}
     example = (contract.example, sample) if contract.is_known else (None, None)
-    secured = bool(settings.auth.api_keys)
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
+        secured = needs_key(operation, settings)
         described = _describe(operation, schemas, example, contract.nullable, secured)
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
@@ -3045,7 +3057,7 @@ def describe_api(
         "paths": paths,
         "components": {"schemas": schemas},
     }
-    if secured:
+    if settings.auth.api_keys:
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -3123,7 +3135,7 @@ def _describe(
         if status != 401 or secured:
             content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
             described["responses"][str(status)] = _answer_described(status, content)
-    if secured and not operation.open:
+    if secured:
         described["security"] = [{"bearer": []}, {"api_key": []}]
     return described
 
@@ -3233,7 +3245,7 @@ class Service:
 
     def _authorize(self, operation: Operation, request: Request) -> None:
         """Compare the key in constant time with every key, so that the time taken tells nothing."""
-        if operation.open or not self._api_keys:
+        if not needs_key(operation, self.settings):
             return
         scheme, _, token = (request.header("authorization") or "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else request.header("x-api-key") or ""

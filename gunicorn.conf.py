@@ -18,6 +18,7 @@ import mmap
 import os
 import signal
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -121,11 +122,30 @@ class Trial:
         self._pipe.close()
 
 
+def check_tls(loaded: app.Settings) -> None:
+    """Raise `SettingsError` unless certificate and key, if there are any, can be read and belong together."""
+    certificate, key = tls_files(loaded)
+    try:
+        if certificate:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:  # of which ssl.SSLError is one
+        place = loaded.place("server", "certfile")
+        raise app.SettingsError(f"{place} is {certificate!r}, which cannot be used: {app.reason_of(error)}") from None
+    if key and not certificate:
+        raise app.SettingsError(f"{loaded.place('server', 'keyfile')} needs server.certfile beside it")
+
+
+def tls_files(loaded: app.Settings) -> list[str | None]:
+    """Give the paths of certificate and key, or None."""
+    return [str(loaded.folder / name) if name else None for name in (loaded.server.certfile, loaded.server.keyfile)]
+
+
 def load() -> app.Service:
     """Load what the settings say, for workers to be forked. Raises `StartupError`."""
     loaded = app.load_settings()
     if not app.IN_USE:
         app.configure_logging(loaded.logging)
+    check_tls(loaded)
     service = app.make_service(loaded)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
@@ -400,11 +420,12 @@ class Serving(Worker):
 
     def notify(self) -> None:
         """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
-        self.tmp.notify()
+        if not self.is_known:
+            os.write(self.tmp.fileno(), b"ready")
+        self.tmp.notify()  # sets the file's time, which writing did too
         if not self.is_known:
             self.is_known = True
-            os.write(self.tmp.fileno(), b"ready")
-            os.kill(self.ppid, signal.SIGCHLD)  # for which it looks after its workers
+            os.kill(self.ppid, signal.SIGCHLD)  # for which the master looks after its workers
 
     def is_stuck(self) -> bool:
         """Whether this worker makes a call that does not end, and so shall end itself."""
@@ -816,7 +837,7 @@ class Master(Arbiter):
         serving = sorted(self.WORKERS.keys() - self.retired.keys(), key=lambda pid: self.WORKERS[pid].age)
         if self.is_replacing or self.is_loading:
             return
-        if all(map(self._is_ready, serving)):
+        if len(serving) >= self.num_workers and all(map(self._is_ready, serving)):
             self.n_failed = 0
         if time.monotonic() >= self.spawn_after:
             for _ in range(self.num_workers - len(serving)):
@@ -962,6 +983,7 @@ backlog = settings.server.backlog
 timeout = settings.server.timeout
 graceful_timeout = settings.server.graceful_timeout
 keepalive = settings.server.keepalive
+certfile, keyfile = tls_files(settings)
 max_requests = settings.server.max_requests
 max_requests_jitter = settings.server.max_requests_jitter
 limit_request_line = 8190  # bytes; as long as gunicorn goes, for rows given as a query

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -78,8 +79,16 @@ def wait_until(condition: Callable[[], Any], what: str) -> Any:
 class Server:
     """A command that serves, started in a process group of its own; `port` is the one that it printed."""
 
-    def __init__(self, command: list[str], log: Path, cwd: Path, port: int | None, **environment: str) -> None:
-        self.log = log
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        cwd: Path,
+        port: int | None,
+        tls: ssl.SSLContext | None = None,
+        **environment: str,
+    ) -> None:
+        self.log, self.tls = log, tls
         env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
         env["PATH"] = f"{BIN}:{env['PATH']}"
         with log.open("wb") as stream:
@@ -125,7 +134,8 @@ class Server:
         return [int(pid) for pid in children.split()]
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        return self.tls.wrap_socket(client, server_hostname="127.0.0.1") if self.tls else client
 
     def exchange(self, raw: bytes, method: str = "GET", half_close: bool = False) -> Answer:
         with self.connect() as client:
@@ -182,9 +192,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     logs, numbers = tmp_path_factory.mktemp("servers"), itertools.count()
 
     def start(
-        command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **environment: str
+        command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **more: Any
     ) -> Server:
-        server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **environment)
+        server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **more)
         started.append(server)
         return server
 

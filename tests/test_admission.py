@@ -136,7 +136,7 @@ def test_refusals_say_when_to_come_back(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
-    file = deploy(tmp_path, Slow(0.5))
+    file = deploy(tmp_path, Slow(0.45))
     limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1.2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
     environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": TESTS}
     server = serve(**gunicorn_environment(*combination, **environment, **limits))

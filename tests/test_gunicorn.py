@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trustme
 from cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
 from conftest import (
     BIN,
@@ -452,6 +454,32 @@ def test_settings_reach_gunicorn(framework: str, wsgi_app: str) -> None:
     expected = {name: text for name, (_, text) in PRINTED.items()}
     expected |= {"wsgi_app": wsgi_app, "control_socket_disable": "True"}
     assert {name: printed[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_tls(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
+    """With certificate and key of [server], whose paths are relative to the settings file, it is HTTPS."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    for blob in issued.cert_chain_pems:
+        blob.write_to_path(tmp_path / "certificate.pem", append=True)
+    file = tmp_path / "settings.toml"
+    model = f'[model]\npath = "{PROJECT / "model/iris.skops"}"\n'
+    file.write_text(f'{model}[server]\ncertfile = "certificate.pem"\nkeyfile = "key.pem"\n')
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    server = serve(tls=context, **gunicorn_environment(*combination, SERVING_SETTINGS=str(file)))
+    assert server.post(ROW).json["prediction"] == "setosa"
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_until(lambda: '"event":"reloaded"' in server.text, "the reload")
+    assert server.post(ROW).json["prediction"] == "setosa"
+    (tmp_path / "key.pem").write_bytes(authority.issue_cert("127.0.0.1").private_key_pem.bytes())
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_until(lambda: '"event":"reload_refused"' in server.text, "the refusal")
+    assert "certificate.pem', which cannot be used" in server.text
+    assert server.post(ROW).json["prediction"] == "setosa"
+    assert server.stop() == 0
 
 
 def test_configuration_is_found_from_another_folder(serve: Callable[..., Server], tmp_path: Path) -> None:

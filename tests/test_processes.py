@@ -98,15 +98,13 @@ def test_worker_that_cannot_start_harms_nobody(
     environment = gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2")
     server = serve(f"gunicorn -c gunicorn.conf.py fragile:{interface}", project, **environment)
     workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
-    wait_until(lambda: server.text.count("cannot") == 0 and server.get("/ping").status == 200, "an answer")
     broken.touch()
     os.kill(server.process.pid, signal.SIGHUP)
     wait_until(lambda: '"event":"reload_refused"' in server.text, "the refusal")
     os.kill(workers[0], signal.SIGKILL)
     wait_until(lambda: server.text.count('"event":"worker_not_started"') >= 2, "two failures")
     assert server.post(ROW).status == 200
-    waits = [line["retry_in_s"] for line in server.lines if line["event"] == "worker_not_started"]
-    assert waits[:2] == [2.0, 4.0]
+    assert re.findall(r'"retry_in_s":([\d.]+)', server.text)[:2] == ["2.0", "4.0"]
     broken.unlink()
     wait_until(lambda: len(server.worker_pids) == 2, "the second worker")
     assert server.stop() == 0

@@ -104,8 +104,18 @@ def test_development_commands_are_tested() -> None:
 def test_make_serve_serves(serve: Callable[..., Server]) -> None:
     """`make serve` starts gunicorn with the shipped settings."""
     server = serve("make serve", **gunicorn_environment("fastapi", "auto"))
-    assert server.get("/health/ready").json == {"status": "ready", "model": "iris"}
+    ready = server.get("/health/ready").json
+    assert ready | {"settings_sha256": ""} == shown_ready() | {"settings_sha256": ""}
     server.stop(signal.SIGTERM)
+
+
+def shown_ready() -> dict[str, str]:
+    return json.loads(re.search(r"^\{\"status\":\"ready\".*", README, re.MULTILINE)[0])
+
+
+def test_shown_hash_of_settings_is_that_of_the_shipped_file() -> None:
+    """What the README shows of `/health/ready` is what `make serve` gives."""
+    assert shown_ready()["settings_sha256"] == app.load_settings(PROJECT / "settings.toml").sha256
 
 
 OWN = README.partition("## Serve your own model")[2].partition("\n## ")[0]

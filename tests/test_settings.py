@@ -26,6 +26,8 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("server", "keepalive"): ("14", 14),
     ("server", "max_requests"): ("15", 15),
     ("server", "max_requests_jitter"): ("16", 16),
+    ("server", "certfile"): ("a.pem", "a.pem"),
+    ("server", "keyfile"): ("b.pem", "b.pem"),
     ("model", "path"): ("other.joblib", "other.joblib"),
     ("model", "name"): ("123", "123"),
     ("model", "runtime"): ("onnx", "onnx"),
@@ -44,6 +46,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("logging", "format"): ("console", "console"),
     ("logging", "access"): ("false", False),
     ("auth", "api_keys"): ('["key"]', ["key"]),
+    ("auth", "docs"): ("false", False),
 }
 
 

@@ -1,0 +1,119 @@
+"""Run two services for some minutes, one through reloads and killed workers, one left alone; both get bad requests.
+
+Fails if a request is lost that no killed worker held, or if memory or open files grow. `make soak` runs it.
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from cases import BAD
+from conftest import PROJECT, ROW, Server, post_case, wait_until
+from load import Load
+
+ROUND_S = 5.0
+GROWTH = 1.05  # of what there was in the first half, and
+GROWTH_MB = 5.0  # this, which caches and arenas take
+GROWTH_FILES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=4.0)
+    minutes = parser.parse_args().minutes
+    problems = [
+        problem
+        for framework, worker in (("fastapi", "uvicorn"), ("flask", "gevent"))
+        for is_troubled in (True, False)
+        for problem in soak(framework, worker, is_troubled, minutes * 60 / 4)
+    ]
+    sys.exit("\n".join(problems) or None)
+
+
+def soak(framework: str, worker: str, is_troubled: bool, seconds: float) -> list[str]:
+    """Run one service, and say what is wrong with it."""
+    folder = Path(tempfile.mkdtemp())
+    for name in ("iris.skops", "iris.golden.json"):
+        shutil.copy(PROJECT / "model" / name, folder)
+    file = folder / "settings.toml"
+    file.write_text(
+        f'framework = "{framework}"\n[server]\nworker_class = "{worker}"\nworkers = 2\nbind = "127.0.0.1:0"\n'
+        'keepalive = 1\n[model]\npath = "iris.skops"\n[logging]\naccess = false\n'
+    )
+    server = Server(["gunicorn", "-c", "gunicorn.conf.py"], folder / "log", PROJECT, None, SERVING_SETTINGS=str(file))
+    samples: list[dict[str, float]] = []
+    kills = 0
+    random.seed(0)
+    with Load(server, post_case(ROW), clients=8) as load:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if is_troubled:
+                os.kill(random.choice(server.worker_pids), signal.SIGKILL)
+                kills += 1
+                reload(server, file)
+            for case in random.sample([case for case in BAD if not case.cut], 40):
+                server.send(case)
+            round_end = time.monotonic() + ROUND_S
+            wait_until(lambda round_end=round_end: time.monotonic() > round_end, "the round's end")
+            wait_until(lambda: len(server.worker_pids) == 2, "two workers")
+            samples.append(sample(server, is_troubled))
+    status = server.stop()
+    name = f"{framework} on {worker}, {'with reloads and kills' if is_troubled else 'left alone'}"
+    print(f"{name}: {load.answers.total()} answers, {len(load.failures)} lost by {kills} kills; last {samples[-1]}")
+    problems = [f"{name}: {problem}" for problem in growth(samples)]
+    if len(load.failures) > 8 * kills or load.answers.keys() != {200} or status:
+        problems.append(f"{name}: ended with {status}, answers {dict(load.answers)}, failures {load.failures[:5]}")
+    shutil.rmtree(folder)
+    return problems
+
+
+def reload(server: Server, file: Path) -> None:
+    """Have a broken settings file refused, then a good one taken."""
+    good = file.read_text()
+    for text, event in ((good + "[[", "reload_refused"), (good, "reloaded")):
+        file.write_text(text)
+        count = server.text.count(f'"event":"{event}"')
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_until(lambda event=event, count=count: server.text.count(f'"event":"{event}"') > count, event)
+
+
+def sample(server: Server, is_troubled: bool) -> dict[str, float]:
+    """Give memory and open files of the master, and of workers if they are old enough to tell."""
+    pids = {"master": [server.process.pid], "workers": [] if is_troubled else server.worker_pids}
+    figures: dict[str, float] = {}
+    for name, group in pids.items():
+        if group:
+            figures[f"{name} MB"] = sum(map(private_mb, group))
+            figures[f"{name} files"] = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in group)
+    return figures
+
+
+def private_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^(?:Private_\w+):\s+(\d+) kB", text, re.MULTILINE))) / 1000
+
+
+def growth(samples: list[dict[str, float]]) -> list[str]:
+    """Say which figures are higher at the end than half-way."""
+    third = len(samples) // 3
+    problems = []
+    for name in samples[0]:
+        middle, late = (
+            statistics.median(one[name] for one in part) for part in (samples[third:-third], samples[-third:])
+        )
+        limit = middle + GROWTH_FILES if name.endswith("files") else middle * GROWTH + GROWTH_MB
+        if late > limit:
+            problems.append(f"{name} grew from {middle:.0f} to {late:.0f}")
+    return problems
+
+
+if __name__ == "__main__":
+    main()
