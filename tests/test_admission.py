@@ -136,7 +136,7 @@ def test_refusals_say_when_to_come_back(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
-    file = deploy(tmp_path, Slow(0.45))
+    file = deploy(tmp_path, Slow(0.48))
     limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1.2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
     environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": TESTS}
     server = serve(**gunicorn_environment(*combination, **environment, **limits))
@@ -145,7 +145,7 @@ def test_refusals_say_when_to_come_back(
         futures = []
         for _ in range(5):  # one is predicted, four wait
             futures.append(pool.submit(headers_of, server, case))
-            threading.Event().wait(0.04)
+            threading.Event().wait(0.02)
         refused, headers = headers_of(server, case)
         assert (refused, headers["retry-after"]) == (429, "2")
         assert server.get("/ping").status == 200

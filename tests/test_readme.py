@@ -38,7 +38,10 @@ def test_examples_give_what_is_shown(
     """Each curl command, run by a shell as it stands but for the port, prints what stands below it."""
     command = command.replace("localhost:8000", f"127.0.0.1:{servers[combination].port}")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert rounded(json.loads(done.stdout)) == rounded(json.loads(shown))
+    answer, expected = (rounded(json.loads(text)) for text in (done.stdout, shown))
+    if "settings_sha256" in expected:  # which names framework and port
+        expected["settings_sha256"] = answer["settings_sha256"]
+    assert answer == expected
 
 
 def test_examples_are_there() -> None:

@@ -77,7 +77,7 @@ def test_environment_wins_over_file(monkeypatch: pytest.MonkeyPatch, key: tuple[
     monkeypatch.setenv(variable(key), text)
     settings = app.load_settings()
     value = value_of(settings, key)
-    if key[0] == "auth":
+    if key[-1] == "api_keys":
         value = [secret.get_secret_value() for secret in value]
     elif key[0] == "features":
         value = {name: feature.model_dump(exclude_unset=True) for name, feature in value.items() if name in expected}
