@@ -411,21 +411,28 @@ def refuse_new(sock: Any) -> None:
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
+BOOTING, READY, DRAINING = 0, 1, 2  # stages of a worker
+
+
 class Serving(Worker):
     """What both workers share: how the master learns that one is ready, and what one that shall end has to do."""
 
     fate: mmap.mmap  # shared with the master: whether the service ends, then for each listener whether it is dropped
     alive: bool
-    is_known = False
+    stage = BOOTING
 
     def notify(self) -> None:
         """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
-        if not self.is_known:
-            os.write(self.tmp.fileno(), b"ready")
-        self.tmp.notify()  # sets the file's time, which writing did too
-        if not self.is_known:
-            self.is_known = True
-            os.kill(self.ppid, signal.SIGCHLD)  # for which the master looks after its workers
+        self.tmp.notify()
+        if self.stage == BOOTING:
+            self._tell(READY)
+
+    def _tell(self, stage: int) -> None:
+        """Tell the master, by the length of the file whose time gives the signs of life."""
+        self.stage = stage
+        os.truncate(self.tmp.fileno(), stage)
+        self.tmp.notify()
+        os.kill(self.ppid, signal.SIGCHLD)  # for which the master looks after its workers
 
     def is_stuck(self) -> bool:
         """Whether this worker makes a call that does not end, and so shall end itself."""
@@ -443,6 +450,8 @@ class Serving(Worker):
         which of its listeners nobody else has: what the kernel has queued for them is to be accepted."""
         app.Service.is_ending = bool(self.fate[0]) or self.is_orphan
         log.info("draining", service_ends=app.Service.is_ending)
+        if not self.is_orphan:
+            self._tell(DRAINING)
         alone = [n for n in range(len(self.sockets)) if app.Service.is_ending or self.fate[n + 1]]
         return time.monotonic() + float(self.cfg.graceful_timeout) - MARGIN_S, alone
 
@@ -698,7 +707,7 @@ class Master(Arbiter):
                 next(self.reloading)
         except StopIteration:
             self.reloading = None
-        except app.StartupError as error:
+        except (app.StartupError, OSError) as error:
             self.reloading = None
             kind = type(error).__name__
             reason = str(error) if kind == "StartupError" else f"{kind}: {error}"
@@ -777,11 +786,11 @@ class Master(Arbiter):
             self.setup(self.app)
             freeze()
             new += [self.spawn_worker() for _ in range(self.num_workers)]
-            while not all(self._is_ready(pid) for pid in new):
+            while not self._are_ready(new):
                 yield
                 if not self.WORKERS.keys() >= set(new):
                     raise app.StartupError("a new worker ended before it was ready; the log says why")
-        except (app.StartupError, GeneratorExit):
+        except (app.StartupError, OSError, GeneratorExit):
             close_sockets([listener for listener in self.LISTENERS if listener not in old_listeners])
             self.app.__dict__.update(old_app)
             self.LISTENERS, self.fate = old_listeners, old_fate
@@ -831,13 +840,16 @@ class Master(Arbiter):
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
         self._go_on()
         self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
+        for pid in self.WORKERS.keys() - self.retired.keys():
+            if self._stage(pid) == DRAINING:  # of its own accord
+                self.retired[pid] = time.monotonic() + self.cfg.graceful_timeout
         for pid, end in self.retired.items():
             if time.monotonic() > end:
                 self.kill_worker(pid, signal.SIGKILL)
         serving = sorted(self.WORKERS.keys() - self.retired.keys(), key=lambda pid: self.WORKERS[pid].age)
         if self.is_replacing or self.is_loading:
             return
-        if len(serving) >= self.num_workers and all(map(self._is_ready, serving)):
+        if len(serving) >= self.num_workers and self._are_ready(serving):
             self.n_failed = 0
         if time.monotonic() >= self.spawn_after:
             for _ in range(self.num_workers - len(serving)):
@@ -850,22 +862,25 @@ class Master(Arbiter):
             self.retired[pid] = time.monotonic() + self.cfg.graceful_timeout
             self.kill_worker(pid, signal.SIGTERM)
 
-    def _is_ready(self, pid: int) -> bool:
-        """Say whether a worker has said in its file that it is."""
+    def _stage(self, pid: int) -> int:
+        """Give the stage of a worker by what it has told."""
         with contextlib.suppress(KeyError, ValueError):  # it has ended, and its file is closed
-            return os.fstat(self.WORKERS[pid].tmp.fileno()).st_size > 0
-        return False
+            return os.fstat(self.WORKERS[pid].tmp.fileno()).st_size
+        return BOOTING
+
+    def _are_ready(self, pids: Iterable[int]) -> bool:
+        return all(self._stage(pid) == READY for pid in pids)
 
     def reap_workers(self) -> None:
         """Bury workers that have ended. While others serve, one that cannot start does not end the service, and is
         started anew later and later."""
-        before, ready = [*self.WORKERS], [*filter(self._is_ready, self.WORKERS)]
+        booting = [pid for pid in self.WORKERS if self._stage(pid) == BOOTING]
         try:
             super().reap_workers()
         except HaltServer:
-            if not any(map(self._is_ready, self.WORKERS)):
+            if not any(self._stage(pid) == READY for pid in self.WORKERS):
                 raise
-        failed = [pid for pid in before if pid not in self.WORKERS and pid not in ready]
+        failed = [pid for pid in booting if pid not in self.WORKERS]
         if failed and not self.is_replacing:
             self.n_failed += 1
             wait_s = min(2.0**self.n_failed, MAX_WAIT_S)

@@ -125,3 +125,12 @@ def test_invalid_key_is_refused(framework: str, header: dict[str, str]) -> None:
     assert "X-API-Key: KEY" in answer.json["detail"]
     assert call(native, Case("get", "GET", "/health/ready")).status == 200
     assert call(native, Case("get", "GET", "/openapi.json")).status == 401
+
+
+def test_document_may_be_open(framework: str) -> None:
+    """`auth.docs = false` shows the document to everyone, which then says so; predictions take a key as ever."""
+    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one"], "docs": False}))
+    document = call(native, Case("get", "GET", "/openapi.json"))
+    assert document.status == 200
+    assert "security" not in document.json["paths"]["/openapi.json"]["get"]
+    assert call(native, post_case(ROW)).status == 401
