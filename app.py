@@ -339,7 +339,7 @@ class LimitSettings(Section):
     max_body_bytes: PositiveInt = 8_388_608
     max_rows: PositiveInt = 10_000
     max_queued_rows: PositiveInt = 10_000
-    request_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    request_timeout_s: Annotated[float, Field(ge=0.1, le=86_400)] = 10.0
 
 
 class BatchingSettings(Section):
@@ -355,7 +355,7 @@ class LoggingSettings(Section):
 
 class AuthSettings(Section):
     api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = []
-    docs: bool = True
+    open_docs: bool = False
 
 
 class Settings(Section):
@@ -2415,6 +2415,7 @@ INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
 STEP = 0.1  # part of a difference that is believed
 STUCK = 2.0  # times `limits.request_timeout_s` after which a call is taken never to end
+MIN_STUCK_S = 1.0
 LOOK_S = 0.25  # how often a call that runs beside a loop is looked at, and what waits for it
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
 MANY_ROWS = 64  # that tell what one more costs
@@ -2432,7 +2433,7 @@ class Job:
     waker: Any = None  # what waits for it: a future of the loop, or a lock
     answers: list[bytes] | Exception = field(default_factory=list)
     deadline: float = math.inf  # by the monotonic clock
-    is_taken: bool = False  # by a call
+    has_left: bool = False  # the queue, for a call or for good
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
@@ -2483,8 +2484,8 @@ class Batching:
             self._leave_queue(job)
 
     def _leave_queue(self, job: Job) -> None:
-        if not job.is_taken:
-            job.is_taken = True
+        if not job.has_left:
+            job.has_left = True
             self.queued_jobs -= 1
             self.queued_rows -= job.n_rows
 
@@ -2500,7 +2501,7 @@ class Batching:
     def is_stuck(self) -> bool:
         """Whether a call is made that does not end."""
         called_at = self.called_at
-        return called_at is not None and time.monotonic() - called_at > STUCK * self.timeout_s
+        return called_at is not None and time.monotonic() - called_at > max(STUCK * self.timeout_s, MIN_STUCK_S)
 
     def too_late(self) -> Unavailable:
         return Unavailable("the prediction took too long", self.seconds_left())
@@ -2555,9 +2556,9 @@ class Batching:
         try:
             answers = context.run(called[0].call or functools.partial(self.render, rows))
         except Exception as error:  # what an estimator raises has no bounds
-            if len(jobs) > 1:
+            if len(called) > 1:
                 return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
-            jobs[0].answers = error
+            called[0].answers = error
             return []
         finally:
             self.called_at = None
@@ -2696,12 +2697,19 @@ class ThreadBatcher:
     async def answer(self, job: Job) -> list[bytes]:
         """Give the answers to a job; it blocks. Raises what the estimator raised."""
         self.batching.admit(job)
+        try:
+            self._start()
+        except RuntimeError:  # no thread more
+            self.batching.give_up(job)
+            raise
+        return self._wait_for(job)
+
+    def _start(self) -> None:
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
                 self._arrived = queue.SimpleQueue()
                 self._thread = threading.Thread(target=self._serve, args=[self._arrived], name="predict", daemon=True)
                 self._thread.start()
-        return self._wait_for(job)
 
     def _wait_for(self, job: Job) -> list[bytes]:
         job.waker = threading.Lock()
@@ -2884,12 +2892,12 @@ class Operation:
     takes: Literal["query", "body", None] = None
     gives: str = "Status"
     errors: tuple[int, ...] = ()
-    access: Literal["key", "docs", "open"] = "key"  # whether it takes an API key; "docs" is a setting
+    access: Literal["key", "docs", "open"] = "key"  # "docs": as `auth.open_docs` says
 
 
 def needs_key(operation: Operation, settings: Settings) -> bool:
     """Whether an operation answers only to an API key."""
-    is_closed = operation.access == "key" or (operation.access == "docs" and settings.auth.docs)
+    is_closed = operation.access == "key" or (operation.access == "docs" and not settings.auth.open_docs)
     return is_closed and bool(settings.auth.api_keys)
 
 

@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import signal
@@ -24,7 +25,8 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -47,12 +49,17 @@ log = structlog.get_logger()
 PROVEN, REFUSED = "+", "-"
 MAX_SAID_BYTES = 32_768  # half of what a pipe holds, so that nobody need read while it is written
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to get when the parent ends
-
-
-def end_with_parent(number: int) -> None:
-    """Have the kernel send a signal to this process when its parent ends, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+BOOTING, READY, DRAINING = 0, 1, 2  # stages of a worker
+DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
+SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted
+MARGIN_S = 0.5  # before the master kills what has not ended
+POLL_S = 0.05
+TICK_S = 0.1
+MAX_WAIT_S = 30.0
+SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+MAX_HELD_BYTES = 16_384
+GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
+MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
 
 
 class Trial:
@@ -76,8 +83,10 @@ class Trial:
         said = ""  # what is said counts, not the status, for a predict may end the process with any
         try:
             for number in (*Arbiter.SIGNALS, signal.SIGCHLD):
-                signal.signal(number, signal.SIG_DFL)
-            end_with_parent(signal.SIGKILL)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, signal.SIG_DFL)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             said = PROVEN + call()
         except app.StartupError as error:
             said = f"{REFUSED}{type(error).__name__}: {error}"
@@ -85,8 +94,10 @@ class Trial:
             log.exception("trial_failed")
             said = f"{REFUSED}StartupError: {app.reason_of(error)}"
         finally:
-            os.write(writing, said.encode()[:MAX_SAID_BYTES])
-            os._exit(0)  # and wait for no thread
+            try:
+                os.write(writing, said.encode(errors="backslashreplace")[:MAX_SAID_BYTES])
+            finally:
+                os._exit(0)  # and wait for no thread
 
     def has_ended(self) -> bool:
         """Say whether `result` is there."""
@@ -110,7 +121,7 @@ class Trial:
             return said.removeprefix(PROVEN)
         if said.startswith(REFUSED):
             kind, _, text = said.removeprefix(REFUSED).partition(": ")
-            raise getattr(app, kind)(text)
+            raise getattr(app, kind, app.StartupError)(text)
         status = os.waitstatus_to_exitcode(self._status or 0)
         raise app.ModelError(f"{self.what} ended the process that tried it, with status {status}")
 
@@ -127,7 +138,7 @@ def check_tls(loaded: app.Settings) -> None:
     certificate, key = tls_files(loaded)
     try:
         if certificate:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:  # of which ssl.SSLError is one
         place = loaded.place("server", "certfile")
         raise app.SettingsError(f"{place} is {certificate!r}, which cannot be used: {app.reason_of(error)}") from None
@@ -277,7 +288,8 @@ def http_protocol() -> type:
             self.waste_bytes += len(data)
             while data and not self.failed:
                 data = self._feed(data)
-            if self.body_timer is None and self.cycle is not None and self.cycle.more_body:
+            cycle = self.cycle
+            if self.body_timer is None and cycle is not None and cycle.more_body and not cycle.response_complete:
                 self.body_timer = self.loop.call_later(request_timeout_s, self._cut_short, app.BodyTooSlow)
             if self.waste_bytes > limit_request_field_size and not self.failed:
                 self._check_fields()
@@ -395,7 +407,7 @@ def http_protocol() -> type:
     return Protocol
 
 
-def refuse_new(sock: Any) -> None:
+def drop_new_connections(sock: Any) -> None:
     """Have the kernel drop the first packet of each new connection to a listening socket, as if nothing had come.
 
     A listener that is closed resets the connections that the kernel has queued for it; so first no more may come. The
@@ -409,9 +421,6 @@ def refuse_new(sock: Any) -> None:
     with contextlib.suppress(OSError):  # where the kernel has none, a few connections may be reset
         program = struct.pack("HL", len(code) // 8, ctypes.addressof(buffer))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-
-
-BOOTING, READY, DRAINING = 0, 1, 2  # stages of a worker
 
 
 class Serving(Worker):
@@ -432,28 +441,31 @@ class Serving(Worker):
         self.stage = stage
         os.truncate(self.tmp.fileno(), stage)
         self.tmp.notify()
-        os.kill(self.ppid, signal.SIGCHLD)  # for which the master looks after its workers
+        with contextlib.suppress(OSError):  # another user's; it looks each second anyway
+            os.kill(self.ppid, signal.SIGCHLD)  # for which the master looks after its workers
 
-    def is_stuck(self) -> bool:
-        """Whether this worker makes a call that does not end, and so shall end itself."""
-        if not app.load_service().batching.is_stuck():
-            return False
-        log.critical("prediction_stuck", after_s=app.STUCK * request_timeout_s)
-        return True
+    def must_end(self) -> bool:
+        """Whether this worker has lost its master, or makes a call that does not end."""
+        is_stuck = app.load_service().batching.is_stuck()
+        if is_stuck:
+            log.critical("prediction_stuck", after_s=app.STUCK * request_timeout_s)
+        return is_stuck or self.is_orphan
 
     @property
     def is_orphan(self) -> bool:
         return bool(os.getppid() != self.ppid)
 
-    def begin_drain(self) -> tuple[float, list[int]]:
-        """Say that this worker ends. Give the time by which it must have, before the master loses its patience, and
-        which of its listeners nobody else has: what the kernel has queued for them is to be accepted."""
+    def begin_drain(self) -> tuple[float, float, list[int]]:
+        """Say that this worker ends. Give the time by which it must have, before the master loses its patience, the
+        seconds for which clients may come back, and which of its listeners are dropped: what the kernel has queued for
+        them nobody else will accept."""
         app.Service.is_ending = bool(self.fate[0]) or self.is_orphan
         log.info("draining", service_ends=app.Service.is_ending)
         if not self.is_orphan:
             self._tell(DRAINING)
-        alone = [n for n in range(len(self.sockets)) if app.Service.is_ending or self.fate[n + 1]]
-        return time.monotonic() + float(self.cfg.graceful_timeout) - MARGIN_S, alone
+        left_s = float(self.cfg.graceful_timeout) - MARGIN_S
+        dropped = [n for n in range(len(self.sockets)) if self.fate[n + 1]]
+        return time.monotonic() + left_s, min(DRAIN_S, left_s / 2), dropped
 
 
 def uvicorn_worker() -> type:
@@ -472,29 +484,31 @@ def uvicorn_worker() -> type:
             self.worker = worker
 
         async def on_tick(self, counter: int) -> bool:
-            return await super().on_tick(counter) or self.worker.is_stuck()
+            self.worker.notify()
+            return await super().on_tick(counter) or self.worker.must_end()
 
         async def shutdown(self, sockets: Any = None) -> None:
             """End without a reset: what is under way is answered, with `Connection: close`, and so is what comes on
             open connections for a moment, before those that are idle are closed."""
-            end, alone = self.worker.begin_drain()
+            end, moment_s, dropped = self.worker.begin_drain()
             signs_of_life = asyncio.create_task(self._give_signs_of_life())
             protocol.is_draining = True
             connections: Any = self.server_state.connections
             for connection in connections:
                 connection.drain()
             for n, server in enumerate(self.servers):
-                if n not in alone:
+                if n not in dropped:
                     server.close()
-            if alone:
-                await asyncio.sleep(DRAIN_S)
-                for n in alone:
-                    refuse_new(sockets[n])
+            if dropped:
+                await asyncio.sleep(moment_s)
+                for n in dropped:
+                    drop_new_connections(sockets[n])
                 await asyncio.sleep(SETTLE_S)
-                for n in alone:
+                for n in dropped:
                     self.servers[n].close()
-            idle_end = time.monotonic() + DRAIN_S
-            while connections and time.monotonic() < min(idle_end, end):  # noqa: ASYNC110 — no event
+            idle_end = time.monotonic() + moment_s
+            is_tls = self.config.is_ssl  # of which uvicorn learns only when the handshake is over
+            while (connections or is_tls) and time.monotonic() < min(idle_end, end):  # noqa: ASYNC110 — no event
                 await asyncio.sleep(POLL_S)
             self.config.timeout_graceful_shutdown = max(POLL_S, end - time.monotonic())
             await super().shutdown()
@@ -503,7 +517,7 @@ def uvicorn_worker() -> type:
         async def _give_signs_of_life(self) -> None:
             while True:
                 self.worker.notify()
-                await asyncio.sleep(1)
+                await asyncio.sleep(TICK_S)
 
     class ServingUvicornWorker(Serving, UvicornWorker):
         CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
@@ -511,12 +525,14 @@ def uvicorn_worker() -> type:
             "http": protocol,
             "ws": "none",
             "server_header": False,  # nobody's business
+            "callback_notify": None,  # more than a second may pass between its calls
         }
 
         async def _serve(self) -> None:
             self.config.app = self.wsgi
             server = DrainingServer(self)
-            self._install_sigquit_handler()
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGTERM, None)
             await server.serve(sockets=[listener.sock for listener in self.sockets])
             if not server.started:
                 sys.exit(Arbiter.WORKER_BOOT_ERROR)
@@ -546,12 +562,37 @@ def gevent_worker() -> type:
             self.body = body
             self.end = time.monotonic() + request_timeout_s
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.body, name)
+        def read(self, *size: Any) -> Any:
+            return self._in_time(self.body.read, *size)
 
-        def read(self, size: int | None = None) -> bytes:
+        def readline(self, *size: Any) -> Any:
+            return self._in_time(self.body.readline, *size)
+
+        def readlines(self, *hint: Any) -> Any:
+            return self._in_time(self.body.readlines, *hint)
+
+        def __iter__(self) -> Iterator[bytes]:
+            return iter(self.readline, b"")
+
+        def _in_time(self, read: Callable[..., Any], *size: Any) -> Any:
             with gevent.Timeout(self.end - time.monotonic(), app.BodyTooSlow):
-                return cast(bytes, self.body.read(size))
+                return read(*size)
+
+    class Listening(StreamServer):
+        """A server whose TLS handshakes have their time, and go on after it is closed."""
+
+        def __init__(self, sock: Any, handle: Callable[..., None], **options: Any) -> None:
+            super().__init__(sock, handle, **options)
+            self.serve = handle
+
+        def wrap_socket_and_handle(self, client: Any, address: Any) -> None:
+            try:
+                with gevent.Timeout(keepalive, TimeoutError):
+                    wrapped = self.wrap_socket(client, **self.ssl_args)
+            except OSError:  # no TLS, or none in time
+                client.close()
+            else:
+                self.serve(wrapped, address)
 
     class ServingGeventWorker(Serving, GeventWorker):
         wsgi: Any
@@ -567,11 +608,11 @@ def gevent_worker() -> type:
                 sock.setblocking(1)
                 # Its name is asked for each connection, and would not be there once it is closed.
                 listener = types.SimpleNamespace(getsockname=itertools.repeat(sock.getsockname()).__next__)
-                server = StreamServer(sock, handle=functools.partial(self.handle, listener), spawn=self.pool, **tls)
+                server = Listening(sock, functools.partial(self.handle, listener), spawn=self.pool, **tls)
                 server.max_accept = 1 if self.cfg.workers > 1 else StreamServer.max_accept
                 server.start()
                 servers.append(server)
-            while self.alive and not self.is_stuck():
+            while self.alive and not self.must_end():
                 self.notify()
                 gevent.sleep(TICK_S)
             self.alive = False
@@ -581,18 +622,18 @@ def gevent_worker() -> type:
 
         def drain(self, servers: list[Any]) -> None:
             """End without a reset, as `DrainingServer` does; gunicorn answers `Connection: close` by itself by now."""
-            end, alone = self.begin_drain()
+            end, moment_s, dropped = self.begin_drain()
             for n, server in enumerate(servers):
-                if n not in alone:
+                if n not in dropped:
                     server.close()
-            if alone:
-                gevent.sleep(DRAIN_S)
-                for n in alone:
-                    refuse_new(servers[n].socket)
+            if dropped:
+                gevent.sleep(moment_s)
+                for n in dropped:
+                    drop_new_connections(servers[n].socket)
                 gevent.sleep(SETTLE_S)
-                for n in alone:
+                for n in dropped:
                     servers[n].close()
-            self.wait(min(time.monotonic() + DRAIN_S, end))
+            self.wait(min(time.monotonic() + moment_s, end))
             for greenlet in [*self.waiting]:
                 greenlet.kill(NoMoreData, block=False)
             self.wait(end)
@@ -663,6 +704,18 @@ def gevent_worker() -> type:
     return ServingGeventWorker
 
 
+@dataclass
+class Before:
+    """What goes on if a reload is refused."""
+
+    service: app.Service
+    application: dict[str, Any]  # the attributes of gunicorn's application object, its configuration among them
+    listeners: list[Any]
+    workers: list[int]
+    num_workers: int
+    fate: mmap.mmap
+
+
 class Master(Arbiter):
     """Gunicorn's arbiter, with a reload that is a transaction.
 
@@ -672,13 +725,14 @@ class Master(Arbiter):
 
     LISTENERS: list[Any]
     fate: mmap.mmap  # of the workers that are forked from now on, which share it: see `Serving`
-    dropped: Sequence[Any] = ()  # listeners of old workers that new ones shall not have
     retired: dict[int, float]  # workers that shall end, with the time by which they must have
     reloading: Generator[None, None, None] | None = None
+    trial: Trial | None = None
+    before: Before | None = None  # while workers are replaced
     is_asked = False  # to reload
     is_loading = False  # in a thread, beside which nothing may be forked
-    is_replacing = False
-    n_failed = 0  # workers in a row that ended before they were ready
+    is_stopping = False
+    n_failed = 0  # times in a row that a worker did not start
     spawn_after = 0.0
 
     @classmethod
@@ -690,58 +744,60 @@ class Master(Arbiter):
         arbiter.is_asked = bool(early_hups)
 
     def handle_hup(self) -> None:
-        """Ask for a reload. One that is under way gives way to it."""
+        """Ask for a reload. One that is under way gives way to it, unless it loads: that cannot be stopped."""
         self.is_asked = True
 
     def _go_on(self) -> None:
         """Take the next step of a reload, and begin one if it is asked for."""
-        try:
-            if self.is_asked and self.reloading is not None and not self.is_loading:
-                self.reloading.close()
-                self.reloading = None
-                log.info("reload_given_up", reason="another HUP came")
-            if self.is_asked and self.reloading is None:
-                self.is_asked = False
-                self.reloading = self._reload()
+        if self.is_asked and not self.is_loading:
             if self.reloading is not None:
-                next(self.reloading)
+                self.reloading.close()
+                log.info("reload_given_up", reason="another HUP came")
+            self.is_asked, self.reloading = False, self._reload()
+        if self.reloading is None:
+            return
+        try:
+            next(self.reloading)
+            return
         except StopIteration:
-            self.reloading = None
-        except (app.StartupError, OSError) as error:
-            self.reloading = None
-            kind = type(error).__name__
-            reason = str(error) if kind == "StartupError" else f"{kind}: {error}"
-            log.error("reload_refused", reason=reason, serving=app.load_service().identity)
-        if self.is_asked and self.reloading is None:
+            log.info("reloaded", **app.load_service().identity)
+        except Exception as error:  # whatever is wrong, what there was goes on
+            is_ours = isinstance(error, app.StartupError)
+            reason = str(error) if type(error) is app.StartupError else f"{type(error).__name__}: {error}"
+            log.error("reload_refused", reason=reason, serving=app.load_service().identity, exc_info=not is_ours)
+        self.reloading = None
+        gc.unfreeze()  # or what is served no more would stay for ever, since it refers to itself
+        freeze()
+        if self.is_asked:
             self.wakeup()
 
     def _reload(self) -> Generator[None, None, None]:
-        """Take new settings and a new model, or raise `StartupError` and leave all as it was."""
+        """Take new settings and a new model, or raise and leave all as it was."""
         log.info("reload_started")
+        started = time.monotonic()
         identity = yield from self._try()
+        took_s = time.monotonic() - started
         service = yield from self._load()
         if json.dumps(service.identity) != identity:
             raise app.StartupError("settings or model were changed while they were loaded; send HUP again")
-        yield from self._replace(service)
-        log.info("reloaded", **service.identity)
-        del service
-        gc.unfreeze()  # or what the old service has in cycles would stay for ever
-        freeze()
+        yield from self._replace(service, took_s)
 
     def _try(self) -> Generator[None, None, str]:
-        trial = Trial(self._rehearse, "the new model")
+        trial = self.trial = Trial(self._rehearse, "the new model")
         try:
             while not trial.has_ended():
                 yield
             return trial.result()
         finally:
             trial.stop()
+            self.trial = None
 
     def _rehearse(self) -> str:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
         service = load()
         identity = prove(service)
         app.use(service)
+        service.warm_up()
         self._configure()
         if not self.app.app_uri.startswith("app:"):
             self.app.load()  # a user's module
@@ -758,9 +814,9 @@ class Master(Arbiter):
                 results.append(error)
             self.wakeup()
 
-        self.is_loading = True
         thread = threading.Thread(target=run, name="load", daemon=True)
         thread.start()
+        self.is_loading = True
         while not results:
             yield
         thread.join()
@@ -772,43 +828,80 @@ class Master(Arbiter):
             raise app.StartupError(app.reason_of(result))
         return result
 
-    def _replace(self, service: app.Service) -> Iterator[None]:
-        """Fork workers of the new service, and retire the old ones once all the new ones are ready."""
-        old_service, old_app, old = app.load_service(), dict(self.app.__dict__), [*self.WORKERS]
-        old_listeners, old_fate = self.LISTENERS, self.fate
-        new: list[int] = []
-        self.is_replacing, self.fate = True, mmap.mmap(-1, mmap.PAGESIZE)
+    def _replace(self, service: app.Service, took_s: float) -> Generator[None, None, None]:
+        """Fork workers of the new service, and retire the old ones once all the new ones are ready.
+
+        No frame that is on the stack while they are forked may refer to the old service: they would for ever.
+        """
+        state, workers = dict(self.app.__dict__), [*self.WORKERS]
+        self.before = Before(app.load_service(), state, self.LISTENERS, workers, self.num_workers, self.fate)
+        self.fate = mmap.mmap(-1, mmap.PAGESIZE)
+        del state
         app.use(service)
+        new: list[int] = []
         try:
             self._configure()
             self.LISTENERS = self._listen()
-            self.dropped = [listener for listener in old_listeners if listener not in self.LISTENERS]
             self.setup(self.app)
             freeze()
-            new += [self.spawn_worker() for _ in range(self.num_workers)]
-            while not self._are_ready(new):
-                yield
-                if not self.WORKERS.keys() >= set(new):
-                    raise app.StartupError("a new worker ended before it was ready; the log says why")
-        except (app.StartupError, OSError, GeneratorExit):
-            close_sockets([listener for listener in self.LISTENERS if listener not in old_listeners])
-            self.app.__dict__.update(old_app)
-            self.LISTENERS, self.fate = old_listeners, old_fate
-            app.use(old_service)
-            self.setup(self.app)
-            for pid in new:
-                self._retire(pid)
+            yield from self._start(new, took_s)
+        except (Exception, GeneratorExit):
+            self._restore(self.before, new)
             raise
         else:
-            for n, listener in enumerate(old_listeners):
-                old_fate[n + 1] = listener in self.dropped
-            close_sockets(self.dropped)
+            self._leave(self.before)
         finally:
-            self.is_replacing, self.dropped = False, ()
-        for pid in old:
+            self.before = None
+
+    def _start(self, new: list[int], took_s: float) -> Generator[None, None, None]:
+        """Fork the new workers, and wait until each has been ready. All takes them no longer than it took on trial."""
+        for _ in range(self.num_workers):
+            new.append(self.spawn_worker())
+        patience_s = self.cfg.timeout + 2 * took_s * self.num_workers if self.cfg.timeout else math.inf
+        end = time.monotonic() + patience_s
+        ready: set[int] = set()
+        while not ready.issuperset(new):
+            yield
+            ready |= {pid for pid in new if self._stage(pid) != BOOTING}
+            if not ready.union(self.WORKERS).issuperset(new):
+                raise app.StartupError("a new worker ended before it was ready; the log says why")
+            if time.monotonic() > end:
+                raise app.StartupError(f"the new workers were not ready within {patience_s:.0f} s")
+
+    def _restore(self, before: Before, new: list[int]) -> None:
+        """Go back to what was before."""
+        opened = [listener for listener in self.LISTENERS if listener not in before.listeners]
+        for n, listener in enumerate(self.LISTENERS):
+            self.fate[n + 1] = listener in opened
+        self.app.__dict__.update(before.application)
+        self.LISTENERS, self.fate = before.listeners, before.fate
+        app.use(before.service)
+        self.setup(self.app)
+        self.num_workers = before.num_workers
+        for pid in new:
             self._retire(pid)
+        close(opened)
+
+    def _leave(self, before: Before) -> None:
+        """Retire what was before."""
+        for n, listener in enumerate(before.listeners):
+            before.fate[n + 1] = listener not in self.LISTENERS
+        for pid in before.workers:
+            self._retire(pid)
+        close(self._dropped(before))
         self.cfg.on_reload(self)
         announce()
+
+    def _dropped(self, before: Before) -> list[Any]:
+        return [listener for listener in before.listeners if listener not in self.LISTENERS]
+
+    def leave_before(self) -> None:
+        """Have a worker that was just forked keep nothing of what was before."""
+        if self.before is not None:
+            for listener in self._dropped(self.before):
+                listener.close()
+            self.before.service.__dict__.clear()
+            self.before = None
 
     def _configure(self) -> None:
         """Read gunicorn's configuration again, this file among it."""
@@ -829,7 +922,7 @@ class Master(Arbiter):
             for address in cfg.address:
                 listeners.append(there.get(address) or listen(address, cfg, self.log, self.LISTENERS))
         except (OSError, ValueError) as error:
-            close_sockets([listener for listener in listeners if listener not in self.LISTENERS])
+            close([listener for listener in listeners if listener not in self.LISTENERS])
             where = app.load_service().settings.place("server", "bind")
             shown = ":".join(map(str, address)) if isinstance(address, tuple) else address
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -846,16 +939,29 @@ class Master(Arbiter):
         for pid, end in self.retired.items():
             if time.monotonic() > end:
                 self.kill_worker(pid, signal.SIGKILL)
-        serving = sorted(self.WORKERS.keys() - self.retired.keys(), key=lambda pid: self.WORKERS[pid].age)
-        if self.is_replacing or self.is_loading:
+        if self.before is not None or self.is_loading:
             return
-        if len(serving) >= self.num_workers and self._are_ready(serving):
+        serving = sorted(self.WORKERS.keys() - self.retired.keys(), key=lambda pid: self.WORKERS[pid].age)
+        if len(serving) >= self.num_workers and all(self._stage(pid) == READY for pid in serving):
             self.n_failed = 0
         if time.monotonic() >= self.spawn_after:
-            for _ in range(self.num_workers - len(serving)):
-                self.spawn_worker()
+            self._spawn(self.num_workers - len(serving))
         for pid in serving[: max(0, len(serving) - self.num_workers)]:
             self._retire(pid)
+
+    def _spawn(self, count: int) -> None:
+        try:
+            for _ in range(count):
+                self.spawn_worker()
+        except OSError as error:  # no process more
+            self._hold_off(app.reason_of(error))
+
+    def _hold_off(self, reason: str) -> None:
+        """Start workers later, and after each failure later still."""
+        self.n_failed += 1
+        wait_s = min(2.0**self.n_failed, MAX_WAIT_S)
+        self.spawn_after = time.monotonic() + wait_s
+        log.error("worker_not_started", reason=reason, retry_in_s=wait_s)
 
     def _retire(self, pid: int) -> None:
         if pid in self.WORKERS:
@@ -868,31 +974,42 @@ class Master(Arbiter):
             return os.fstat(self.WORKERS[pid].tmp.fileno()).st_size
         return BOOTING
 
-    def _are_ready(self, pids: Iterable[int]) -> bool:
-        return all(self._stage(pid) == READY for pid in pids)
-
     def reap_workers(self) -> None:
-        """Bury workers that have ended. While others serve, one that cannot start does not end the service, and is
-        started anew later and later."""
+        """Bury workers that have ended. While others serve, one that cannot start does not end the service."""
+        if self.trial is not None:
+            self.trial.has_ended()  # or its status would be lost
         booting = [pid for pid in self.WORKERS if self._stage(pid) == BOOTING]
-        try:
-            super().reap_workers()
-        except HaltServer:
-            if not any(self._stage(pid) == READY for pid in self.WORKERS):
-                raise
-        failed = [pid for pid in booting if pid not in self.WORKERS]
-        if failed and not self.is_replacing:
-            self.n_failed += 1
-            wait_s = min(2.0**self.n_failed, MAX_WAIT_S)
-            self.spawn_after = time.monotonic() + wait_s
-            log.error("worker_not_started", pids=failed, retry_in_s=wait_s)
+        while True:
+            try:
+                super().reap_workers()
+                break
+            except HaltServer:
+                if not self.is_stopping and not any(self._stage(pid) == READY for pid in self.WORKERS):
+                    raise
+        failed = [pid for pid in booting if pid not in self.WORKERS and pid not in self.retired]
+        if failed and self.before is None and not self.is_stopping:
+            self._hold_off(f"{app.listed(failed)} ended before it was ready")
 
     def stop(self, graceful: bool = True) -> None:
-        """End the workers, which know by it that the service ends."""
+        """End the workers. They know by their fate that the service ends, and whether anyone else has their listeners:
+        the process that this one was replaced by, or is to replace, or one that gave them to it."""
+        self.is_stopping = True
         if self.reloading is not None:
             self.reloading.close()
+            self.reloading = None
+        is_given = self.systemd or any(isinstance(address, int) for address in self.cfg.address)
+        are_shared = is_given or self.reexec_pid or self.master_pid
         self.fate[0] = True
+        for n in range(len(self.LISTENERS)):
+            self.fate[n + 1] = not are_shared
         super().stop(graceful)
+
+
+def close(listeners: Iterable[Any]) -> None:
+    """Close listeners, and remove the files of unix sockets."""
+    for listener in listeners:
+        with contextlib.suppress(OSError):  # its file is gone
+            close_sockets([listener])
 
 
 def listen(address: Any, cfg: Any, logger: Any, others: Iterable[Any]) -> Any:
@@ -948,8 +1065,7 @@ def post_fork(server: Any, worker: Any) -> None:
     and the service would wait `graceful_timeout` for the worker.
     """
     worker.fate = server.fate
-    for listener in server.dropped:
-        listener.close()
+    server.leave_before()
     for number in worker.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     while not server.SIG_QUEUE.empty():
@@ -965,26 +1081,12 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Tie a worker to its master, and spare the garbage collector what was loaded, which it would go through again and
-    again and find in use."""
-    end_with_parent(signal.SIGTERM)  # which a change of user would undo, so not before it
-    if worker.is_orphan:
-        sys.exit(0)
+    """Spare the garbage collector what was loaded, which it would go through again and again and find in use."""
     freeze()
     gc.set_threshold(GC_THRESHOLD)
 
 
 request_timeout_s = settings.limits.request_timeout_s
-DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
-SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted
-MARGIN_S = 0.5  # before the master kills what has not ended
-POLL_S = 0.05
-TICK_S = 0.1
-MAX_WAIT_S = 30.0
-SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-MAX_HELD_BYTES = 16_384
-GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
-MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
 WORKERS = {
     "uvicorn": (uvicorn_worker, "app:asgi"),
     "gevent": (gevent_worker, "app:wsgi"),

@@ -128,8 +128,8 @@ def test_invalid_key_is_refused(framework: str, header: dict[str, str]) -> None:
 
 
 def test_document_may_be_open(framework: str) -> None:
-    """`auth.docs = false` shows the document to everyone, which then says so; predictions take a key as ever."""
-    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one"], "docs": False}))
+    """`auth.open_docs` shows the document to everyone, which then says so; predictions take a key as ever."""
+    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one"], "open_docs": True}))
     document = call(native, Case("get", "GET", "/openapi.json"))
     assert document.status == 200
     assert "security" not in document.json["paths"]["/openapi.json"]["get"]

@@ -76,6 +76,34 @@ def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str])
     wait_until(lambda: not alive(workers), "the workers to end")
 
 
+@pytest.mark.parametrize("is_taken_back", [False, True], ids=["old-ends", "new-ends"])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_other_master_keeps_the_address(
+    serve: Callable[..., Server], combination: tuple[str, str], is_taken_back: bool
+) -> None:
+    """After USR2 two masters have the same listeners; when either ends, the other goes on accepting."""
+    server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
+    server.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: server.text.count("Listening at") == 2, "the second master")
+    second = max(server.worker_pids)
+    wait_until(lambda: children_of(second), "its worker")
+    with Load(server, post_case(ROW), keep_alive=False) as load:
+        load.wait_for(200)
+        ending, workers = (second, children_of(second)) if is_taken_back else (server.process.pid, server.worker_pids)
+        os.kill(ending, signal.SIGTERM)
+        wait_until(lambda: not alive([pid for pid in workers if pid != second]), "the workers' end")
+        load.wait_for(1000)
+    assert (load.failures, [*load.answers]) == ([], [200])
+    if not is_taken_back:
+        os.kill(second, signal.SIGTERM)
+        wait_until(lambda: not alive([second]), "the second master's end")
+    server.stop()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 FRAGILE = """
 import pathlib
 import app

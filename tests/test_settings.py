@@ -46,7 +46,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("logging", "format"): ("console", "console"),
     ("logging", "access"): ("false", False),
     ("auth", "api_keys"): ('["key"]', ["key"]),
-    ("auth", "docs"): ("false", False),
+    ("auth", "open_docs"): ("true", True),
 }
 
 
