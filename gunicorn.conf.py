@@ -969,7 +969,9 @@ class Master(Arbiter):
             self.kill_worker(pid, signal.SIGTERM)
 
     def _stage(self, pid: int) -> int:
-        """Give the stage of a worker by what it has told."""
+        """Give the stage of a worker by what it has told; those of other classes than ours tell nothing."""
+        if not hasattr(self.WORKERS.get(pid), "stage"):
+            return READY if pid in self.WORKERS else BOOTING
         with contextlib.suppress(KeyError, ValueError):  # it has ended, and its file is closed
             return os.fstat(self.WORKERS[pid].tmp.fileno()).st_size
         return BOOTING

@@ -32,18 +32,15 @@ def alive(pids: list[int]) -> list[int]:
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_end_loses_nothing(serve: Callable[..., Server], combination: tuple[str, str], keep_alive: bool) -> None:
     """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
-    for _ in range(3):
-        server = serve(
-            **gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false")
-        )
-        with Load(server, post_case(ROW), keep_alive=keep_alive, until_refused=True) as load:
-            load.wait_for(1000)
-            server.process.terminate()
-            ready = wait_until(lambda server=server: not_ready(server), "readiness to end")
-            wait_until(lambda load=load: load.is_over, "the clients' end")
-        assert server.stop() == 0
-        assert ready == 503
-        assert (load.failures, [*load.answers]) == ([], [200])
+    server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
+    with Load(server, post_case(ROW), keep_alive=keep_alive, until_refused=True) as load:
+        load.wait_for(1000)
+        server.process.terminate()
+        ready = wait_until(lambda: not_ready(server), "readiness to end")
+        wait_until(lambda: load.is_over, "the clients' end")
+    assert server.stop() == 0
+    assert ready == 503
+    assert (load.failures, [*load.answers]) == ([], [200])
 
 
 def not_ready(server: Server) -> int:
