@@ -2414,7 +2414,7 @@ def largest(answer: Any) -> float:
 INLINE_S = 0.01  # how long a call may keep an event loop from everything else
 UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
 STEP = 0.1  # part of a difference that is believed
-STUCK = 2.0  # times `limits.request_timeout_s` after which a call is taken never to end
+STUCK = 2.0  # times as long as anyone waits for a call, after which it is taken never to end
 MIN_STUCK_S = 1.0
 LOOK_S = 0.25  # how often a call that runs beside a loop is looked at, and what waits for it
 QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
@@ -2498,10 +2498,15 @@ class Batching:
         """Whether a job has waited too long, or waits for a call that does not end."""
         return time.monotonic() > job.deadline or self.is_stuck()
 
+    @property
+    def stuck_s(self) -> float:
+        """The time after which a call is taken never to end."""
+        return max(STUCK * self.timeout_s, MIN_STUCK_S)
+
     def is_stuck(self) -> bool:
         """Whether a call is made that does not end."""
         called_at = self.called_at
-        return called_at is not None and time.monotonic() - called_at > max(STUCK * self.timeout_s, MIN_STUCK_S)
+        return called_at is not None and time.monotonic() - called_at > self.stuck_s
 
     def too_late(self) -> Unavailable:
         return Unavailable("the prediction took too long", self.seconds_left())

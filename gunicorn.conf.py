@@ -446,10 +446,11 @@ class Serving(Worker):
 
     def must_end(self) -> bool:
         """Whether this worker has lost its master, or makes a call that does not end."""
-        is_stuck = app.load_service().batching.is_stuck()
-        if is_stuck:
-            log.critical("prediction_stuck", after_s=app.STUCK * request_timeout_s)
-        return is_stuck or self.is_orphan
+        batching = app.load_service().batching
+        if batching.is_stuck():
+            log.critical("prediction_stuck", after_s=batching.stuck_s)
+            return True
+        return self.is_orphan
 
     @property
     def is_orphan(self) -> bool:
