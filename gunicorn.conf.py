@@ -1,7 +1,10 @@
-"""The process path: from `settings.toml`, which worker class, how many, and how a worker ends a connection.
+"""The process path: from `settings.toml`, which worker class, how many, when a reload is taken, how a worker ends.
 
 Run with `gunicorn -c gunicorn.conf.py`. Settings and predictor are loaded here, in the master, before it listens, so
 a mistake in them stops it, and the workers share their memory. Only names that are gunicorn settings reach gunicorn.
+
+In order: a trial in a child process, loading, answers to what is no HTTP, the two workers, the master with its reload,
+gunicorn's hooks, and at the end gunicorn's settings. HUP runs this file again, in the trial and then in the master.
 """
 
 import asyncio
