@@ -17,7 +17,6 @@ import importlib
 import itertools
 import json
 import logging
-import math
 import mmap
 import os
 import signal
@@ -33,6 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+early_hups: list[int] = []
+if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # it would end this process while it starts
+    signal.signal(signal.SIGHUP, lambda number, _: early_hups.append(number))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gunicorn.sock
@@ -52,7 +54,9 @@ log = structlog.get_logger()
 PROVEN, REFUSED = "+", "-"
 MAX_SAID_BYTES = 32_768  # half of what a pipe holds, so that nobody need read while it is written
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to get when the parent ends
+NO_PRELOAD = "preload_app would have the master predict; leave it out: the workers share the model anyway"
 BOOTING, READY, DRAINING = 0, 1, 2  # stages of a worker
+BOOT_S, BOOTS = 10.0, 10.0  # that a worker may take to start, and as many times what a proof of the model took
 DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
 SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted
 MARGIN_S = 0.5  # before the master kills what has not ended
@@ -138,15 +142,20 @@ class Trial:
 
 def check_tls(loaded: app.Settings) -> None:
     """Raise `SettingsError` unless certificate and key, if there are any, can be read and belong together."""
-    certificate, key = tls_files(loaded)
-    try:
-        if certificate:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
-    except (OSError, ValueError) as error:  # of which ssl.SSLError is one
-        place = loaded.place("server", "certfile")
-        raise app.SettingsError(f"{place} is {certificate!r}, which cannot be used: {app.reason_of(error)}") from None
+    files = dict(zip(("certfile", "keyfile"), tls_files(loaded), strict=True))
+    for name, file in files.items():
+        if file and not os.access(file, os.R_OK):
+            raise app.SettingsError(f"{loaded.place('server', name)} is {file!r}, which cannot be read")
+    certificate, key = files.values()
     if key and not certificate:
         raise app.SettingsError(f"{loaded.place('server', 'keyfile')} needs server.certfile beside it")
+    try:
+        if certificate:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError):  # of which ssl.SSLError is one; it does not say more
+        rule = "should be a certificate in PEM, with its key, which is not encrypted, in server.keyfile or behind it"
+        raise app.SettingsError(f"{loaded.place('server', 'certfile')} is {certificate!r}; it {rule}") from None
 
 
 def tls_files(loaded: app.Settings) -> list[str | None]:
@@ -181,13 +190,13 @@ def freeze() -> None:
     gc.freeze()
 
 
-early_hups: list[int] = []
+proving_s = 0.0
 if not app.IN_USE:  # else a reload runs this file again, with a service that is proven
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # which would end this process
-        signal.signal(signal.SIGHUP, lambda number, _: early_hups.append(number))
     with app.exit_on_startup_error():
         loaded = load()
+        started = time.monotonic()
         Trial(functools.partial(prove, loaded), app.name_artifact(loaded.settings)).result()
+        proving_s = time.monotonic() - started
         app.use(loaded)
         del loaded
     freeze()
@@ -341,6 +350,13 @@ def http_protocol() -> type:
             """Have the answer that is being made be the last, unless it is on its way."""
             if self.cycle is not None and not self.cycle.response_started:
                 self.cycle.keep_alive = False
+
+        def end_tls(self, within_s: float) -> None:
+            """Close without the client's word that it closes too, which the transport would wait half a minute for."""
+            if self.transport.is_closing() or self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+                is_sent = self.transport.get_write_buffer_size() == 0
+                self.loop.call_later(SETTLE_S if is_sent else within_s, self.transport.abort)
 
         def _check_fields(self) -> int:
             """Refuse too many fields, or one that is too long, and count those that name a host."""
@@ -514,6 +530,8 @@ def uvicorn_worker() -> type:
             is_tls = self.config.is_ssl  # of which uvicorn learns only when the handshake is over
             while (connections or is_tls) and time.monotonic() < min(idle_end, end):  # noqa: ASYNC110 — no event
                 await asyncio.sleep(POLL_S)
+            for connection in [*connections] if is_tls else ():
+                connection.end_tls(end - time.monotonic())
             self.config.timeout_graceful_shutdown = max(POLL_S, end - time.monotonic())
             await super().shutdown()
             signs_of_life.cancel()
@@ -736,6 +754,7 @@ class Master(Arbiter):
     is_asked = False  # to reload
     is_loading = False  # in a thread, beside which nothing may be forked
     is_stopping = False
+    boot_s: float  # that a worker may take to start, before `server.timeout` counts
     n_failed = 0  # times in a row that a worker did not start
     spawn_after = 0.0
 
@@ -746,6 +765,7 @@ class Master(Arbiter):
         arbiter.fate = mmap.mmap(-1, mmap.PAGESIZE)
         arbiter.retired = {}
         arbiter.is_asked = bool(early_hups)
+        arbiter.boot_s = BOOT_S + BOOTS * proving_s
 
     def handle_hup(self) -> None:
         """Ask for a reload. One that is under way gives way to it, unless it loads: that cannot be stopped."""
@@ -784,7 +804,8 @@ class Master(Arbiter):
         service = yield from self._load()
         if json.dumps(service.identity) != identity:
             raise app.StartupError("settings or model were changed while they were loaded; send HUP again")
-        yield from self._replace(service, took_s)
+        self.boot_s = BOOT_S + BOOTS * took_s
+        yield from self._replace(service)
 
     def _try(self) -> Generator[None, None, str]:
         trial = self.trial = Trial(self._rehearse, "the new model")
@@ -832,7 +853,7 @@ class Master(Arbiter):
             raise app.StartupError(app.reason_of(result))
         return result
 
-    def _replace(self, service: app.Service, took_s: float) -> Generator[None, None, None]:
+    def _replace(self, service: app.Service) -> Generator[None, None, None]:
         """Fork workers of the new service, and retire the old ones once all the new ones are ready.
 
         No frame that is on the stack while they are forked may refer to the old service: they would for ever.
@@ -848,7 +869,7 @@ class Master(Arbiter):
             self.LISTENERS = self._listen()
             self.setup(self.app)
             freeze()
-            yield from self._start(new, took_s)
+            yield from self._start(new)
         except (Exception, GeneratorExit):
             self._restore(self.before, new)
             raise
@@ -857,20 +878,16 @@ class Master(Arbiter):
         finally:
             self.before = None
 
-    def _start(self, new: list[int], took_s: float) -> Generator[None, None, None]:
-        """Fork the new workers, and wait until each has been ready. All takes them no longer than it took on trial."""
+    def _start(self, new: list[int]) -> Generator[None, None, None]:
+        """Fork the new workers, and wait until each has been ready."""
         for _ in range(self.num_workers):
             new.append(self.spawn_worker())
-        patience_s = self.cfg.timeout + 2 * took_s * self.num_workers if self.cfg.timeout else math.inf
-        end = time.monotonic() + patience_s
         ready: set[int] = set()
         while not ready.issuperset(new):
             yield
             ready |= {pid for pid in new if self._stage(pid) != BOOTING}
             if not ready.union(self.WORKERS).issuperset(new):
                 raise app.StartupError("a new worker ended before it was ready; the log says why")
-            if time.monotonic() > end:
-                raise app.StartupError(f"the new workers were not ready within {patience_s:.0f} s")
 
     def _restore(self, before: Before, new: list[int]) -> None:
         """Go back to what was before."""
@@ -892,7 +909,7 @@ class Master(Arbiter):
             before.fate[n + 1] = listener not in self.LISTENERS
         for pid in before.workers:
             self._retire(pid)
-        close(self._dropped(before))
+        close(self._dropped(before), self.LISTENERS)
         self.cfg.on_reload(self)
         announce()
 
@@ -914,13 +931,16 @@ class Master(Arbiter):
         except SystemExit:
             problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
             raise app.StartupError(problem) from None
+        if self.app.cfg.preload_app:
+            raise app.StartupError(NO_PRELOAD)
 
     def _listen(self) -> list[Any]:
         """Give a listener for each address of the configuration: those that there are, and new ones."""
         cfg = self.app.cfg
-        if cfg.address == self.cfg.address or self.systemd or cfg.reuse_port:
+        there = {listener.cfg_addr: listener for listener in self.LISTENERS if has_file(listener.cfg_addr)}
+        are_same = cfg.address == self.cfg.address and len(there) == len(self.LISTENERS)
+        if are_same or self.systemd or cfg.reuse_port:
             return self.LISTENERS
-        there = {listener.cfg_addr: listener for listener in self.LISTENERS}
         listeners: list[Any] = []
         try:
             for address in cfg.address:
@@ -1006,16 +1026,24 @@ class Master(Arbiter):
         is_given = self.systemd or any(isinstance(address, int) for address in self.cfg.address)
         are_shared = is_given or self.reexec_pid or self.master_pid
         self.fate[0] = True
-        for n in range(len(self.LISTENERS)):
+        for n, listener in enumerate(self.LISTENERS):
             self.fate[n + 1] = not are_shared
+            listener.close() if are_shared else close([listener])
+        self.LISTENERS = []
         super().stop(graceful)
 
 
-def close(listeners: Iterable[Any]) -> None:
-    """Close listeners, and remove the files of unix sockets."""
+def has_file(address: Any) -> bool:
+    """Whether the file of a unix socket is there; other addresses have none."""
+    return not isinstance(address, str) or os.path.exists(address)
+
+
+def close(listeners: Iterable[Any], kept: Iterable[Any] = ()) -> None:
+    """Close listeners, and remove the files of unix sockets, unless those that are kept have the same."""
+    addresses = {listener.cfg_addr for listener in kept}
     for listener in listeners:
         with contextlib.suppress(OSError):  # its file is gone
-            close_sockets([listener])
+            close_sockets([listener], unlink=listener.cfg_addr not in addresses)
 
 
 def listen(address: Any, cfg: Any, logger: Any, others: Iterable[Any]) -> Any:
@@ -1054,8 +1082,7 @@ def announce() -> None:
 def on_starting(server: Any) -> None:
     """Have the arbiter reload as a transaction, and refuse what would make it fork beside threads."""
     if server.cfg.preload_app:
-        reason = "it would predict in the master; leave it out: workers share the model anyway"
-        log.critical("preload_refused", reason=reason)
+        log.critical("start_refused", reason=NO_PRELOAD)
         sys.exit(app.STARTUP_STATUS)
     Master.adopt(server)
 
@@ -1065,13 +1092,15 @@ def when_ready(server: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """End a worker that is told to stop while it boots.
+    """Prepare a worker, and end it if it is told to stop while it boots.
 
     Until it has handlers of its own, those of the master queue the signal in a copy of the queue that nobody reads,
     and the service would wait `graceful_timeout` for the worker.
     """
     worker.fate = server.fate
     server.leave_before()
+    latest = time.monotonic() + server.boot_s
+    os.utime(worker.tmp.fileno(), (latest, latest))  # as if it were its last sign of life
     for number in worker.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     while not server.SIG_QUEUE.empty():

@@ -135,6 +135,17 @@ def test_worker_that_cannot_start_harms_nobody(
     assert server.stop() == 0
 
 
+def test_worker_that_hangs_while_it_starts_is_replaced(serve: Callable[..., Server]) -> None:
+    """One that gives no sign of life at all is ended: after `server.timeout`, and the time that a start may take."""
+    server = serve(**gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__TIMEOUT="2"))
+    os.kill(server.worker_pids[0], signal.SIGKILL)
+    booting = wait_until(lambda: server.text.count("Booting worker") == 2 and server.worker_pids, "a new worker")[0]
+    os.kill(booting, signal.SIGSTOP)
+    wait_until(lambda: booting not in server.worker_pids, "its end")
+    assert wait_until(lambda: server.get("/ping"), "an answer").status == 200
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("call_s", [0.0, 0.02], ids=["quick", "costly"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_hanging_prediction_costs_a_worker(

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, post_case, save, wait_until
+from conftest import BIN, COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, post_case, run, save, wait_until
 from estimators import SlowToLoad, Threading
 from load import Load
 from sklearn.datasets import load_iris
+
+import app
 
 TESTS = str(Path(__file__).parent)
 SETTINGS = """
@@ -249,6 +251,37 @@ def test_unix_sockets_leave_no_file(serve: Callable[..., Server], file: Path, tm
     assert server.stop() == 0
     assert [place.exists() for place in places] == [False, False]
     assert [*temporary.iterdir()] == []
+
+
+def test_deleted_socket_is_made_anew(serve: Callable[..., Server], file: Path, tmp_path: Path) -> None:
+    """A unix socket whose file somebody has removed is there again after HUP, and its loss does not disturb the end."""
+    place = tmp_path / "one.sock"
+    edit(file, ('"127.0.0.1:0"', f'["127.0.0.1:0", "unix:{place}"]'))
+    server = serve(SERVING_SETTINGS=str(file))
+    place.unlink()
+    assert reload(server)["event"] == "reloaded"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(place))
+    place.unlink()
+    assert server.stop() == 0
+    assert "Traceback" not in server.text
+
+
+def test_preloading_is_refused(serve: Callable[..., Server], project: Path) -> None:
+    """`preload_app` would have the master predict: at the start it ends the service, later it is a reload refused."""
+    file = project / "gunicorn.conf.py"
+    text = file.read_text()
+    server = serve(cwd=project, **gunicorn_environment("flask", "gevent"))
+    try:
+        file.write_text(f"{text}preload_app = True\n")
+        assert "leave it out" in reload(server)["reason"]
+    finally:
+        file.write_text(text)
+    assert reload(server)["event"] == "reloaded"
+    assert server.post(ROW).status == 200
+    done = run("gunicorn -c gunicorn.conf.py --preload", **gunicorn_environment("flask", "gevent"))
+    assert done.returncode == app.STARTUP_STATUS
+    assert "leave it out" in done.stderr
 
 
 def test_model_with_threads_is_refused(serve: Callable[..., Server], file: Path) -> None:
