@@ -754,6 +754,7 @@ class Master(Arbiter):
     is_asked = False  # to reload
     is_loading = False  # in a thread, beside which nothing may be forked
     is_stopping = False
+    has_served = False
     boot_s: float  # that a worker may take to start, before `server.timeout` counts
     n_failed = 0  # times in a row that a worker did not start
     spawn_after = 0.0
@@ -967,7 +968,7 @@ class Master(Arbiter):
             return
         serving = sorted(self.WORKERS.keys() - self.retired.keys(), key=lambda pid: self.WORKERS[pid].age)
         if len(serving) >= self.num_workers and all(self._stage(pid) == READY for pid in serving):
-            self.n_failed = 0
+            self.n_failed, self.has_served = 0, True
         if time.monotonic() >= self.spawn_after:
             self._spawn(self.num_workers - len(serving))
         for pid in serving[: max(0, len(serving) - self.num_workers)]:
@@ -1001,7 +1002,7 @@ class Master(Arbiter):
         return BOOTING
 
     def reap_workers(self) -> None:
-        """Bury workers that have ended. While others serve, one that cannot start does not end the service."""
+        """Bury workers that have ended. Once all have served, one that cannot start does not end the service."""
         if self.trial is not None:
             self.trial.has_ended()  # or its status would be lost
         booting = [pid for pid in self.WORKERS if self._stage(pid) == BOOTING]
@@ -1010,7 +1011,7 @@ class Master(Arbiter):
                 super().reap_workers()
                 break
             except HaltServer:
-                if not self.is_stopping and not any(self._stage(pid) == READY for pid in self.WORKERS):
+                if not self.has_served and not self.is_stopping:
                     raise
         failed = [pid for pid in booting if pid not in self.WORKERS and pid not in self.retired]
         if failed and self.before is None and not self.is_stopping:

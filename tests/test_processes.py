@@ -112,6 +112,11 @@ asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
 """
 
 
+def both_ready(server: Server) -> bool:
+    """Whether each worker has answered, by the log."""
+    return all(f'"pid":{pid},"request_id"' in server.text for pid in server.worker_pids)
+
+
 @pytest.mark.parametrize("combination", [COMBINATIONS[0], COMBINATIONS[3]], ids="-".join)
 def test_worker_that_cannot_start_harms_nobody(
     serve: Callable[..., Server], project: Path, combination: tuple[str, str]
@@ -123,6 +128,7 @@ def test_worker_that_cannot_start_harms_nobody(
     environment = gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2")
     server = serve(f"gunicorn -c gunicorn.conf.py fragile:{interface}", project, **environment)
     workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    wait_until(lambda: len(server.get("/ping").body) and both_ready(server), "both to serve")
     broken.touch()
     os.kill(server.process.pid, signal.SIGHUP)
     wait_until(lambda: '"event":"reload_refused"' in server.text, "the refusal")
