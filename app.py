@@ -3784,7 +3784,7 @@ def load_service() -> Service:
     if not IN_USE:
         settings = load_settings()
         configure_logging(settings.logging)
-        use(make_service(settings))
+        IN_USE.append(make_service(settings))
     return IN_USE[0]
 
 

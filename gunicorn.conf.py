@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -432,11 +432,11 @@ def drop_new_connections(sock: Any) -> None:
     A listener that is closed resets the connections that the kernel has queued for it; so first no more may come. The
     program is one of the classic BPF's (linux/filter.h), run on the header of TCP, whose byte 13 has the flags.
     """
+    if sock.family == socket.AF_UNIX:
+        return
     load_flags, jump_unless_syn, drop, keep = (0x30, 0, 0, 13), (0x45, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF)
     code = b"".join(struct.pack("HBBI", *step) for step in (load_flags, jump_unless_syn, drop, keep))
     buffer = ctypes.create_string_buffer(code)
-    if sock.family == socket.AF_UNIX:
-        return
     with contextlib.suppress(OSError):  # where the kernel has none, a few connections may be reset
         program = struct.pack("HL", len(code) // 8, ctypes.addressof(buffer))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
@@ -475,17 +475,31 @@ class Serving(Worker):
     def is_orphan(self) -> bool:
         return bool(os.getppid() != self.ppid)
 
-    def begin_drain(self) -> tuple[float, float, list[int]]:
-        """Say that this worker ends. Give the time by which it must have, before the master loses its patience, the
-        seconds for which clients may come back, and which of its listeners are dropped: what the kernel has queued for
-        them nobody else will accept."""
+    def begin_drain(self) -> tuple[float, float]:
+        """Say that this worker ends. Give the time by which it must have, before the master loses its patience, and the
+        seconds for which clients may come back."""
         app.Service.is_ending = bool(self.fate[0]) or self.is_orphan
         log.info("draining", service_ends=app.Service.is_ending)
         if not self.is_orphan:
             self._tell(DRAINING)
         left_s = float(self.cfg.graceful_timeout) - MARGIN_S
-        dropped = [n for n in range(len(self.sockets)) if self.fate[n + 1]]
-        return time.monotonic() + left_s, min(DRAIN_S, left_s / 2), dropped
+        return time.monotonic() + left_s, min(DRAIN_S, left_s / 2)
+
+    def close_listeners(self, servers: Sequence[Any], moment_s: float) -> Iterator[float]:
+        """Close the servers of this worker's sockets, and yield the seconds to wait between the steps.
+
+        What the kernel has queued for a dropped listener nobody else will accept, so that is accepted first."""
+        dropped = [n for n in range(len(servers)) if self.fate[n + 1]]
+        for n, server in enumerate(servers):
+            if n not in dropped:
+                server.close()
+        if dropped:
+            yield moment_s
+            for n in dropped:
+                drop_new_connections(self.sockets[n])
+            yield SETTLE_S
+            for n in dropped:
+                servers[n].close()
 
 
 def uvicorn_worker() -> type:
@@ -510,22 +524,14 @@ def uvicorn_worker() -> type:
         async def shutdown(self, sockets: Any = None) -> None:
             """End without a reset: what is under way is answered, with `Connection: close`, and so is what comes on
             open connections for a moment, before those that are idle are closed."""
-            end, moment_s, dropped = self.worker.begin_drain()
+            end, moment_s = self.worker.begin_drain()
             signs_of_life = asyncio.create_task(self._give_signs_of_life())
             protocol.is_draining = True
             connections: Any = self.server_state.connections
             for connection in connections:
                 connection.drain()
-            for n, server in enumerate(self.servers):
-                if n not in dropped:
-                    server.close()
-            if dropped:
-                await asyncio.sleep(moment_s)
-                for n in dropped:
-                    drop_new_connections(sockets[n])
-                await asyncio.sleep(SETTLE_S)
-                for n in dropped:
-                    self.servers[n].close()
+            for wait_s in self.worker.close_listeners(self.servers, moment_s):
+                await asyncio.sleep(wait_s)
             idle_end = time.monotonic() + moment_s
             is_tls = self.config.is_ssl  # of which uvicorn learns only when the handshake is over
             while (connections or is_tls) and time.monotonic() < min(idle_end, end):  # noqa: ASYNC110 — no event
@@ -644,17 +650,9 @@ def gevent_worker() -> type:
 
         def drain(self, servers: list[Any]) -> None:
             """End without a reset, as `DrainingServer` does; gunicorn answers `Connection: close` by itself by now."""
-            end, moment_s, dropped = self.begin_drain()
-            for n, server in enumerate(servers):
-                if n not in dropped:
-                    server.close()
-            if dropped:
-                gevent.sleep(moment_s)
-                for n in dropped:
-                    drop_new_connections(servers[n].socket)
-                gevent.sleep(SETTLE_S)
-                for n in dropped:
-                    servers[n].close()
+            end, moment_s = self.begin_drain()
+            for wait_s in self.close_listeners(servers, moment_s):
+                gevent.sleep(wait_s)
             self.wait(min(time.monotonic() + moment_s, end))
             for greenlet in [*self.waiting]:
                 greenlet.kill(NoMoreData, block=False)
@@ -695,7 +693,6 @@ def gevent_worker() -> type:
                     return start_response(status, headers, exc_info)
 
                 environ["wsgi.input"] = TimedBody(body)
-
                 if "HTTP_TRANSFER_ENCODING" not in environ:
                     environ.pop("wsgi.input_terminated")  # so that werkzeug counts, and sees a body that is cut short
                 return inner(environ, start)

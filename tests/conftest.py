@@ -133,6 +133,21 @@ class Server:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
+    def wait_for_workers(self, count: int) -> list[int]:
+        """Wait until there are so many, and give their process ids."""
+        return wait_until(lambda: self.worker_pids if len(self.worker_pids) == count else None, f"{count} workers")
+
+    @property
+    def reloads(self) -> list[dict[str, Any]]:
+        """The lines with which reloads have ended, well or not."""
+        return [line for line in self.lines if line["event"] in ("reloaded", "reload_refused")]
+
+    def reload(self) -> dict[str, Any]:
+        """Send HUP, and give the line with which the reload ends."""
+        before = len(self.reloads)
+        self.process.send_signal(signal.SIGHUP)
+        return wait_until(lambda: self.reloads[before:], "the reload to end")[0]
+
     def connect(self) -> socket.socket:
         client = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
         return self.tls.wrap_socket(client, server_hostname="127.0.0.1") if self.tls else client
@@ -162,6 +177,12 @@ class Server:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def private_mb(pid: int) -> float:
+    """The kernel's figure for what a process has to itself, in MB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) / 1000
 
 
 def post_case(payload: Any, **headers: str) -> Case:

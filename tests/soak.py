@@ -6,7 +6,6 @@ Fails if a request is lost that no killed worker held, or if memory or open file
 import argparse
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 from cases import BAD
-from conftest import PROJECT, ROW, Server, post_case, wait_until
+from conftest import PROJECT, ROW, Server, post_case, private_mb, wait_until
 from load import Load
 
 ROUND_S = 5.0
@@ -63,7 +62,7 @@ def soak(framework: str, worker: str, is_troubled: bool, seconds: float) -> list
                 server.send(case)
             round_end = time.monotonic() + ROUND_S
             wait_until(lambda round_end=round_end: time.monotonic() > round_end, "the round's end")
-            wait_until(lambda: len(server.worker_pids) == 2, "two workers")
+            server.wait_for_workers(2)
             samples.append(sample(server, is_troubled))
     status = server.stop()
     name = f"{framework} on {worker}, {'with reloads and kills' if is_troubled else 'left alone'}"
@@ -80,9 +79,8 @@ def reload(server: Server, file: Path) -> None:
     good = file.read_text()
     for text, event in ((good + "[[", "reload_refused"), (good, "reloaded")):
         file.write_text(text)
-        count = server.text.count(f'"event":"{event}"')
-        os.kill(server.process.pid, signal.SIGHUP)
-        wait_until(lambda event=event, count=count: server.text.count(f'"event":"{event}"') > count, event)
+        if (line := server.reload())["event"] != event:
+            raise RuntimeError(f"not {event} but {line}")
 
 
 def sample(server: Server, is_troubled: bool) -> dict[str, float]:
@@ -94,11 +92,6 @@ def sample(server: Server, is_troubled: bool) -> dict[str, float]:
             figures[f"{name} MB"] = sum(map(private_mb, group))
             figures[f"{name} files"] = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in group)
     return figures
-
-
-def private_mb(pid: int) -> float:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(r"^(?:Private_\w+):\s+(\d+) kB", text, re.MULTILINE))) / 1000
 
 
 def growth(samples: list[dict[str, float]]) -> list[str]:

@@ -471,13 +471,12 @@ def test_tls(serve: Callable[..., Server], tmp_path: Path, combination: tuple[st
     authority.configure_trust(context)
     server = serve(tls=context, **gunicorn_environment(*combination, SERVING_SETTINGS=str(file)))
     assert server.post(ROW).json["prediction"] == "setosa"
-    os.kill(server.process.pid, signal.SIGHUP)
-    wait_until(lambda: '"event":"reloaded"' in server.text, "the reload")
+    assert server.reload()["event"] == "reloaded"
     assert server.post(ROW).json["prediction"] == "setosa"
     (tmp_path / "key.pem").write_bytes(authority.issue_cert("127.0.0.1").private_key_pem.bytes())
-    os.kill(server.process.pid, signal.SIGHUP)
-    wait_until(lambda: '"event":"reload_refused"' in server.text, "the refusal")
-    assert "certificate.pem'; it should be a certificate in PEM, with its key" in server.text
+    refused = server.reload()
+    assert refused["event"] == "reload_refused"
+    assert "certificate.pem'; it should be a certificate in PEM, with its key" in refused["reason"]
     with server.connect() as client:  # which does not close
         client.sendall(post_case(ROW).raw())
         assert read_answer(client, "POST").json["prediction"] == "setosa"
@@ -497,7 +496,7 @@ def test_configuration_is_found_from_another_folder(serve: Callable[..., Server]
 def test_stop_ends_every_process(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """TERM ends master and workers with status 0."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2"))
-    pids = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    pids = server.wait_for_workers(2)
     started = time.monotonic()
     assert server.stop(signal.SIGTERM) == 0
     assert time.monotonic() - started < 15  # half of graceful_timeout: no worker missed the signal while it booted

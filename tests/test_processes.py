@@ -15,6 +15,7 @@ from conftest import (
     deploy,
     gunicorn_environment,
     post_case,
+    private_mb,
     wait_until,
 )
 from estimators import Hanging
@@ -52,7 +53,7 @@ def not_ready(server: Server) -> int:
 def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """`kill -9` of each worker in turn: a client loses at most the request that was in flight there."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="3", SERVING_LOGGING__ACCESS="false"))
-    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 3 else None, "three workers")
+    workers = server.wait_for_workers(3)
     with Load(server, post_case(ROW)) as load:
         for pid in workers:
             load.wait_for(1000)
@@ -67,7 +68,7 @@ def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], com
 def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """Workers whose master is killed drain and end by themselves."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2"))
-    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    workers = server.wait_for_workers(2)
     server.process.kill()
     server.process.wait()
     wait_until(lambda: not alive(workers), "the workers to end")
@@ -127,7 +128,7 @@ def test_worker_that_cannot_start_harms_nobody(
     interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
     environment = gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2")
     server = serve(f"gunicorn -c gunicorn.conf.py fragile:{interface}", project, **environment)
-    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    workers = server.wait_for_workers(2)
     wait_until(lambda: len(server.get("/ping").body) and both_ready(server), "both to serve")
     broken.touch()
     os.kill(server.process.pid, signal.SIGHUP)
@@ -137,7 +138,7 @@ def test_worker_that_cannot_start_harms_nobody(
     assert server.post(ROW).status == 200
     assert re.findall(r'"retry_in_s":([\d.]+)', server.text)[:2] == ["2.0", "4.0"]
     broken.unlink()
-    wait_until(lambda: len(server.worker_pids) == 2, "the second worker")
+    server.wait_for_workers(2)
     assert server.stop() == 0
 
 
@@ -203,8 +204,8 @@ def test_workers_share_the_model(serve: Callable[..., Server], tmp_path: Path, c
     server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, SERVING_SERVER__WORKERS="2"))
     assert max(map(private_mb, used(server))) < 25
     old = server.worker_pids
-    os.kill(server.process.pid, signal.SIGHUP)
-    wait_until(lambda: '"event":"reloaded"' in server.text and not alive(old), "the reload")
+    assert server.reload()["event"] == "reloaded"
+    wait_until(lambda: not alive(old), "the old workers' end")
     assert max(map(private_mb, used(server))) < 25
     assert private_mb(server.process.pid) < 250  # the master has not kept the old one
     server.stop()
@@ -212,13 +213,7 @@ def test_workers_share_the_model(serve: Callable[..., Server], tmp_path: Path, c
 
 def used(server: Server) -> list[int]:
     """Give the workers, after each has predicted."""
-    workers = wait_until(lambda: server.worker_pids if len(server.worker_pids) == 2 else None, "two workers")
+    workers = server.wait_for_workers(2)
     for _ in range(50):
         assert server.post([{"x0": 0.5, "x1": 1.5}] * 100).status == 200
     return workers
-
-
-def private_mb(pid: int) -> float:
-    """The kernel's figure for what a process has to itself, in MB."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) / 1000

@@ -54,13 +54,6 @@ def edit(file: Path, *changes: tuple[str, str]) -> None:
     file.write_text(text)
 
 
-def reload(server: Server) -> dict[str, Any]:
-    """Send HUP, and give the line with which the reload ends, well or not."""
-    before = len(ends(server))
-    os.kill(server.process.pid, signal.SIGHUP)
-    return wait_until(lambda: ends(server)[before:], "the reload to end")[0]
-
-
 def identity(server: Server) -> dict[str, str]:
     """What `/health/ready` says, with the hash of the settings, which `Answer` leaves out."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready") as answer:
@@ -73,10 +66,6 @@ def wait_for_model(server: Server, name: str) -> dict[str, str]:
     return identity(server)
 
 
-def ends(server: Server) -> list[dict[str, Any]]:
-    return [line for line in server.lines if line["event"] in ("reloaded", "reload_refused")]
-
-
 @pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "close"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_reloads_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str], keep_alive: bool) -> None:
@@ -84,7 +73,7 @@ def test_reloads_lose_nothing(serve: Callable[..., Server], combination: tuple[s
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
     with Load(server, post_case(ROW), keep_alive=keep_alive) as load:
         for _ in range(10):
-            assert reload(server)["event"] == "reloaded"
+            assert server.reload()["event"] == "reloaded"
             load.wait_for(2000)
     server.stop()
     assert (load.failures, [*load.answers]) == ([], [200])
@@ -106,14 +95,14 @@ def test_slow_load_stalls_nothing(serve: Callable[..., Server], tmp_path: Path, 
     server = serve(**(environment | save_slow(tmp_path / "slow.joblib")))
     with Load(server, post_case(ROW)) as load:
         started = time.monotonic()
-        assert reload(server)["event"] == "reloaded"
+        assert server.reload()["event"] == "reloaded"
         took_s = time.monotonic() - started
         for _ in range(9):
             os.kill(server.process.pid, signal.SIGHUP)
             load.wait_for(1000)
-        wait_until(lambda: len(ends(server)) == 2, "the second reload")
+        wait_until(lambda: len(server.reloads) == 2, "the second reload")
         load.wait_for(5000)
-    assert ends(server)[1]["event"] == "reloaded"
+    assert server.reloads[1]["event"] == "reloaded"
     server.stop()
     assert (load.failures, [*load.answers]) == ([], [200])
     assert load.count >= 20_000
@@ -160,7 +149,7 @@ def test_broken_reload_changes_nothing(serve: Callable[..., Server], file: Path,
     for number, (name, (break_it, says)) in enumerate(BROKEN.items()):
         with Load(server, post_case(ROW), clients=4) as load:
             resource = break_it(file)
-            line = reload(server)
+            line = server.reload()
             load.wait_for(200)
             assert identity(server) == before, name
             if resource is not None and not isinstance(resource, int):
@@ -168,7 +157,7 @@ def test_broken_reload_changes_nothing(serve: Callable[..., Server], file: Path,
             for path, content in originals.items():
                 path.write_bytes(content)
             edit(file, ('"iris"', f'"good-{number}"'))
-            healed = reload(server)
+            healed = server.reload()
             load.wait_for(200)
         assert (line["event"], line["level"]) == ("reload_refused", "error"), name
         assert says in line["reason"], name
@@ -216,7 +205,7 @@ def test_dropped_address_is_drained(serve: Callable[..., Server], file: Path, fr
         edit(file, ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
         with Load(server, post_case(ROW), keep_alive=False, until_refused=True) as load:
             load.wait_for(500)
-            reload(server)
+            server.reload()
             wait_until(lambda load=load: load.is_over, "the old address to refuse connections")
         assert (load.failures, [*load.answers]) == ([], [200])
         server.port = free_port
@@ -231,7 +220,7 @@ def test_loopback_gives_way_to_all_interfaces(serve: Callable[..., Server], file
     with Load(server, post_case(ROW)) as load:
         for address in ("0.0.0.0", "127.0.0.1"):
             file.write_text(file.read_text().replace("0.0.0.0", "127.0.0.1").replace("127.0.0.1", address))
-            assert reload(server)["event"] == "reloaded"
+            assert server.reload()["event"] == "reloaded"
             load.wait_for(1000)
     assert (load.failures, [*load.answers]) == ([], [200])
     server.stop()
@@ -246,7 +235,7 @@ def test_unix_sockets_leave_no_file(serve: Callable[..., Server], file: Path, tm
     server = serve(SERVING_SETTINGS=str(file), TMPDIR=str(temporary))
     assert [place.exists() for place in places] == [True, False]
     edit(file, (str(places[0]), str(places[1])))
-    reload(server)
+    server.reload()
     assert [place.exists() for place in places] == [False, True]
     assert server.stop() == 0
     assert [place.exists() for place in places] == [False, False]
@@ -259,7 +248,7 @@ def test_deleted_socket_is_made_anew(serve: Callable[..., Server], file: Path, t
     edit(file, ('"127.0.0.1:0"', f'["127.0.0.1:0", "unix:{place}"]'))
     server = serve(SERVING_SETTINGS=str(file))
     place.unlink()
-    assert reload(server)["event"] == "reloaded"
+    assert server.reload()["event"] == "reloaded"
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(place))
     place.unlink()
@@ -274,10 +263,10 @@ def test_preloading_is_refused(serve: Callable[..., Server], project: Path) -> N
     server = serve(cwd=project, **gunicorn_environment("flask", "gevent"))
     try:
         file.write_text(f"{text}preload_app = True\n")
-        assert "leave it out" in reload(server)["reason"]
+        assert "leave it out" in server.reload()["reason"]
     finally:
         file.write_text(text)
-    assert reload(server)["event"] == "reloaded"
+    assert server.reload()["event"] == "reloaded"
     assert server.post(ROW).status == 200
     done = run("gunicorn -c gunicorn.conf.py --preload", **gunicorn_environment("flask", "gevent"))
     assert done.returncode == app.STARTUP_STATUS
@@ -289,7 +278,7 @@ def test_model_with_threads_is_refused(serve: Callable[..., Server], file: Path)
     model = save(Threading(), file.parent / "threading.joblib")
     server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=TESTS)
     edit(file, ("iris.skops", f'threading.joblib"\nsha256 = "{model["sha256"]}'))
-    assert "starts threads when it is loaded" in reload(server)["reason"]
+    assert "starts threads when it is loaded" in server.reload()["reason"]
     assert server.post(ROW).status == 200
     server.stop()
 
