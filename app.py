@@ -41,6 +41,9 @@ import queue
 import random
 import re
 import reprlib
+import select
+import socket
+import stat
 import string
 import sys
 import threading
@@ -574,6 +577,163 @@ REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
+MAX_PENDING_BYTES = 262_144  # bytes of lines that wait for a slow reader
+LAST_LINES_S = 0.2  # seconds that it has for them when the process ends
+
+
+class LossyOutput(io.RawIOBase):
+    """Standard output or error whose writes never wait and never raise.
+
+    What the reader cannot take yet waits, up to a bound; the rest is lost and counted, and the log says how much once
+    lines are taken again. The descriptor is a copy: code of the user's may close the standard one, whose number the
+    next connection of a client would get.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._send = _open_output(fd)
+        self._start_anew()
+        os.register_at_fork(after_in_child=self._start_anew)
+        atexit.register(self._finish)
+
+    def _start_anew(self) -> None:
+        """Forget what waits, which after a fork is the parent's to write, and a lock that another thread may hold."""
+        self._lock = threading.RLock()  # not a plain lock: a signal's handler may log in the middle of a line
+        self._pending: collections.deque[bytes] = collections.deque()
+        self._pending_bytes = 0
+        self._is_begun = False  # the first of them is written in part
+        self._is_cut = False  # the last line that was written has no end
+        self._lost = 0  # lines
+
+    def write(self, data: Any) -> int:
+        line = bytes(data)
+        with self._lock:
+            if self._pending_bytes + len(line) <= MAX_PENDING_BYTES:
+                self._pending.append(line)
+                self._pending_bytes += len(line)
+            else:
+                self._lost += line.count(b"\n")
+        self.flush()
+        return len(line)
+
+    def flush(self) -> None:
+        """Write what waits, as far as it is taken."""
+        with self._lock:
+            is_taken = self._write_pending()
+            lost = self._lost if is_taken and not self._pending else 0
+            self._lost -= lost
+        if lost:
+            log.warning("log_lines_lost", lines=lost)
+
+    def _write_pending(self) -> bool:
+        """Return whether anything was taken."""
+        is_taken = False
+        try:
+            while self._pending:
+                if self._is_cut:
+                    self._send(b"\n")
+                    self._is_cut = False
+                line = self._pending[0]
+                n_bytes = self._send(line)
+                is_taken, self._is_begun = True, n_bytes < len(line)
+                self._pending_bytes -= n_bytes
+                self._pending[0] = line[n_bytes:]
+                if not self._is_begun:
+                    self._pending.popleft()
+        except BlockingIOError:  # the reader is slow
+            pass
+        except OSError:  # there is no reader, or no space
+            self._is_cut = self._is_cut or self._is_begun
+            self._lost += sum(line.count(b"\n") for line in self._pending)
+            self._pending.clear()
+            self._pending_bytes, self._is_begun, is_taken = 0, False, False
+        return is_taken
+
+    def _finish(self) -> None:
+        """Give a slow reader a moment for the last lines."""
+        end = time.monotonic() + LAST_LINES_S
+        while self._pending and time.monotonic() < end:
+            self.flush()
+            time.sleep(LAST_LINES_S / 20)
+
+    def close(self) -> None:
+        """Stay open: whoever closes `sys.stderr` closes it for the whole process."""
+        self.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+
+def _open_output(fd: int) -> Callable[[bytes], int]:
+    """Return what writes to a copy of a descriptor: as much as is taken at once. It raises `OSError`.
+
+    Whether a write waits is a flag that all processes share which have inherited the descriptor, so it is not set
+    there. Opened anew, a pipe or terminal has a flag of its own; where that is not allowed, each write is preceded by a
+    question, and another process may fill the pipe in between.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISSOCK(mode):  # as systemd's journal has it
+        journal = socket.socket(fileno=os.dup(fd))
+        return lambda data: journal.send(data, socket.MSG_DONTWAIT)
+    if not stat.S_ISFIFO(mode) and not os.isatty(fd):
+        return functools.partial(os.write, os.dup(fd))
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return functools.partial(_write_if_taken, os.dup(fd))
+    return functools.partial(os.write, own)
+
+
+def _write_if_taken(fd: int, data: bytes, poll: Callable[[], Any] = select.poll) -> int:
+    """Write no more than a pipe that takes anything takes whole. `poll` is not gevent's, which would switch."""
+    poller = poll()
+    poller.register(fd, select.POLLOUT)
+    if not poller.poll(0):
+        raise BlockingIOError
+    return os.write(fd, data[: select.PIPE_BUF])
+
+
+class LineLogger:
+    """What structlog hands its lines to. It has no lock, at which a signal's handler that logs would wait for ever."""
+
+    def __init__(self, stream: Any) -> None:
+        self._write = stream.write
+
+    def msg(self, line: str) -> None:
+        self._write(line + "\n")
+
+    debug = info = warning = error = critical = msg
+
+
+def protect_output() -> None:
+    """Have no line that this process writes to standard output or error wait or raise; once is enough."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # it is closed, and the next file would get its number
+            os.open(os.devnull, os.O_RDWR)
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _protect(stream, fd))
+
+
+def _protect(stream: Any, fd: int) -> io.TextIOWrapper:
+    """Return a text stream in the place of one of Python's own, which is None where its descriptor was closed."""
+    if stream is None:
+        fd = os.open(os.devnull, os.O_WRONLY)
+    else:
+        with contextlib.suppress(OSError):
+            stream.flush()
+    encoding = getattr(stream, "encoding", "utf-8")
+    output = cast(Any, LossyOutput(fd))
+    return io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=True)
 
 
 def configure_logging(settings: LoggingSettings) -> None:
@@ -594,7 +754,7 @@ def configure_logging(settings: LoggingSettings) -> None:
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: LineLogger(sys.stderr),
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -3782,6 +3942,7 @@ IN_USE: list[Service] = []  # the one of this process, once there is one
 def load_service() -> Service:
     """Give this process's service, loaded the first time: gunicorn's workers get that of its master."""
     if not IN_USE:
+        protect_output()
         settings = load_settings()
         configure_logging(settings.logging)
         IN_USE.append(make_service(settings))

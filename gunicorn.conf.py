@@ -49,6 +49,7 @@ from gunicorn.workers.base import Worker
 
 import app
 
+app.protect_output()
 log = structlog.get_logger()
 
 PROVEN, REFUSED = "+", "-"
@@ -451,6 +452,7 @@ class Serving(Worker):
 
     def notify(self) -> None:
         """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
+        sys.stderr.flush()  # what its reader could not take before
         self.tmp.notify()
         if self.stage == BOOTING:
             self._tell(READY)
@@ -953,6 +955,7 @@ class Master(Arbiter):
 
     def manage_workers(self) -> None:
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
+        sys.stderr.flush()  # what its reader could not take before
         self._go_on()
         self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
         for pid in self.WORKERS.keys() - self.retired.keys():

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,18 @@ LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 ROW = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}
 MADE_ID = re.compile(r"^[0-9a-f]{32}$")
 WAIT_S = 30.0
+SETTINGS = """
+framework = "{}"
+[server]
+worker_class = "{}"
+workers = 2
+bind = "127.0.0.1:0"
+[model]
+path = "iris.skops"
+name = "iris"
+[logging]
+access = false
+"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,7 @@ class Server:
         cwd: Path,
         port: int | None,
         tls: ssl.SSLContext | None = None,
+        stderr: Any = None,
         **environment: str,
     ) -> None:
         self.log, self.tls = log, tls
@@ -97,7 +111,7 @@ class Server:
                 cwd=cwd,
                 env=env,
                 stdout=stream,
-                stderr=stream,
+                stderr=stderr or stream,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -405,3 +419,33 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A settings file with the shipped model beside it, both to be edited."""
+    for name in ("iris.skops", "iris.golden.json"):
+        shutil.copy(PROJECT / "model" / name, tmp_path / name)
+    (tmp_path / "settings.toml").write_text(SETTINGS.format("fastapi", "auto"))
+    return tmp_path / "settings.toml"
+
+
+def edit(file: Path, *changes: tuple[str, str]) -> None:
+    """Replace each first text, which is there once, by the second."""
+    text = file.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+def identity(server: Server) -> dict[str, str]:
+    """What `/health/ready` says, with the hash of the settings, which `Answer` leaves out."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready") as answer:
+        return json.load(answer)
+
+
+def wait_for_model(server: Server, name: str) -> dict[str, str]:
+    """Wait until all workers have the model of that name: those that drain have others for a moment."""
+    wait_until(lambda: all(identity(server)["model"] == name for _ in range(10)), f"the model {name}")
+    return identity(server)

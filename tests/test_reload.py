@@ -1,20 +1,32 @@
 """HUP: new settings and a new model are taken as a whole or not at all, and no request is lost by it."""
 
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, COMBINATIONS, PROJECT, ROW, Server, gunicorn_environment, post_case, run, save, wait_until
+from conftest import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    SETTINGS,
+    Server,
+    edit,
+    gunicorn_environment,
+    identity,
+    post_case,
+    run,
+    save,
+    wait_for_model,
+    wait_until,
+)
 from estimators import SlowToLoad, Threading
 from load import Load
 from sklearn.datasets import load_iris
@@ -22,48 +34,6 @@ from sklearn.datasets import load_iris
 import app
 
 TESTS = str(Path(__file__).parent)
-SETTINGS = """
-framework = "{}"
-[server]
-worker_class = "{}"
-workers = 2
-bind = "127.0.0.1:0"
-[model]
-path = "iris.skops"
-name = "iris"
-[logging]
-access = false
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """A settings file with the shipped model beside it, both to be edited."""
-    for name in ("iris.skops", "iris.golden.json"):
-        shutil.copy(PROJECT / "model" / name, tmp_path / name)
-    (tmp_path / "settings.toml").write_text(SETTINGS.format("fastapi", "auto"))
-    return tmp_path / "settings.toml"
-
-
-def edit(file: Path, *changes: tuple[str, str]) -> None:
-    """Replace each first text, which is there once, by the second."""
-    text = file.read_text()
-    for old, new in changes:
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    file.write_text(text)
-
-
-def identity(server: Server) -> dict[str, str]:
-    """What `/health/ready` says, with the hash of the settings, which `Answer` leaves out."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready") as answer:
-        return json.load(answer)
-
-
-def wait_for_model(server: Server, name: str) -> dict[str, str]:
-    """Wait until all workers have the model of that name: those that drain have others for a moment."""
-    wait_until(lambda: all(identity(server)["model"] == name for _ in range(10)), f"the model {name}")
-    return identity(server)
 
 
 @pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "close"])

@@ -1,0 +1,277 @@
+"""A log that cannot be written: its reader is gone or stopped, its disk is full, or there is none at all."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    SETTINGS,
+    Server,
+    edit,
+    post_case,
+    wait_for_model,
+    wait_until,
+)
+from load import Load
+
+import app
+
+F_SETPIPE_SZ = 1031  # fcntl(2)
+GUNICORN = f"{BIN}/gunicorn -c gunicorn.conf.py"
+GRACEFUL_S = 30
+
+
+class Pipe:
+    """A pipe of one page, which few lines fill, read by nobody."""
+
+    def __init__(self, blocking: bool) -> None:
+        self.reading, self.writing = os.pipe()
+        fcntl.fcntl(self.writing, F_SETPIPE_SZ, 4096)
+        os.set_blocking(self.writing, blocking)
+        os.set_blocking(self.reading, False)
+
+    def read(self) -> bytes:
+        """Return what there is to read now."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self.reading, 65_536)
+        return b""
+
+
+@contextlib.contextmanager
+def reader_that_leaves(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    pipe = Pipe(blocking=True)
+    left = threading.Event()
+
+    def read() -> None:
+        while not left.wait(0.01):
+            pipe.read()
+        os.close(pipe.reading)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def leave() -> None:
+        left.set()
+        reader.join()
+
+    yield {"stderr": pipe.writing, "break_it": leave}
+    os.close(pipe.writing)
+    leave()
+
+
+@contextlib.contextmanager
+def pipe_that_nobody_reads(tmp_path: Path, blocking: bool) -> Iterator[dict[str, Any]]:
+    pipe = Pipe(blocking)
+    yield {"stderr": pipe.writing, "pipe": pipe}
+    os.close(pipe.reading)
+    os.close(pipe.writing)
+
+
+@contextlib.contextmanager
+def file_that_reaches_its_limit(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    with (tmp_path / "log").open("wb") as stream:
+        yield {"stderr": stream, "shell": f"ulimit -f 8; exec {GUNICORN}"}
+
+
+@contextlib.contextmanager
+def full_device(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    with open("/dev/full", "wb") as stream:
+        yield {"stderr": stream}
+
+
+@contextlib.contextmanager
+def closed_output(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    yield {"shell": f"exec {GUNICORN} 2>&- >&-"}
+
+
+WAYS: dict[str, Callable[[Path], contextlib.AbstractContextManager[dict[str, Any]]]] = {
+    "reader leaves": reader_that_leaves,
+    "nobody reads": lambda path: pipe_that_nobody_reads(path, blocking=True),
+    "nobody reads, non-blocking": lambda path: pipe_that_nobody_reads(path, blocking=False),
+    "disk full": file_that_reaches_its_limit,
+    "device full": full_device,
+    "closed": closed_output,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_broken_log_costs_nothing(file: Path, free_port: int, tmp_path: Path, combination: Any, way: str) -> None:
+    """No request fails; HUP is taken, a broken one refused, a killed worker replaced; TERM drains as ever."""
+    file.write_text(SETTINGS.format(*combination).replace("access = false", "").replace(":0", f":{free_port}"))
+    with WAYS[way](tmp_path) as log:
+        command = ["bash", "-c", log["shell"]] if "shell" in log else GUNICORN.split()
+        environment = {"SERVING_SETTINGS": str(file), "PYTHONUNBUFFERED": ""}
+        server = Server(command, tmp_path / "out", PROJECT, free_port, stderr=log.get("stderr"), **environment)
+        try:
+            log.get("break_it", lambda: None)()
+            check_all_works(server, file)
+        finally:
+            server.stop(signal.SIGKILL)
+
+
+def check_all_works(server: Server, file: Path) -> None:
+    with Load(server, post_case(ROW), clients=4) as load:
+        load.wait_for(500)
+        edit(file, ('"iris"', '"second"'))
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_for_model(server, "second")
+        edit(file, ("name", "nmae"))
+        os.kill(server.process.pid, signal.SIGHUP)
+        load.wait_for(500)
+        wait_for_model(server, "second")
+        edit(file, ("nmae", "name"), ('"second"', '"third"'))
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_for_model(server, "third")
+        load.wait_for(500)
+    assert (load.failures, [*load.answers]) == ([], [200])
+    assert server.exchange(b"nonsense\r\n\r\n").status == 400
+    killed, *_ = server.wait_for_workers(2)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: killed not in server.worker_pids and len(server.worker_pids) == 2, "a new worker")
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < GRACEFUL_S / 2
+
+
+@pytest.mark.parametrize("name", ["check-config", "print-config"])
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_broken_log_does_not_stop_a_check(name: str, redirection: str) -> None:
+    """Without a log to write to, gunicorn's checks end with the status that they would have."""
+    done = subprocess.run(f"{GUNICORN} --{name} {redirection}", shell=True, cwd=PROJECT, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe(blocking=True)
+    yield pipe
+    os.close(pipe.reading)
+    os.close(pipe.writing)
+
+
+def test_lost_lines_are_counted_and_told_once(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a reader that pauses all lines are whole, and those that it did not get are told once it reads again."""
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(app.LossyOutput(pipe.writing), line_buffering=True))
+    app.configure_logging(app.LoggingSettings(format="json"))
+    number = 20_000
+    for index in range(number):
+        app.log.info("line", index=index)
+    text = b""
+    while b"log_lines_lost" not in text:
+        text += pipe.read()
+        sys.stderr.flush()
+    sys.stderr.flush()
+    events = [json.loads(line) for line in (text + pipe.read()).splitlines()]
+    lost = [event["lines"] for event in events if event["event"] == "log_lines_lost"]
+    indices = [event["index"] for event in events if event["event"] == "line"]
+    assert indices == list(range(len(indices)))
+    assert len(lost) == 1
+    assert len(indices) + lost[0] == number
+    assert 4096 < len(text) < 2 * app.MAX_PENDING_BYTES  # which is all that was kept
+
+
+def test_line_that_was_cut_ends_before_the_next(tmp_path: Path) -> None:
+    """A line of which a full disk took a part is ended before the next, and counted."""
+    code = """
+import os, resource, sys, app
+app.protect_output()
+app.configure_logging(app.LoggingSettings(format="json"))
+app.log.info("x" * 400)
+app.log.info("y" * 400)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+app.log.info("z")
+"""
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        limit = (600, resource.RLIM_INFINITY)
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=PROJECT,
+            stderr=stream,
+            check=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        )
+    whole, cut, *later = log.read_bytes().splitlines()
+    assert json.loads(whole)["event"] == "x" * 400
+    assert cut.startswith(b'{"event":"yyy')
+    assert [json.loads(line)["event"] for line in later] == ["z", "log_lines_lost"]
+    assert json.loads(later[1])["lines"] == 1
+
+
+def test_code_that_closes_the_output_closes_nothing(tmp_path: Path) -> None:
+    """After an estimator has closed `sys.stderr`, or the descriptor, the log has its lines, and no later file does."""
+    code = """
+import os, sys, app
+app.protect_output()
+app.configure_logging(app.LoggingSettings(format="json"))
+sys.stderr.close()
+os.close(2)
+assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) == 2
+app.log.info("kept")
+print("kept too", file=sys.stderr)
+"""
+    log, other = tmp_path / "log", tmp_path / "other"
+    with log.open("wb") as stream:
+        subprocess.run([sys.executable, "-c", code, str(other)], cwd=PROJECT, stderr=stream, check=True)
+    first, second = log.read_text().splitlines()
+    assert json.loads(first)["event"] == "kept"
+    assert second == "kept too"
+    assert other.read_bytes() == b""
+
+
+def test_journal_gets_lines_without_waiting() -> None:
+    """Standard error may be a socket, as systemd's journal has it: it gets whole lines, and a full one stops nobody."""
+    reading, writing = socket.socketpair()
+    with reading, writing:
+        output = app.LossyOutput(writing.fileno())
+        for _ in range(20_000):
+            output.write(b"x" * 99 + b"\n")
+        assert reading.recv(100) == b"x" * 99 + b"\n"
+
+
+def test_pipe_of_another_user_gets_lines_without_waiting(pipe: Pipe) -> None:
+    """Where a pipe cannot be opened anew, no write to it waits."""
+    line = b"x" * 99 + b"\n"
+    written = 0
+    with contextlib.suppress(BlockingIOError):
+        while written < 1_000_000:
+            written += app._write_if_taken(pipe.writing, line)
+    assert written <= 4096
+    assert pipe.read() == line * (written // len(line))
+
+
+def test_lines_that_wait_are_not_written_twice(pipe: Pipe) -> None:
+    """A process that is forked while lines wait does not write its parent's."""
+    output = app.LossyOutput(pipe.writing)
+    for index in range(1000):
+        output.write(b"%08d\n" % index)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            output.flush()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    text = b""
+    while len(text) < 9000:
+        text += pipe.read()
+        output.flush()
+    assert [int(line) for line in text.split()] == list(range(1000))
