@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import difflib
+import errno
 import functools
 import hashlib
 import hmac
@@ -295,6 +296,7 @@ class ModelSettings(Section):
     trusted_types: list[str] = []
     outputs: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_check_each_once)] = []
     strict_versions: bool = False
+    load_timeout_s: Annotated[float, Field(ge=0.1, le=86_400)] = 120.0
 
 
 class FeatureSettings(Section):
@@ -898,6 +900,11 @@ class Inputs:
     form: Literal["array", "frame", "texts"]
 
 
+def _is_catboost(part: Any) -> bool:
+    """Whether a part is one of CatBoost's, which once loaded has an `n_features_in_` of 0 and names of its own."""
+    return hasattr(part, "get_cat_feature_indices")
+
+
 def read_inputs(estimator: Any) -> Inputs:
     """Read the features off a fitted estimator and its parts. Raises `ModelError` when their names make no sense."""
     if isinstance(inputs := getattr(estimator, "inputs", None), Inputs):
@@ -905,6 +912,9 @@ def read_inputs(estimator: Any) -> Inputs:
     first = _find_first(estimator)
     names = [str(name) for name in getattr(first, "feature_names_in_", ())] or None
     width: int | None = getattr(first, "n_features_in_", len(names) if names else _given_width(first))
+    if _is_catboost(first):
+        names, width = first.feature_names_, len(first.feature_names_)
+        names = None if names == [str(position) for position in range(width)] else names
     if names and (width != len(names) or len(set(names)) < len(names)):
         raise ModelError(f"has {len(names)} names for {width} features, {len(set(names))} of them different")
     try:
@@ -940,6 +950,8 @@ def read_columns(part: Any, width: int | None) -> Columns:
     """Read what a part of an estimator, fitted on `width` features, says of each of them."""
     if isinstance(part, str) or part is None:
         return {} if part == "drop" else dict.fromkeys(range(width or 0), Column())
+    if _is_catboost(part):
+        return _read_catboost(part)
     own = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("sklearn.")]
     read = next((READERS[name] for name in own if name in READERS), _read_plain)
     return read(part, width)
@@ -1126,6 +1138,13 @@ def _read_plain(part: Any, width: int | None) -> Columns:
         hands_on = isinstance(part, FunctionTransformer)
         column = Column(None if hands_on else "float", missing=None if tags.allow_nan or hands_on else False)
     return _with_examples(part, dict.fromkeys(range(width or 0), column))
+
+
+def _read_catboost(part: Any) -> Columns:
+    """Read an estimator of CatBoost's, which takes texts, its own or not, where it has categories."""
+    categories = part.get_cat_feature_indices()
+    number, category = Column(is_opaque=True), Column("str", missing=False, is_object=True, is_opaque=True)
+    return {position: category if position in categories else number for position in range(len(part.feature_names_))}
 
 
 def _with_examples(part: Any, columns: Columns) -> Columns:
@@ -1642,7 +1661,7 @@ class Predictor:
         self.estimator = estimator
         self.inputs = read_inputs(estimator)
         for part in find_parts(estimator):
-            if getattr(part, "n_jobs", None) is not None:
+            if getattr(part, "n_jobs", None) is not None or _takes_all_cores(part):
                 part.n_jobs = 1  # the cores are the workers'
         self.outputs = list(outputs)
         by_output = _find_classes(estimator)
@@ -1856,6 +1875,11 @@ def limit_threads(n_threads: int) -> None:
     if getattr(_limited, "n_threads", None) != n_threads:
         threadpoolctl.threadpool_limits(n_threads)
         _limited.n_threads = n_threads
+
+
+def _takes_all_cores(part: Any) -> bool:
+    """Whether an `n_jobs` of None, which is 1 to scikit-learn, is every core: to LightGBM and XGBoost."""
+    return hasattr(part, "n_jobs") and not type(part).__module__.startswith("sklearn.")
 
 
 def kind_of(estimator: Any) -> str | None:
@@ -2355,7 +2379,7 @@ def read_artifact(path: Path) -> bytes:
     if suffix not in FORMATS:
         raise ModelError(f"has the suffix {path.suffix!r}; use one of {listed([*FORMATS])}")
     try:
-        data = path.read_bytes()
+        data = _read_regular(path)
     except FileNotFoundError:
         others = [file.name for file in path.parent.glob("*") if file.suffix in FORMATS]
         hint = f"; {nearest(path.name, others)}" if others else ""
@@ -2370,6 +2394,14 @@ def read_artifact(path: Path) -> bytes:
         right = [suffix for suffix, (_, kinds) in FORMATS.items() if kinds[0] == found]
         raise ModelError(f"is no {kinds[0]} file but {found}" + (f"; name it {right[0]}" if right else ""))
     return data
+
+
+def _read_regular(path: Path) -> bytes:
+    """Return the bytes of a regular file. Raises `OSError` for others: a pipe or a device may have no end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a regular file")
+        return file.read()
 
 
 def _format_of(data: bytes) -> str | None:
@@ -2510,7 +2542,7 @@ def load_golden(settings: Settings) -> Golden | None:
     if not path.is_file():
         raise ModelError(f"has {path.name} beside it, which is no file, or a link to none")
     try:
-        golden = Golden.model_validate_json(path.read_bytes())
+        golden = Golden.model_validate_json(_read_regular(path))
     except OSError as error:
         raise ModelError(f"has {path.name} beside it, which cannot be read: {error.strerror}") from None
     except ValidationError as error:
@@ -3350,6 +3382,7 @@ class Service:
             predictor.trust_input()
         self._graphs: list[OnnxModel] = []
         if settings.model.runtime == "onnx" and predictor.onnx is None:
+            self.report("converting it to ONNX")
             self._graphs = convert_to_onnx(predictor, self.contract)
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
@@ -3358,6 +3391,10 @@ class Service:
         queue_limits = (float(limits.max_queued_rows), limits.request_timeout_s)
         self.batching = Batching(self.render, settings.batching.max_rows, max_wait_s, *queue_limits)
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
+
+    @staticmethod
+    def report(doing: str) -> None:
+        """Note what is done now and may take long. gunicorn.conf.py puts a method of its own in this place."""
 
     @functools.cached_property
     def _log(self) -> Any:
@@ -3475,6 +3512,7 @@ class Service:
     def warm_up(self) -> None:
         """Find out what a call of the estimator costs, and whether the rows of several requests can share one."""
         try:
+            self.report("timing its answers")
             self.batching.measure(self.known_rows[0])
             reason = self._find_dependence()
         except Exception as error:  # what an estimator raises has no bounds
@@ -3537,6 +3575,7 @@ class Service:
         """Have the first graph serve that agrees with scikit-learn, which is the same one in each worker."""
         known = self.known_rows
         self.answer(known, "its golden rows" if self.golden else "its example row")
+        self.report("comparing it with ONNX Runtime")
         self.predictor.onnx = choose_graph(self._graphs, self.predictor, self.contract, known)
         self._graphs = []
 
@@ -3559,6 +3598,7 @@ class Service:
 
     def answer(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """Predict rows that are no request's. Raises `EstimatorError`."""
+        self.report(f"answering {what.partition(',')[0]}")
         try:
             return [json.loads(answer) for answer in self.render(rows)] if rows else []
         except ModelError:
@@ -3957,6 +3997,7 @@ def use(service: Service) -> None:
 
 def make_service(settings: Settings) -> Service:
     """Build the service that the settings describe. Raises `StartupError`."""
+    Service.report("loading it")
     with about_artifact(settings):
         return Service(settings, load_predictor(settings), load_golden(settings))
 

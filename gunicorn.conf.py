@@ -24,13 +24,14 @@ import socket
 import ssl
 import struct
 import sys
+import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 early_hups: list[int] = []
 if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # it would end this process while it starts
@@ -41,6 +42,7 @@ import gunicorn.sock
 import structlog
 from gunicorn import util
 from gunicorn.arbiter import Arbiter
+from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, NoMoreData, ParseException
@@ -55,14 +57,19 @@ log = structlog.get_logger()
 PROVEN, REFUSED = "+", "-"
 MAX_SAID_BYTES = 32_768  # half of what a pipe holds, so that nobody need read while it is written
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal to get when the parent ends
-NO_PRELOAD = "preload_app would have the master predict; leave it out: the workers share the model anyway"
+APPS = {"uvicorn": "app:asgi", "gevent": "app:wsgi"}  # that workers call, by the kind of worker
+OTHER_WORKERS = {"uvicorn_worker.UvicornWorker": APPS["uvicorn"], "gevent": APPS["gevent"]}  # than ours
+CHOICES = {"protocol": ("http",), "http_parser": ("auto", "python")}  # of gunicorn's options that would answer nobody
 BOOTING, READY, DRAINING = 0, 1, 2  # stages of a worker
 BOOT_S, BOOTS = 10.0, 10.0  # that a worker may take to start, and as many times what a proof of the model took
 DRAIN_S = 1.0  # for which connections stay open after the order to end: clients in use come back sooner
 SETTLE_S = 0.1  # in which a connection that was begun comes to be accepted
 MARGIN_S = 0.5  # before the master kills what has not ended
 POLL_S = 0.05
+START_POLL_S = 0.005
 TICK_S = 0.1
+PROGRESS_S = 10.0  # between lines about what takes long
+WATCH_MARGIN_S = 2.0  # in which a process that starts ends by itself
 MAX_WAIT_S = 30.0
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 MAX_HELD_BYTES = 16_384
@@ -75,6 +82,8 @@ class Trial:
     lack and wait for (gunicorn's issue 1891), are not this one's. `call` gives a text or raises `StartupError`;
     `what` is tried.
     """
+
+    running: ClassVar["Trial | None"] = None  # whose status the master must not take for a worker's
 
     def __init__(self, call: Callable[[], str], what: str) -> None:
         self.what = what
@@ -164,9 +173,108 @@ def tls_files(loaded: app.Settings) -> list[str | None]:
     return [str(loaded.folder / name) if name else None for name in (loaded.server.certfile, loaded.server.keyfile)]
 
 
-def load() -> app.Service:
+class Deadline:
+    """How long loading and proving a model may take together, in this process and in children of it.
+
+    Its memory is shared with them: a child tells what it does, and what the settings that it has read say.
+    """
+
+    LAYOUT = struct.Struct("d1600s1600s")  # seconds, the artifact's name, what is done with it
+
+    def __init__(self, limit_s: float) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._started = time.monotonic()
+        self._next_line_s = PROGRESS_S
+        self.native_threads = 0  # that loading has left behind
+        self.set("the model", limit_s)
+        app.Service.report = staticmethod(self.report)  # type: ignore[method-assign]
+
+    def set(self, artifact: str, limit_s: float) -> None:
+        """Note what the settings say."""
+        self.LAYOUT.pack_into(self._memory, 0, limit_s, artifact.encode(), b"read in its settings")
+
+    def report(self, doing: str) -> None:
+        """Note what is done now."""
+        limit_s, artifact, _ = self.LAYOUT.unpack_from(self._memory)
+        self.LAYOUT.pack_into(self._memory, 0, limit_s, artifact, doing.encode())
+
+    @property
+    def noted(self) -> tuple[float, str, str]:
+        """The seconds that there are, the artifact, and what is done with it."""
+        limit_s, *texts = self.LAYOUT.unpack_from(self._memory)
+        artifact, doing = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
+        return limit_s, artifact, doing
+
+    @property
+    def left_s(self) -> float:
+        return self._started + self.noted[0] - time.monotonic()
+
+    def check(self) -> None:
+        """Log what takes long. Raises `ModelError` when it takes too long."""
+        if self.left_s < 0:
+            raise self.error()
+        limit_s, _, doing = self.noted
+        took_s = limit_s - self.left_s
+        if took_s > self._next_line_s:
+            self._next_line_s += PROGRESS_S
+            log.warning("model_takes_long", doing=doing, for_s=round(took_s, 1), limit_s=limit_s)
+
+    def error(self) -> app.ModelError:
+        """Return what to raise when it takes too long."""
+        limit_s, artifact, doing = self.noted
+        left = f"; loading it left {self.native_threads} native threads behind, for which a forked process may wait"
+        hint = left if self.native_threads else ""
+        return app.ModelError(f"{artifact} takes longer than model.load_timeout_s = {limit_s:g} s while {doing}{hint}")
+
+
+class Loading:
+    """A service that is loaded in a thread of its own, so that its caller can go on.
+
+    OpenMP starts threads for each thread that calls it, as LightGBM and XGBoost do while they are loaded. A process
+    that is forked later lacks them and waits for them, unless they have ended with the thread that called.
+    """
+
+    def __init__(self, deadline: Deadline, wakeup: Callable[[], None] = lambda: None) -> None:
+        self._deadline, self._wakeup = deadline, wakeup
+        self._n_before = count_native_threads()
+        self._results: list[app.Service | BaseException] = []
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(load(self._deadline))
+        except BaseException as error:  # what an artifact raises has no bounds
+            self._results.append(error)
+        self._wakeup()
+
+    def has_ended(self) -> bool:
+        """Say whether `result` is there."""
+        return bool(self._results)
+
+    def result(self) -> app.Service:
+        """Give the service. Raises `StartupError`."""
+        self._thread.join()
+        (result,) = self._results
+        if isinstance(result, app.StartupError):
+            raise result
+        if isinstance(result, BaseException):
+            raise app.StartupError(app.reason_of(result))
+        self._deadline.native_threads = max(0, count_native_threads() - self._n_before)
+        return result
+
+
+def count_native_threads() -> int:
+    """Return how many threads this process has that Python does not know of, where the system tells."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task")) - threading.active_count()
+    return 0
+
+
+def load(deadline: Deadline) -> app.Service:
     """Load what the settings say, for workers to be forked. Raises `StartupError`."""
     loaded = app.load_settings()
+    deadline.set(app.name_artifact(loaded), loaded.model.load_timeout_s)
     if not app.IN_USE:
         app.configure_logging(loaded.logging)
     check_tls(loaded)
@@ -179,10 +287,105 @@ def load() -> app.Service:
     return service
 
 
-def prove(service: app.Service) -> str:
-    """Have a service answer its golden rows, and give what identifies it. Raises `StartupError`."""
+def prove(service: app.Service, is_check: bool = False) -> str:
+    """Have a service answer its golden rows, and give what identifies it. Raises `StartupError`.
+
+    A check of the configuration goes on to do in this process what else a worker does, with no limit of time; so that
+    is tried before.
+    """
     service.prove()
+    if is_check:
+        service.warm_up()
     return json.dumps(service.identity)
+
+
+def wait_for(task: Any, deadline: Deadline) -> Generator[None, None, Any]:
+    """Yield until a `Trial` or a `Loading` has ended, and return its result. Raises `StartupError`."""
+    while not task.has_ended():
+        deadline.check()
+        yield
+    return task.result()
+
+
+def try_out(call: Callable[[], str], what: str, deadline: Deadline) -> Generator[None, None, str]:
+    """Make a call in a child process, and yield until it has ended, or must. Raises `StartupError`."""
+    trial = Trial(call, what)
+    try:
+        Trial.running = trial
+        result: str = yield from wait_for(trial, deadline)
+        return result
+    finally:
+        Trial.running = None
+        trial.stop()
+
+
+def finish(steps: Generator[None, None, Any]) -> Any:
+    """Take all steps of what waits where it yields, and return what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        time.sleep(START_POLL_S)
+
+
+def end_when_late(pid: int, deadline: Deadline) -> str:
+    """End a process that is late and does not end itself, since what it loads never gives the interpreter back."""
+    while deadline.left_s + WATCH_MARGIN_S > 0:
+        time.sleep(TICK_S)
+    print_error(deadline.error())
+    os.kill(pid, signal.SIGKILL)
+    return ""
+
+
+def read_command_line() -> dict[str, Any]:
+    """Return gunicorn's options of the command line and of GUNICORN_CMD_ARGS, which win over this file.
+
+    Gunicorn parses them anew once it has read this file; a check of the configuration has no later hook.
+    """
+    config = Config()
+    parser = config.parser()
+    both = [vars(parser.parse_known_args(words)[0]) for words in (config.get_cmd_args_from_env(), None)]
+    options = {name: value for options in both for name, value in options.items() if value is not None}
+    return options | {"wsgi_app": next(iter(options["args"]), None)}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `StartupError` if the service cannot work with gunicorn's options."""
+    if options.get("preload_app"):
+        raise app.StartupError(
+            "preload_app would have the master predict; leave it out: the workers share the model anyway"
+        )
+    kind = options.get("worker_class")
+    if not (kind is None or kind in OTHER_WORKERS or hasattr(kind, "begin_drain")):
+        rule = "leave it out, and set server.worker_class to 'uvicorn' or 'gevent'"
+        raise app.StartupError(f"gunicorn's worker_class is {getattr(kind, '__name__', kind)!r}; {rule}")
+    for name, allowed in CHOICES.items():
+        if (given := options.get(name, allowed[0])) not in allowed:
+            raise app.StartupError(f"gunicorn's {name} is {given!r}; leave it out, or use one of {app.listed(allowed)}")
+    for name in ("workers", "worker_connections"):
+        if (number := options.get(name, 1)) < 1:
+            raise app.StartupError(f"gunicorn's {name} is {number}; use 1 or more, or nobody is answered")
+    folder = options.get("worker_tmp_dir")
+    try:
+        file, name = tempfile.mkstemp(prefix="wgunicorn-", dir=folder)
+        os.close(file)
+        os.unlink(name)
+    except OSError as error:
+        where = f"worker_tmp_dir is {folder!r}, where no file" if folder else "no temporary file"
+        rule = "give workers a folder for their signs of life, by --worker-tmp-dir or TMPDIR"
+        raise app.StartupError(f"{where} can be made: {error.strerror or error}; {rule}") from None
+
+
+def check_app(uri: str, worker_class: Any) -> None:
+    """Raise `StartupError` if it is an app of this service, but not of the interface that the worker calls."""
+    settings = app.load_service().settings
+    called = OTHER_WORKERS.get(worker_class, APPS[settings.worker_class])
+    native = {"fastapi": "app:asgi", "flask": "app:wsgi"}[settings.framework]
+    given = native if uri in ("app:app", "app:create_app()") else uri
+    if given in APPS.values() and given != called:
+        worker = next(name for name, needed in APPS.items() if needed == called)
+        raise app.StartupError(f"the app is {uri!r}, which {worker}'s worker cannot run; use {called!r}")
 
 
 def freeze() -> None:
@@ -191,15 +394,42 @@ def freeze() -> None:
     gc.freeze()
 
 
+def refuse_start(error: app.StartupError) -> NoReturn:
+    """End the process with the message alone, without waiting for threads that an artifact has started."""
+    print_error(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(app.STARTUP_STATUS)
+
+
+def print_error(error: app.StartupError) -> None:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+
+
+def start() -> float:
+    """Load and prove what is served, and return the seconds that the proof took. Raises `StartupError`."""
+    options = read_command_line()
+    check_options(options)
+    deadline = Deadline(app.ModelSettings().load_timeout_s)
+    watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
+    service = finish(wait_for(Loading(deadline), deadline))
+    started = time.monotonic()
+    is_check = "check_config" in options or "print_config" in options
+    call = functools.partial(prove, service, is_check)
+    finish(try_out(call, app.name_artifact(service.settings), deadline))
+    took_s = time.monotonic() - started
+    watch.stop()
+    app.use(service)
+    check_app(options["wsgi_app"] or APPS[service.settings.worker_class], options.get("worker_class"))
+    return took_s
+
+
 proving_s = 0.0
 if not app.IN_USE:  # else a reload runs this file again, with a service that is proven
-    with app.exit_on_startup_error():
-        loaded = load()
-        started = time.monotonic()
-        Trial(functools.partial(prove, loaded), app.name_artifact(loaded.settings)).result()
-        proving_s = time.monotonic() - started
-        app.use(loaded)
-        del loaded
+    try:
+        proving_s = start()
+    except app.StartupError as error:
+        refuse_start(error)
     freeze()
 settings = app.load_service().settings
 
@@ -748,7 +978,6 @@ class Master(Arbiter):
     fate: mmap.mmap  # of the workers that are forked from now on, which share it: see `Serving`
     retired: dict[int, float]  # workers that shall end, with the time by which they must have
     reloading: Generator[None, None, None] | None = None
-    trial: Trial | None = None
     before: Before | None = None  # while workers are replaced
     is_asked = False  # to reload
     is_loading = False  # in a thread, beside which nothing may be forked
@@ -798,8 +1027,9 @@ class Master(Arbiter):
     def _reload(self) -> Generator[None, None, None]:
         """Take new settings and a new model, or raise and leave all as it was."""
         log.info("reload_started")
+        deadline = Deadline(app.load_service().settings.model.load_timeout_s)
         started = time.monotonic()
-        identity = yield from self._try()
+        identity = yield from try_out(functools.partial(self._rehearse, deadline), "the new model", deadline)
         took_s = time.monotonic() - started
         service = yield from self._load()
         if json.dumps(service.identity) != identity:
@@ -807,19 +1037,9 @@ class Master(Arbiter):
         self.boot_s = BOOT_S + BOOTS * took_s
         yield from self._replace(service)
 
-    def _try(self) -> Generator[None, None, str]:
-        trial = self.trial = Trial(self._rehearse, "the new model")
-        try:
-            while not trial.has_ended():
-                yield
-            return trial.result()
-        finally:
-            trial.stop()
-            self.trial = None
-
-    def _rehearse(self) -> str:
+    def _rehearse(self, deadline: Deadline) -> str:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
-        service = load()
+        service = load(deadline)
         identity = prove(service)
         app.use(service)
         service.warm_up()
@@ -829,29 +1049,18 @@ class Master(Arbiter):
         return identity
 
     def _load(self) -> Generator[None, None, app.Service]:
-        """Load beside the arbiter's loop, which goes on."""
-        results: list[app.Service | BaseException] = []
+        """Load beside the arbiter's loop, which goes on, and have a child prove that what is forked from here answers.
 
-        def run() -> None:
-            try:
-                results.append(load())
-            except BaseException as error:  # what an artifact raises has no bounds
-                results.append(error)
-            self.wakeup()
-
-        thread = threading.Thread(target=run, name="load", daemon=True)
-        thread.start()
+        It is what a start does, so that no reload takes what the next start would refuse.
+        """
+        deadline = Deadline(app.load_service().settings.model.load_timeout_s)
         self.is_loading = True
-        while not results:
-            yield
-        thread.join()
-        self.is_loading = False
-        (result,) = results
-        if isinstance(result, app.StartupError):
-            raise result
-        if isinstance(result, BaseException):
-            raise app.StartupError(app.reason_of(result))
-        return result
+        try:
+            service: app.Service = yield from wait_for(Loading(deadline, self.wakeup), deadline)
+        finally:
+            self.is_loading = False
+        yield from try_out(functools.partial(prove, service), app.name_artifact(service.settings), deadline)
+        return service
 
     def _replace(self, service: app.Service) -> Generator[None, None, None]:
         """Fork workers of the new service, and retire the old ones once all the new ones are ready.
@@ -883,7 +1092,11 @@ class Master(Arbiter):
         for _ in range(self.num_workers):
             new.append(self.spawn_worker())
         ready: set[int] = set()
+        latest_s = self.boot_s + (self.timeout or MAX_WAIT_S) + BOOT_S
+        end = time.monotonic() + latest_s
         while not ready.issuperset(new):
+            if time.monotonic() > end:
+                raise app.StartupError(f"a new worker was not ready after {latest_s:.0f} s")
             yield
             ready |= {pid for pid in new if self._stage(pid) != BOOTING}
             if not ready.union(self.WORKERS).issuperset(new):
@@ -931,8 +1144,8 @@ class Master(Arbiter):
         except SystemExit:
             problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
             raise app.StartupError(problem) from None
-        if self.app.cfg.preload_app:
-            raise app.StartupError(NO_PRELOAD)
+        check_options(final_options(self.app.cfg))
+        check_app(self.app.app_uri, self.app.cfg.settings["worker_class"].get())
 
     def _listen(self) -> list[Any]:
         """Give a listener for each address of the configuration: those that there are, and new ones."""
@@ -978,7 +1191,9 @@ class Master(Arbiter):
         try:
             for _ in range(count):
                 self.spawn_worker()
-        except OSError as error:  # no process more
+        except (OSError, RuntimeError) as error:  # no process more, or no file for signs of life
+            if not self.has_served and not self.WORKERS:
+                raise HaltServer(app.reason_of(error), app.STARTUP_STATUS) from error
             self._hold_off(app.reason_of(error))
 
     def _hold_off(self, reason: str) -> None:
@@ -1003,8 +1218,8 @@ class Master(Arbiter):
 
     def reap_workers(self) -> None:
         """Bury workers that have ended. Once all have served, one that cannot start does not end the service."""
-        if self.trial is not None:
-            self.trial.has_ended()  # or its status would be lost
+        if Trial.running is not None:
+            Trial.running.has_ended()  # or its status would be lost
         booting = [pid for pid in self.WORKERS if self._stage(pid) == BOOTING]
         while True:
             try:
@@ -1080,11 +1295,20 @@ def announce() -> None:
     log.info("core_budget", **budget)
 
 
+def final_options(config: Config) -> dict[str, Any]:
+    """Return gunicorn's options as they are in force."""
+    return {name: setting.get() for name, setting in config.settings.items()}
+
+
 def on_starting(server: Any) -> None:
     """Have the arbiter reload as a transaction, and refuse what would make it fork beside threads."""
-    if server.cfg.preload_app:
-        log.critical("start_refused", reason=NO_PRELOAD)
-        sys.exit(app.STARTUP_STATUS)
+    try:
+        check_options(final_options(server.cfg))
+        check_app(server.app.app_uri, server.cfg.settings["worker_class"].get())
+    except app.StartupError as error:
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        refuse_start(error)
     Master.adopt(server)
 
 
@@ -1123,13 +1347,10 @@ def post_worker_init(worker: Any) -> None:
 
 
 request_timeout_s = settings.limits.request_timeout_s
-WORKERS = {
-    "uvicorn": (uvicorn_worker, "app:asgi"),
-    "gevent": (gevent_worker, "app:wsgi"),
-}
+WORKERS = {"uvicorn": uvicorn_worker, "gevent": gevent_worker}
 
-make_worker, wsgi_app = WORKERS[settings.worker_class]
-worker_class = make_worker()
+worker_class = WORKERS[settings.worker_class]()
+wsgi_app = APPS[settings.worker_class]
 workers = settings.workers
 bind = settings.server.bind
 backlog = settings.server.backlog

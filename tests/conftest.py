@@ -415,6 +415,10 @@ class CutStream(io.BytesIO):
 @pytest.fixture
 def free_port() -> int:
     """A port that was free a moment ago, for commands that cannot be asked which they took."""
+    return find_free_port()
+
+
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -424,10 +428,16 @@ def free_port() -> int:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A settings file with the shipped model beside it, both to be edited."""
+    return lay_out(tmp_path, "fastapi", "auto")
+
+
+def lay_out(folder: Path, framework: str, worker: str) -> Path:
+    """Put the shipped model into a folder, with a settings file for it, and return that file."""
     for name in ("iris.skops", "iris.golden.json"):
-        shutil.copy(PROJECT / "model" / name, tmp_path / name)
-    (tmp_path / "settings.toml").write_text(SETTINGS.format("fastapi", "auto"))
-    return tmp_path / "settings.toml"
+        shutil.copy(PROJECT / "model" / name, folder / name)
+    file = folder / "settings.toml"
+    file.write_text(SETTINGS.format(framework, worker))
+    return file
 
 
 def edit(file: Path, *changes: tuple[str, str]) -> None:

@@ -189,3 +189,61 @@ class Threading(Duck):
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state)
         threading.Thread(target=threading.Event().wait, name="of the model", daemon=True).start()
+
+
+class Endless(Duck):
+    """One that never ends when it is loaded, or when it predicts: it waits, it computes, or it computes in C."""
+
+    n_features_in_ = 1
+
+    def __init__(self, when: str, how: str) -> None:
+        self.when, self.how = when, how
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+        if self.when == "load":
+            self.go_on()
+
+    def predict(self, X: Any) -> Any:
+        if self.when == "predict":
+            self.go_on()
+        return [0] * len(X)
+
+    def go_on(self) -> None:
+        while self.how == "compute":
+            pass
+        if self.how == "compute in C":
+            sum(range(10**15))  # in which no other thread of Python's has a turn
+        threading.Event().wait()
+
+
+class Waiting(Threading):
+    """One that starts a thread when it is loaded for which Python waits when it ends."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+        threading.Thread(target=threading.Event().wait, name="of the model").start()
+
+
+class Table(Duck):
+    """One that computes with polars, whose threads it starts when it is loaded or when it first predicts."""
+
+    n_features_in_ = 1
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+        if self.when == "load":
+            self.compute()
+
+    def compute(self) -> float:
+        import polars
+
+        table = polars.DataFrame({"key": [1, 2, 3] * 100, "value": [1.0, 2.0, 3.0] * 100})
+        sums = table.lazy().sort("value").group_by("key").agg(polars.col("value").sum()).collect()
+        return float(sums["value"].sum())
+
+    def predict(self, X: Any) -> Any:
+        return [self.compute()] * len(X)

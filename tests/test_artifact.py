@@ -6,9 +6,9 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -193,16 +193,39 @@ def test_hash_is_held_to_for_skops_too(tmp_path: Path) -> None:
 
 
 def test_artifact_is_read_once(tmp_path: Path) -> None:
-    """The bytes that are hashed are the bytes that are loaded: a pipe, which gives its bytes once, is enough."""
+    """The bytes that are hashed are the bytes that are loaded: they are read once."""
     trust = save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.pkl")
-    data = (tmp_path / "model.pkl").read_bytes()
-    (tmp_path / "model.pkl").unlink()
-    os.mkfifo(tmp_path / "model.pkl")
-    writer = threading.Thread(target=(tmp_path / "model.pkl").write_bytes, args=(data,), daemon=True)
-    writer.start()
-    native = app.create_app(make_settings(model=trust, features={}))
-    writer.join()
+    opened: list[str] = []
+    watched = True
+
+    def note(event: str, arguments: Any) -> None:  # no hook can be taken away
+        if watched and event == "open" and str(arguments[0]) == trust["path"] and arguments[1] is None:
+            opened.append(arguments[0])
+
+    sys.addaudithook(note)
+    try:
+        native = app.create_app(make_settings(model=trust, features={}))
+    finally:
+        watched = False
+    assert len(opened) == 1
     assert call(native, post_case(make_row(X[0].tolist()))).status == 200
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "model.golden.json"])
+def test_pipe_and_device_are_refused(tmp_path: Path, name: str) -> None:
+    """A pipe, whose reader would wait for a writer, a device without an end, a socket: none of them is read."""
+    trust = save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.pkl")
+    place = tmp_path / name
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), bind_socket):
+        place.unlink(missing_ok=True)
+        make(place)
+        with pytest.raises(app.ModelError, match=r"cannot be read|which is no file"):
+            app.create_app(make_settings(model=trust, features={}))
+
+
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
 
 
 def test_trust_never_comes_from_beside_the_artifact(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("model", "trusted_types"): ('["a.B"]', ["a.B"]),
     ("model", "outputs"): ('["a", "b"]', ["a", "b"]),
     ("model", "strict_versions"): ("true", True),
+    ("model", "load_timeout_s"): ("2.5", 2.5),
     ("features",): ('{"Of Two Words": {"unit": "m"}}', {"Of Two Words": {"unit": "m"}}),
     ("batching", "max_rows"): ("19", 19),
     ("batching", "max_wait_ms"): ("2.5", 2.5),

@@ -1,0 +1,301 @@
+"""Whatever an artifact does, and wherever nothing can be written, a start and a reload end in time, with one line."""
+
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from catboost import CatBoostClassifier
+from conftest import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    ROW,
+    SETTINGS,
+    Server,
+    deploy,
+    edit,
+    gunicorn_environment,
+    run,
+    save,
+    wait_until,
+)
+from estimators import Deadly, Endless, Table, Waiting
+from lightgbm import LGBMClassifier, LGBMRegressor
+from sklearn.compose import make_column_transformer
+from sklearn.ensemble import VotingClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from xgboost import XGBClassifier, XGBRegressor
+
+import app
+
+TESTS = str(Path(__file__).parent)
+TWO = [COMBINATIONS[0], COMBINATIONS[3]]
+LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": "2", "PYTHONPATH": TESTS}
+LATE = "which takes longer than model.load_timeout_s = 2 s while"
+
+quiet = functools.partial(LGBMClassifier, n_estimators=20, verbosity=-1)
+BOOSTERS: dict[str, Callable[[], Any]] = {  # with as many threads as they take by themselves
+    "LightGBM": quiet,
+    "XGBoost": functools.partial(XGBClassifier, n_estimators=20),
+    "CatBoost": functools.partial(CatBoostClassifier, iterations=20, verbose=0, allow_writing_files=False),
+}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "LightGBM regressor": functools.partial(LGBMRegressor, n_estimators=20, verbosity=-1),
+    "XGBoost regressor": functools.partial(XGBRegressor, n_estimators=20),
+    "pipeline": lambda: make_pipeline(StandardScaler(), quiet()),
+    "columns": lambda: make_pipeline(
+        make_column_transformer((StandardScaler(), ["width"]), remainder="passthrough"), XGBClassifier(n_estimators=20)
+    ),
+    "vote": lambda: VotingClassifier([("a", quiet()), ("b", XGBClassifier(n_estimators=20))], voting="soft"),
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return pd.DataFrame(np.random.default_rng(0).normal(size=(300, 2)), columns=["width", "height"])
+
+
+def check_answers(server: Server, estimator: Any, table: pd.DataFrame) -> None:
+    """Compare what a server says of rows, in one request and in many, with what the estimator does."""
+    rows = table[:50].to_dict("records")
+    answers = server.post(rows).json
+    assert [answer["prediction"] for answer in answers] == pytest.approx(estimator.predict(table[:50]).tolist())
+    if hasattr(estimator, "predict_proba"):
+        given = [[*answer["probabilities"].values()] for answer in answers]
+        assert np.array(given) == pytest.approx(estimator.predict_proba(table[:50]))
+    assert server.post(rows[7]).json["prediction"] == pytest.approx(answers[7]["prediction"])
+
+
+def fit(make: Callable[[], Any], table: pd.DataFrame) -> Any:
+    return make().fit(table, (table["width"] > table["height"]).astype(int))
+
+
+@pytest.mark.parametrize("name", BOOSTERS)
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_boosters_are_served(serve: Any, file: Path, table: pd.DataFrame, combination: Any, name: str) -> None:
+    """LightGBM, XGBoost and CatBoost, with all their threads: at the start, by HUP, and one after the other."""
+    first, second = name, [*BOOSTERS][[*BOOSTERS].index(name) - 1]
+    estimators = {booster: fit(BOOSTERS[booster], table) for booster in (first, second)}
+    models = {booster: save(estimators[booster], file.parent / f"{booster}.joblib") for booster in estimators}
+    file.write_text(SETTINGS.format(*combination))
+    edit(file, ('"iris.skops"', f'"{first}.joblib"\nsha256 = "{models[first]["sha256"]}"'))
+    server = serve(SERVING_SETTINGS=str(file))
+    check_answers(server, estimators[first], table)
+    assert server.reload()["event"] == "reloaded"
+    edit(file, (f"{first}.joblib", f"{second}.joblib"), (models[first]["sha256"], models[second]["sha256"]))
+    old = server.worker_pids
+    assert server.reload()["event"] == "reloaded"
+    wait_until(lambda: not set(old) & set(server.worker_pids), "the old workers to end")
+    check_answers(server, estimators[second], table)
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_boosters_are_served_inside_others(serve: Any, tmp_path: Path, table: pd.DataFrame, name: str) -> None:
+    """A booster in a pipeline, behind a transformer of columns or in a vote is served from its first start."""
+    estimator = fit(OTHERS[name], table)
+    combination = COMBINATIONS[[*OTHERS].index(name) % len(COMBINATIONS)]
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=deploy(tmp_path, estimator)))
+    check_answers(server, estimator, table)
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_catboost_says_its_features(serve: Any, tmp_path: Path, named: bool, classes: int) -> None:
+    """Names and categories of a loaded CatBoost, which says that it has none, are known; alone it is served by them."""
+    cells = np.array([["a", 1.0], ["b", 2.0], ["c", 3.0]] * 20, dtype=object)
+    table = pd.DataFrame({"city": cells[:, 0], "age": cells[:, 1].astype(float)}) if named else cells
+    y = [f"class {number % classes}" for number in range(len(cells))]
+    category = "city" if named else 0
+    estimator = CatBoostClassifier(iterations=5, verbose=0, cat_features=[category], allow_writing_files=False)
+    estimator.fit(table, y)
+    server = serve(**gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=deploy(tmp_path, estimator)))
+    names = ["city", "age"] if named else ["x0", "x1"]
+    rows = [dict(zip(names, row, strict=True)) for row in cells.tolist()]
+    answers = server.post(rows).json
+    assert [answer["prediction"] for answer in answers] == estimator.predict(table).ravel().tolist()
+    assert server.post(rows[0] | {names[0]: 1}).json["detail"][0]["type"] == "string_type"
+    server.stop()
+
+
+def start_and_check(options: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Have gunicorn start, and have it check its configuration, and return how each ended."""
+    commands = [f"gunicorn -c gunicorn.conf.py {options} {option}" for option in ("", "--check-config")]
+    with ThreadPoolExecutor() as pool:
+        return [*pool.map(lambda command: run(command, **environment), commands)]
+
+
+ENDLESS = {
+    "loads and waits": (Endless("load", "wait"), f"{LATE} loading it"),
+    "loads and computes": (Endless("load", "compute"), f"{LATE} loading it"),
+    "loads and computes in C": (Endless("load", "compute in C"), f"{LATE} loading it"),
+    "predicts and waits": (Endless("predict", "wait"), f"{LATE} answering its example row"),
+    "predicts and computes": (Endless("predict", "compute"), f"{LATE} answering its example row"),
+    "predicts and computes in C": (Endless("predict", "compute in C"), f"{LATE} answering its example row"),
+    "has native threads": (Table("load"), r"answering its example row; loading it left \d+ native threads behind"),
+    "has a thread": (Waiting(), "which starts threads when it is loaded, which forked workers lack: 'of the model'"),
+    "kills": (Deadly("kill"), "ended the process that tried it, with status -11"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
+    """An artifact that never ends, or starts threads, ends a start and a check with one line that says what it did."""
+    estimator, message = ENDLESS[name]
+    estimator.n_features_in_ = 1
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=deploy(tmp_path, estimator), **LIMIT)
+    for done in start_and_check("", **environment):
+        assert done.returncode in (app.STARTUP_STATUS, -signal.SIGKILL)
+        assert re.fullmatch(r"ModelError: settings.toml: model.path is '.*model.joblib', which [^\n]+\n", done.stderr)
+        assert re.search(message, done.stderr)
+
+
+@pytest.mark.parametrize("combination", TWO, ids="-".join)
+def test_reload_ends_with_one_line(serve: Any, file: Path, combination: Any) -> None:
+    """The same artifacts by HUP: one line, no process left behind, the old model goes on, and the next HUP is taken."""
+    file.write_text(SETTINGS.format(*combination))
+    server = serve(SERVING_SETTINGS=str(file), **LIMIT)
+    good = file.read_text()
+    for name, (estimator, message) in ENDLESS.items():
+        estimator.n_features_in_ = 1
+        model = save(estimator, file.parent / "model.joblib")
+        edit(file, ('"iris.skops"', f'"model.joblib"\nsha256 = "{model["sha256"]}"'))
+        line = server.reload()
+        assert line["event"] == "reload_refused", name
+        assert re.search(message.replace("which takes", "takes"), line["reason"]), (name, line)
+        assert len(server.worker_pids) == 2, name
+        assert server.post(ROW).json["prediction"] == "setosa", name
+        file.write_text(good)
+        assert server.reload()["event"] == "reloaded", name
+        server.wait_for_workers(2)
+    assert server.stop() == 0
+
+
+def test_model_with_threads_of_polars_is_served(serve: Any, tmp_path: Path) -> None:
+    """One that has polars compute only when it predicts is served, and each worker has threads of its own."""
+    file = deploy(tmp_path, Table("predict"))
+    server = serve(**gunicorn_environment("flask", "gevent", SERVING_SETTINGS=file, PYTHONPATH=TESTS))
+    assert server.post({"x0": 1.0}).json == {"prediction": 600.0}
+    assert server.reload()["event"] == "reloaded"
+    assert server.post({"x0": 1.0}).json == {"prediction": 600.0}
+    server.stop()
+
+
+def test_what_takes_long_is_told(tmp_path: Path) -> None:
+    """While a model takes long, a line says every ten seconds what it does, for how long, and until when it may."""
+    file = deploy(tmp_path, Endless("predict", "wait"))
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file, **LIMIT)
+    done = run("gunicorn -c gunicorn.conf.py", **environment | {"SERVING_MODEL__LOAD_TIMEOUT_S": "11"})
+    progress, _ = done.stderr.splitlines()
+    assert re.search(r'"doing":"answering its example row","for_s":10\.\d,"limit_s":11\.0', progress)
+    assert '"event":"model_takes_long","level":"warning"' in progress
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_pipe_and_device_end_the_start(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A path that names a pipe or a device is refused at once."""
+    make(tmp_path / "model.skops")
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_MODEL__PATH=str(tmp_path / "model.skops"))
+    done = run("gunicorn -c gunicorn.conf.py", **environment)
+    assert done.returncode == app.STARTUP_STATUS
+    assert re.fullmatch(r"ModelError: .*it is a pipe, a socket or a device, not a regular file\n", done.stderr)
+
+
+@pytest.mark.parametrize("folder", ["/proc", "no/such/folder"])
+def test_nowhere_to_write_ends_the_start(folder: str) -> None:
+    """A folder that takes no file for the workers' signs of life ends a start before it listens, and a check."""
+    environment = gunicorn_environment("flask", "gevent", GUNICORN_CMD_ARGS=f"--worker-tmp-dir {folder}")
+    for done in start_and_check("", **environment):
+        assert done.returncode == app.STARTUP_STATUS
+        assert re.fullmatch(f"StartupError: worker_tmp_dir is '{folder}', where no file can be made: .*\n", done.stderr)
+
+
+READ_ONLY = """
+mount -o remount,bind,ro /
+for folder in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o ro none $folder; done
+cd {project} && exec {command}
+"""
+
+
+@pytest.mark.parametrize("option", ["", " --check-config"], ids=["start", "check"])
+def test_read_only_root_ends_the_start(option: str) -> None:
+    """With a root that is read only, and no folder for temporary files, a start ends before it listens, and a check."""
+    command = f"{BIN}/gunicorn -c gunicorn.conf.py{option}"
+    script = READ_ONLY.format(project=PROJECT, command=command)
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        env=os.environ | gunicorn_environment("fastapi", "uvicorn"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == app.STARTUP_STATUS, done.stderr
+    assert "StartupError: no temporary file can be made: No usable temporary directory" in done.stderr
+    assert "Listening" not in done.stderr
+
+
+def test_folder_that_vanishes_harms_nobody(serve: Any, tmp_path: Path) -> None:
+    """Once the service has served, a worker for which there is nowhere to write is tried again until there is."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = f"gunicorn -c gunicorn.conf.py --worker-tmp-dir {folder}"
+    server = serve(command, **gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__WORKERS="2"))
+    killed, _ = server.wait_for_workers(2)
+    wait_until(lambda: server.text.count('"event":"Application startup complete."') == 2, "both workers to serve")
+    shutil.rmtree(folder)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: '"event":"worker_not_started"' in server.text, "the failure")
+    assert server.post(ROW).status == 200
+    folder.mkdir()
+    server.wait_for_workers(2)
+    assert server.stop() == 0
+
+
+REFUSED = {
+    "--worker-class sync": "gunicorn's worker_class is 'sync'; leave it out, and set server.worker_class to",
+    "--worker-class gthread": "gunicorn's worker_class is 'gthread'",
+    "--worker-class tornado": "gunicorn's worker_class is 'tornado'",
+    "--worker-class gevent": "the app is 'app:asgi', which gevent's worker cannot run; use 'app:wsgi'",
+    "--preload": "preload_app would have the master predict; leave it out",
+    "--protocol uwsgi": "gunicorn's protocol is 'uwsgi'; leave it out",
+    "--http-parser fast": "gunicorn's http_parser is 'fast'; leave it out",
+    "--workers 0": "gunicorn's workers is 0; use 1 or more",
+    "--worker-connections 0": "gunicorn's worker_connections is 0; use 1 or more",
+    "app:wsgi": "the app is 'app:wsgi', which uvicorn's worker cannot run; use 'app:asgi'",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_option_that_cannot_work_is_refused(given: str) -> None:
+    """An option with which every request would be an error, or none be answered, ends a start and a check."""
+    for done in start_and_check(given, **gunicorn_environment("fastapi", "uvicorn")):
+        assert done.returncode == app.STARTUP_STATUS
+        assert re.fullmatch(f"StartupError: {re.escape(REFUSED[given])}.*\n", done.stderr)
+
+
+def test_option_that_cannot_work_is_refused_by_hup(serve: Any, project: Path) -> None:
+    """Such an option in gunicorn.conf.py is one line at HUP, and at a start."""
+    file = project / "gunicorn.conf.py"
+    text = file.read_text()
+    server = serve(cwd=project, **gunicorn_environment("fastapi", "uvicorn"))
+    try:
+        file.write_text(f'{text}worker_class = "sync"\n')
+        assert server.reload()["reason"].startswith("gunicorn's worker_class is 'sync'; leave it out")
+        with pytest.raises(AssertionError, match=r"exited with 4: [^\n]*\n?StartupError: gunicorn's worker_class"):
+            serve(cwd=project, **gunicorn_environment("fastapi", "uvicorn"))
+    finally:
+        file.write_text(text)
+    assert server.post(ROW).status == 200
+    server.stop()
