@@ -1681,7 +1681,7 @@ class Predictor:
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
-        if kind_of(self.estimator) == "outlier_detector":
+        if kind_of(self.estimator) == "outlier_detector" or isinstance(self.estimator, OnnxDetector):
             scores = {"score": "decision_function"}
         else:
             scores = {"probabilities": "predict_proba", "decision": "decision_function"}
@@ -1994,24 +1994,44 @@ class OnnxModel:
     """
 
     def __init__(self, session: Any, predictor: Predictor, how: str = "") -> None:
-        outputs = [output.name for output in session.get_outputs()]
+        outputs = getattr(predictor.estimator, "outputs", None)  # of a file, in whatever order they are
+        outputs = outputs or [output.name for output in session.get_outputs()][: 1 if predictor.score is None else 2]
         if predictor.score is not None and len(outputs) < 2:
             raise ModelError(f"has no {predictor.score} in its graph")
         self.how = how
         self._run = session.run
-        self._outputs = outputs[: 1 if predictor.score is None else 2]
+        self._outputs = outputs
         self._inputs = [(item.name, ONNX_TYPES[item.type][1]) for item in session.get_inputs()]
-        classes = getattr(predictor.estimator, "classes_", None)
+        self._takes_one: bool = getattr(predictor.estimator, "takes_one", False)
+        self._is_file = isinstance(predictor.estimator, OnnxArtifact)
+        classes = None if self._is_file else getattr(predictor.estimator, "classes_", None)
         self._by_output = [len(labels) for labels in predictor.classes_by_output]
         self._labels = None if classes is None else np.asarray(classes[0] if self._by_output else classes).dtype
         self._is_pair = predictor.score == "decision" and len(predictor.classes or ()) == 2
-        is_artifact = isinstance(predictor.estimator, OnnxArtifact)  # whose second output may be anything
-        self._is_share = predictor.score == "probabilities" and not is_artifact
+        self._is_share = predictor.score == "probabilities"
 
     def __call__(self, X: Any) -> tuple[Any, Any]:
+        y, scores = self.ask(X)
+        y = y[:, 0] if y.shape[1] == 1 else y
+        return self._to_labels(y), None if scores is None else self._to_scores(scores)
+
+    def ask(self, X: Any) -> tuple[Any, Any]:
+        """Return predictions and scores as the graph gives them, (n_samples, n) each; scores are None without any.
+
+        A graph that was made for one row is asked row by row.
+        """
+        if not self._takes_one:
+            return self._ask(X)
+        answers = [self._ask(X[row : row + 1]) for row in range(len(X))]
+        y, scores = zip(*answers, strict=True)
+        return np.concatenate(y), None if scores[0] is None else np.concatenate(scores)
+
+    def _ask(self, X: Any) -> tuple[Any, Any]:
         y, *scores = self._run(self._outputs, self._feed(X))
-        y = y.reshape(len(X), -1)  # some operators lay it down
-        return self._to_labels(y[:, 0] if y.shape[1] == 1 else y), self._to_scores(scores[0]) if scores else None
+        if self._by_output or not scores:
+            return _by_row(y, len(X)), scores[0] if scores else None
+        columns = [_by_row(output, len(X)) for output in scores]
+        return _by_row(y, len(X)), columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
     def _feed(self, X: Any) -> dict[str, Any]:
         if len(self._inputs) == 1:
@@ -2032,11 +2052,19 @@ class OnnxModel:
             pairs = zip(scores, self._by_output, strict=True)
             return [np.minimum(output[:, :n_classes], 1.0, dtype=np.float64) for output, n_classes in pairs]
         scores = np.asarray(scores, np.float64)
-        if self._is_share:
-            scores = np.minimum(scores, 1.0)  # above which the float32 sum over a forest's trees may be
-        if scores.ndim == 2 and scores.shape[1] == (2 if self._is_pair else 1):
-            return scores[:, -1]
-        return scores
+        if self._is_share:  # a float32 sum over a forest's trees may be above 1, and 1 less such a sum below 0
+            scores = np.maximum(np.minimum(scores, 1.0), 0.0)
+            if self._is_file:  # in which nothing but this says of a row that float32 made nothing of its probabilities
+                scores[np.abs(scores.sum(axis=1) - 1) > SHARES_TOLERANCE] = np.nan
+            return scores
+        return scores[:, -1] if scores.shape[1] == (2 if self._is_pair else 1) else scores
+
+
+def _by_row(values: Any, n_rows: int) -> Any:
+    """Return an output with one row for each of X: some operators lay it down. Raises `ModelError` if it has not."""
+    if values.size % n_rows or sum(size != 1 for size in values.shape) > (1 if n_rows == 1 else 2):
+        raise ModelError(f"gives an output of shape {values.shape} for {n_rows} rows")
+    return values.reshape(n_rows, -1)
 
 
 def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[OnnxModel]:
@@ -2266,12 +2294,31 @@ def _show(y: Any, scores: Any, index: int) -> str:
     return SHORT.repr(answer)
 
 
-class OnnxArtifact:
-    """An ONNX graph that came in an estimator's place."""
+LABELS = ("label", "output_label")  # names that exporters give to a class, a cluster, or what is an outlier
+NUMBERS = ("variable", "GPmean", "predictions", "prediction")  # to what a regressor predicts
+SHARES = ("probabilities", "output_probability", "probability")  # to scores of classes, which may be anything
+EXTRAS = ("class_labels", "decision_path", "decision_leaf", "score_samples", "GPcovstd", "std")  # to what no answer has
+PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}  # operators that leave values as they are
+LINEAR = PASSING | {"Add", "Sub", "Sum", "Mul", "Neg", "Concat", "Slice", "Split", "Gather", "ArrayFeatureExtractor"}
+COMPARING = {"Sign", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
+DISTRIBUTING = {"Softmax", "Sigmoid", "LogSoftmax", "Normalizer", "LpNormalization"}  # what they give is no prediction
+SHARES_TOLERANCE = 1e-3  # within which float32 probabilities of many classes or trees sum to 1
+SAVE_ITSELF = "it was not converted as it should be; serve the estimator itself"
+LEAVE_OUT = "leave it out, as skl2onnx.helpers.onnx_helper.select_model_inputs_outputs does"
 
-    def __init__(self, session: Any, classes: Any) -> None:
+
+class OnnxArtifact:
+    """An ONNX graph that came in an estimator's place. `outputs` names its prediction, and the scores that go with it:
+    one output, or one for each class."""
+
+    is_raw = False  # its scores of classes are sums of weights, of which nothing has made probabilities
+    is_sure = False  # of which class each score is: its name says so, or one operator gives both labels and scores
+
+    def __init__(self, session: Any, outputs: list[str], classes: Any = None) -> None:
         self.session = session
         self.inputs = _read_graph_inputs(session)
+        self.takes_one = any(item.shape[0] == 1 for item in session.get_inputs())  # row, and no more
+        self.outputs = outputs
         if classes is not None:
             self.classes_ = classes
 
@@ -2280,9 +2327,16 @@ class OnnxArtifact:
 
 
 class OnnxClassifier(OnnxArtifact):
-    """One of which the second output has probabilities."""
+    """One with scores of classes. Only values say whether they are probabilities: `prove_scores` finds out."""
 
     def predict_proba(self, X: Any) -> Any:
+        return OnnxModel(self.session, Predictor(self))(X)[1]
+
+
+class OnnxDetector(OnnxArtifact):
+    """One that tells outliers by a score."""
+
+    def decision_function(self, X: Any) -> Any:
         return OnnxModel(self.session, Predictor(self))(X)[1]
 
 
@@ -2291,14 +2345,323 @@ def open_artifact(data: bytes) -> OnnxArtifact:
     model = _import_onnx("onnx").load_model_from_string(data)
     if any(tensor.data_location == tensor.EXTERNAL for tensor in _find_tensors(model.graph)):
         raise ModelError("keeps numbers in other files, which no hash covers; save it whole")
-    session = open_session(data)
-    outputs = session.get_outputs()
-    for output in outputs[:2]:
-        if not output.type.startswith("tensor"):
-            hint = "convert it with options={'zipmap': False}"
-            raise ModelError(f"gives {output.name!r} as {output.type}, not as a tensor; {hint}")
-    kind = OnnxClassifier if len(outputs) > 1 else OnnxArtifact
-    return kind(session, _find_labels(model.graph))
+    _refuse_missing_trees(model.graph)
+    zipped = _unzip(model)
+    session = open_session(model.SerializeToString() if zipped else data)
+    return _read_outputs(session, OnnxGraph(model.graph), zipped)
+
+
+def _refuse_missing_trees(graph: Any) -> None:
+    """Raise `ModelError` where trees have several outputs and no leaf for one of them, which then is always 0."""
+    for node in (node for node in graph.node if node.op_type == "TreeEnsembleRegressor"):
+        values = {attribute.name: attribute for attribute in node.attribute}
+        n_targets = values["n_targets"].i if "n_targets" in values else 1
+        if n_targets > 1 and len(found := {*values["target_ids"].ints}) != n_targets:
+            raise ModelError(
+                f"has trees for {len(found)} of its {n_targets} outputs; convert one model for each output"
+            )
+
+
+def _unzip(model: Any) -> dict[str, Any]:
+    """Have each ZipMap give the tensor that it makes maps of, whose columns are its classes, and return these by the
+    names of the outputs."""
+    onnx = _import_onnx("onnx")
+    zipped: dict[str, Any] = {}
+    names = [output.name for output in model.graph.output]
+    for node in (node for node in model.graph.node if node.op_type == "ZipMap" and node.output[0] in names):
+        zipped[node.output[0]] = _read_labels(node)
+        node.op_type, node.domain = "Identity", ""
+        del node.attribute[:]
+    for output in model.graph.output:
+        if output.name in zipped:
+            output.type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None))
+    if zipped and all(opset.domain for opset in model.opset_import):  # which has no operator yet but those of trees
+        model.opset_import.append(onnx.helper.make_opsetid("", 8))
+    return zipped
+
+
+def _read_labels(node: Any) -> Any:
+    """Return the classes that are an attribute of a node, or None."""
+    for attribute in node.attribute:
+        if attribute.name.startswith("classlabels_") and (attribute.ints or attribute.strings):
+            return _as_classes(list(attribute.ints) or [label.decode() for label in attribute.strings])
+    return None
+
+
+def _as_classes(labels: list[Any]) -> Any:
+    return np.array(labels, object if isinstance(labels[0], str) else None)  # numpy's texts lose a last NUL
+
+
+class OnnxGraph:
+    """The nodes and constants of a graph, for the way back from an output to what makes it."""
+
+    def __init__(self, graph: Any) -> None:
+        self._makers = {name: node for node in graph.node for name in node.output}
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        for node in (node for node in graph.node if node.op_type == "Constant"):
+            self._constants[node.output[0]] = next((item.t for item in node.attribute if item.name == "value"), None)
+
+    def constant(self, name: str) -> Any:
+        """Return the array of a constant, or None."""
+        tensor = self._constants.get(name)
+        return None if tensor is None else _import_onnx("onnx").numpy_helper.to_array(tensor)
+
+    def source(self, name: str, passing: Iterable[str] = PASSING) -> tuple[Any, str]:
+        """Return the node that makes a tensor, and under which name, before operators that pass it on; None for an
+        input or a constant."""
+        while (node := self._makers.get(name)) is not None and node.op_type in passing:
+            name = next((item for item in node.input if item not in self._constants), "")
+        return node, name
+
+    def depends(self, name: str) -> bool:
+        """Whether a tensor is no constant."""
+        node, name = self.source(name)
+        return node is not None or (bool(name) and name not in self._constants)
+
+    def sources(self, name: str) -> Iterator[Any]:
+        """Return the nodes of which a tensor is a weighted sum; None for an input."""
+        node, name = self.source(name)
+        given = [item for item in node.input if item not in self._constants] if node is not None else []
+        if node is None or node.op_type not in LINEAR or (node.op_type == "Mul" and len(given) > 1):
+            yield node
+            return
+        for item in given:
+            yield from self.sources(item)
+
+    def classes(self, label: str) -> Any:
+        """Return the classes of which a tensor has one for each row, in the order of the scores; None if unknown."""
+        node, name = self.source(label)
+        if node is None or node.op_type not in ("ArrayFeatureExtractor", "Gather"):
+            is_label = node is not None and node.op_type.endswith("Classifier") and name == node.output[0]
+            return _read_labels(node) if is_label else None
+        labels = self.constant(node.input[0])
+        known = None if labels is None else [_as_text(label) for label in labels.ravel().tolist()]
+        return _as_classes(known) if known and len({*known}) == len(known) else None
+
+    def is_label(self, name: str) -> bool:
+        """Whether a tensor has the class of each row, or its cluster, by the operator that makes it."""
+        node, _ = self.source(name)
+        return self.classes(name) is not None or (node is not None and node.op_type in ("ArgMax", "ArgMin"))
+
+    def is_distribution(self, name: str) -> bool:
+        """Whether a tensor has scores of classes, by the operator that makes it."""
+        node, name = self.source(name)
+        is_score = node is not None and node.op_type.endswith("Classifier") and name != node.output[0]
+        return is_score or (node is not None and node.op_type in DISTRIBUTING)
+
+    def is_raw(self, label: str, scores: list[str]) -> bool:
+        """Whether scores of classes are plain sums of weights, as decisions are."""
+        node, _ = self.source(label)
+        if node is not None and node.op_type == "SVMClassifier":
+            is_by_pair = len(_read_labels(node)) > 2 and any(self.source(name)[0] is node for name in scores)
+            return not is_by_pair and not any(item.name == "prob_a" and item.floats for item in node.attribute)
+        return all(map(_is_sum, itertools.chain(*map(self.sources, scores))))
+
+    def is_vote(self, scores: str) -> bool:
+        """Whether scores of classes count what each of several estimators predicts, as in hard voting."""
+        return all(node is not None and node.op_type == "Where" for node in self.sources(scores))
+
+    def is_detector(self, label: str, score: str) -> bool:
+        """Whether a label says on which side of a limit a score is."""
+        node, _ = self.source(label, PASSING | {"Add", "Mul", "Where", "Not"})
+        if node is None or node.op_type not in COMPARING:
+            return False
+        compared = [item for item in node.input if item not in self._constants]
+        return len(compared) == 1 and self.source(compared[0])[1] == self.source(score)[1]
+
+
+def _as_text(label: Any) -> Any:
+    return label.decode() if isinstance(label, bytes) else label
+
+
+def _is_sum(node: Any) -> bool:
+    """Whether a node gives sums of weights."""
+    if node is None or node.op_type not in ("MatMul", "Gemm", "LinearClassifier", "TreeEnsembleClassifier"):
+        return False
+    return all(item.s == b"NONE" for item in node.attribute if item.name == "post_transform")
+
+
+def _read_outputs(session: Any, graph: OnnxGraph, zipped: Mapping[str, Any]) -> OnnxArtifact:
+    """Tell the outputs of a graph by their names, types and operators. Raises `ModelError` where these do not tell."""
+    given = session.get_outputs()
+    types = {item.name: item.type for item in given}
+    prediction = _find_prediction(types, graph)
+    shape = next(item.shape for item in given if item.name == prediction)
+    is_several = len(shape) == 2 and isinstance(shape[1], int) and shape[1] > 1
+    is_number = _is_float(types[prediction])
+    rest = [name for name, kind in types.items() if name != prediction and name not in EXTRAS and _is_float(kind)]
+    node, _ = graph.source(prediction)
+    if is_number or is_several or (node is not None and node.op_type == "ArgMin"):  # distances, deviations, …
+        rest = []
+    rest = [name for name in rest if not graph.is_vote(name)]
+    classes = None if is_number or is_several else graph.classes(prediction)
+    if rest:
+        artifact = _read_scores(session, graph, [prediction, *rest], classes, zipped)
+    else:
+        artifact = OnnxArtifact(session, [prediction], classes)
+    if left_out := [name for name in types if name not in artifact.outputs]:
+        log.info("onnx_outputs_left_out", served=artifact.outputs, left_out=left_out)
+    return artifact
+
+
+def _find_prediction(types: Mapping[str, str], graph: OnnxGraph) -> str:
+    """Return the name of the output that is the prediction. Raises `ModelError` where nothing tells."""
+    known = [name for name in types if name not in EXTRAS and graph.depends(name)]
+    if not known:
+        raise ModelError(f"gives {listed([*types])}, of which none is a prediction that depends on its inputs")
+    labels = [name for name in known if not _is_float(types[name]) and graph.is_label(name)]
+    for found in ([name for name in known if name in (*LABELS, *NUMBERS)], labels, known):
+        if len(found) == 1:
+            break
+    else:
+        cure = f"name the prediction {listed([LABELS[0], NUMBERS[0]])}, or leave the others out"
+        raise ModelError(f"gives {listed(known)}, and its graph does not say which is the prediction; {cure}")
+    (name,) = found
+    if not types[name].startswith("tensor"):
+        hint = "convert it with options={'zipmap': False}"
+        raise ModelError(f"gives {name!r} as {types[name]}, not as a tensor; {hint}")
+    if name not in NUMBERS and (name in SHARES or (_is_float(types[name]) and graph.is_distribution(name))):
+        raise ModelError(
+            f"gives {name!r}, which has scores of classes, and no prediction; keep the output of labels too"
+        )
+    return name
+
+
+def _is_float(kind: str) -> bool:
+    return kind in ("tensor(float)", "tensor(double)", "tensor(float16)")
+
+
+def _read_scores(
+    session: Any, graph: OnnxGraph, outputs: list[str], classes: Any, zipped: Mapping[str, Any]
+) -> OnnxArtifact:
+    """Tell what scores go with a label, the first of the outputs. Raises `ModelError`."""
+    label, *rest = outputs
+    if len(rest) == 1 and rest[0] in ("scores", "score") and graph.is_detector(label, rest[0]):
+        return OnnxDetector(session, outputs)
+    columns = _order_columns(rest, classes)
+    scores = columns or _find_scores(rest)
+    node, _ = graph.source(label)
+    others = zipped.get(scores[0])
+    if classes is None and others is None and (node is None or node.op_type != "ArgMax"):
+        raise ModelError(f"gives {scores[0]!r}, and its graph does not say of which classes; {LEAVE_OUT}")
+    if classes is not None and others is not None and classes.tolist() != others.tolist():
+        differ = f"{SHORT.repr(others.tolist())}, but {label!r} has the classes {SHORT.repr(classes.tolist())}"
+        raise ModelError(f"gives {scores[0]!r} for the classes {differ}; {SAVE_ITSELF}")
+    artifact = OnnxClassifier(session, [label, *scores], others if classes is None else classes)
+    artifact.is_raw = graph.is_raw(label, scores)
+    artifact.is_sure = bool(columns) or graph.source(scores[0])[0] is node
+    return artifact
+
+
+def _find_scores(names: list[str]) -> list[str]:
+    """Return the output that has scores of classes, alone in a list. Raises `ModelError` where names do not tell."""
+    found = [name for name in names if name in SHARES] or names
+    if len(found) > 1:
+        cure = f"name one of them {SHARES[0]!r}, or leave the others out"
+        raise ModelError(f"gives {listed(found)}, and its graph does not say which has the scores of classes; {cure}")
+    return found
+
+
+def _order_columns(names: list[str], classes: Any) -> list[str]:
+    """Return outputs in the order of the classes that they are named after, as skl2onnx does with zipmap="columns";
+    none if they are not."""
+    if classes is None or len(classes) < 2:
+        return []
+    ways = ([f"{prefix}{_as_key(label)}" for label in classes.tolist()] for prefix in ("", "s", "i"))
+    return next((ordered for ordered in ways if set(ordered) == set(names)), [])
+
+
+def prove_scores(predictor: Predictor, contract: Contract, known: list[dict[str, Any]]) -> None:
+    """Name the scores of a graph that came as a file by their values for known rows and others around them, and have
+    its outputs answer many rows at once. Raises `ModelError` where the values do not fit any name."""
+    model, artifact = predictor.onnx, predictor.estimator
+    if model is None or not isinstance(artifact, OnnxArtifact):
+        return
+    with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
+        X = contract.to_input([*known, *_keep_answered(vary(known, contract, N_VARIED), predictor, contract)])
+    if not artifact.takes_one and not _answers_many(model, X):
+        artifact.takes_one = True
+        predictor.onnx = model = OnnxModel(artifact.session, predictor)
+    y, scores = model.ask(X)
+    if scores is None:
+        return
+    named = " and ".join(map(repr, artifact.outputs[1:]))
+    is_number = np.isfinite(scores).all(axis=1) & scores.any(axis=1)  # float32 makes nothing of small ones
+    if not is_number.any():
+        raise ModelError(f"gives no number as {named} for any row; {LEAVE_OUT}")
+    predictor.score = _name_by_values(artifact, y[is_number], scores[is_number].astype(np.float64), named)
+    predictor.onnx = OnnxModel(artifact.session, predictor)
+
+
+def _answers_many(model: OnnxModel, X: Any) -> bool:
+    """Whether a graph answers rows together as it answers each alone, in numbers up to rounding."""
+    try:
+        model.ask(X)
+        y, scores = model.ask(X[:MAX_COMPARED])
+    except Exception:  # what ONNX Runtime raises has no bounds
+        return False
+    alone = [model.ask(X[row : row + 1]) for row in range(len(y))]
+    if _differs(np.concatenate([some for some, _ in alone]), y, None).any():
+        return False
+    return scores is None or not _differs(np.concatenate([some for _, some in alone]), scores, None).any()
+
+
+def _name_by_values(artifact: OnnxArtifact, y: Any, scores: Any, named: str) -> str:
+    """Return what scores, (n_samples, n_columns), are called beside the labels y. Raises `ModelError`."""
+    labels = y[:, 0].tolist()
+    if isinstance(artifact, OnnxDetector):
+        is_side = (y == np.sign(scores)) | ((scores == 0) & (np.abs(y) == 1))
+        if y.shape[1] == 1 == scores.shape[1] and is_side.all():
+            return "score"
+        raise ModelError(f"gives {named}, which is not below 0 for outliers, whose label is -1; {LEAVE_OUT}")
+    classes = getattr(artifact, "classes_", np.arange(scores.shape[1])).tolist()
+    if y.shape[1] > 1 or not {*labels} <= {*classes}:
+        unknown = next((label for label in labels if label not in classes), labels[0])
+        raise ModelError(
+            f"gives {unknown!r} as {artifact.outputs[0]!r}, with scores for {listed(classes)}; {SAVE_ITSELF}"
+        )
+    if scores.shape[1] != len(classes) and not (scores.shape[1] == 1 and len(classes) == 2 and artifact.is_raw):
+        raise ModelError(f"gives {scores.shape[1]} columns as {named}, for {len(classes)} classes; {LEAVE_OUT}")
+    position = np.array([classes.index(label) for label in labels])
+    if _are_shares(scores):
+        if artifact.is_sure or _is_highest(position, scores) or _is_beyond(position, scores):
+            return "probabilities"
+    elif artifact.is_raw and _is_decision(position, scores):
+        return "decision"
+    hint = f"convert a support vector machine with options={{'raw_scores': True}}, else {LEAVE_OUT}"
+    shown = f"{SHORT.repr(scores[0].tolist())} where {artifact.outputs[0]!r} is {labels[0]!r}"
+    raise ModelError(f"gives {named}, such as {shown}, which are no probabilities, nor known decisions; {hint}")
+
+
+def _are_shares(scores: Any) -> bool:
+    """Whether the scores of each row are shares of 1."""
+    is_within = (scores >= -SHARES_TOLERANCE) & (scores <= 1 + SHARES_TOLERANCE)
+    return bool(is_within.all() and (np.abs(scores.sum(axis=1) - 1) <= SHARES_TOLERANCE).all())
+
+
+def _is_beyond(position: Any, scores: Any) -> bool:
+    """Whether the second of two classes is the label where its score is beyond some threshold."""
+    second = position == 1
+    is_both = scores.shape[1] == 2 and second.any() and not second.all()
+    return bool(is_both and scores[second, 1].min() >= scores[~second, 1].max() - TOLERANCE)
+
+
+def _is_decision(position: Any, scores: Any) -> bool:
+    """Whether the highest score, or the sign of the only one, decides on the position of each row's label.
+
+    Of two classes the scores are each other's opposite, for an answer has the second one only.
+    """
+    pair = np.column_stack([-scores, scores]) if scores.shape[1] == 1 else scores
+    is_opposite = pair.shape[1] != 2 or np.allclose(pair[:, 0], -pair[:, 1], rtol=TOLERANCE, atol=TOLERANCE)
+    return is_opposite and _is_highest(position, pair)
+
+
+def _is_highest(position: Any, scores: Any) -> bool:
+    """Whether the score at the position of each row's label is its highest, up to rounding."""
+    highest = scores.max(axis=1)
+    return bool(
+        (scores[np.arange(len(scores)), position] >= highest - TOLERANCE * np.maximum(1, np.abs(highest))).all()
+    )
 
 
 def _find_tensors(graph: Any) -> Iterator[Any]:
@@ -2309,17 +2672,6 @@ def _find_tensors(graph: Any) -> Iterator[Any]:
             yield from _find_tensors(inner) if inner.node else ()
 
 
-def _find_labels(graph: Any) -> Any:
-    """Give the classes that a graph of skl2onnx's knows: as an attribute of its classifier, or as a tensor."""
-    for attribute in (attribute for node in graph.node for attribute in node.attribute):
-        if attribute.name.startswith("classlabels_") and (attribute.ints or attribute.strings):
-            return np.array(list(attribute.ints) or [label.decode() for label in attribute.strings])
-    onnx = _import_onnx("onnx")
-    for tensor in (tensor for tensor in graph.initializer if tensor.name.startswith("classes")):
-        return np.array(onnx.numpy_helper.to_array(tensor).ravel().tolist())
-    return None
-
-
 def _read_graph_inputs(session: Any) -> Inputs:
     """Read the features off a graph: the columns of its one input, or several inputs of one column each."""
     given = session.get_inputs()
@@ -2327,6 +2679,9 @@ def _read_graph_inputs(session: Any) -> Inputs:
         if item.type not in ONNX_TYPES or len(item.shape) != 2:
             problem = f"takes {item.name!r} as {item.type} of shape {item.shape}"
             raise ModelError(f"{problem}; it should take rows of {', '.join(ONNX_TYPES)}")
+        if isinstance(item.shape[0], int) and item.shape[0] != 1:
+            hint = f"convert it for any number of rows, as of shape {[None, *item.shape[1:]]}"
+            raise ModelError(f"takes {item.name!r} as {item.shape[0]} rows at a time; {hint}")
     kinds: list[Column | None] = [Column(ONNX_TYPES[item.type][0]) for item in given]
     width = given[0].shape[1]
     if len(given) == 1:
@@ -3504,6 +3859,7 @@ class Service:
         with about_artifact(self.settings):
             if self._graphs:
                 self._prove_onnx()
+            self.prove_scores(self.known_rows, "its golden rows" if self.golden else "its example row")
             if self.golden is not None:
                 self._reproduce(self.golden, self.known_rows)
             _ = self.sample
@@ -3578,6 +3934,12 @@ class Service:
         self.report("comparing it with ONNX Runtime")
         self.predictor.onnx = choose_graph(self._graphs, self.predictor, self.contract, known)
         self._graphs = []
+
+    def prove_scores(self, known: Rows, what: str) -> None:
+        """Name what a graph that came as a file gives besides its prediction. Raises `ModelError`."""
+        if isinstance(self.predictor.estimator, OnnxArtifact):
+            self.answer(known, what)
+            prove_scores(self.predictor, self.contract, known)
 
     def _rename(self, row: dict[str, Any], index: int, file: str) -> dict[str, Any]:
         names = self.contract.names

@@ -113,6 +113,7 @@ def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]
     except app.Unprocessable as error:
         problem = error.detail[0]
         raise app.ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
+    service.prove_scores(checked, "the golden rows")
     answers = service.answer(checked, "the golden rows")
     rows = [
         {name: row[name] for name in service.contract.names} for row in rows

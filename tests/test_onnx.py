@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from conftest import (
     serve_estimator,
     to_graph,
 )
+from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType
-from sklearn.cluster import KMeans
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import (
     AdaBoostClassifier,
@@ -40,20 +44,32 @@ from sklearn.ensemble import (
     IsolationForest,
     RandomForestClassifier,
     RandomForestRegressor,
+    StackingClassifier,
+    VotingClassifier,
 )
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
+from sklearn.linear_model import (
+    BayesianRidge,
+    LinearRegression,
+    LogisticRegression,
+    Perceptron,
+    RidgeClassifier,
+    SGDClassifier,
+    SGDOneClassSVM,
+)
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsOneClassifier, OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import GaussianNB
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
-from sklearn.svm import SVC, SVR, LinearSVC
-from sklearn.tree import DecisionTreeClassifier
+from sklearn.svm import SVC, SVR, LinearSVC, OneClassSVM
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import app
 from model.describe import main
@@ -341,13 +357,12 @@ def test_graph_of_a_regressor_is_served(tmp_path: Path) -> None:
     assert prediction == pytest.approx(estimator.predict([[1, 2, 3]])[0])
 
 
-@pytest.mark.parametrize("change", ["zipmap", "external", "rank"])
+@pytest.mark.parametrize("change", ["external", "rank"])
 def test_graph_that_cannot_be_served_is_refused(tmp_path: Path, change: str) -> None:
     """The message says what is wrong with a graph, and what would be right."""
     estimator = LogisticRegression(max_iter=1000).fit(X, y)
-    graph = onnx.load_model_from_string(to_graph(estimator, FloatTensorType, zipmap=change == "zipmap"))
+    graph = onnx.load_model_from_string(to_graph(estimator, FloatTensorType))
     messages = {
-        "zipmap": "convert it with options={'zipmap': False}",
         "external": "keeps numbers in other files, which no hash covers; save it whole",
         "rank": "it should take rows of tensor",
     }
@@ -378,6 +393,420 @@ def test_graph_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert 'x3 = { type = "float", example = 0.2 }' in capsys.readouterr().out
     golden = json.loads((tmp_path / "model.golden.json").read_text())
     assert [answer["prediction"] for answer in golden["predictions"]] == [0, 0]
+
+
+def prove_graph(path: Path, graph: bytes) -> app.Service:
+    """Give the service of an .onnx file, proven."""
+    path.write_bytes(graph)
+    settings = make_settings(model={"path": str(path), "sha256": ""}, features={}, logging={"format": "json"})
+    app.configure_logging(settings.logging)
+    service = app.make_service(settings)
+    service.prove()
+    return service
+
+
+def export(estimator: Any, types: Any = None, **options: Any) -> bytes:
+    """Convert an estimator of four features as its owner would, with the options of its converter."""
+    types = types or [("X", FloatTensorType([None, 4]))]
+    options = {id(estimator): options} if options else {}
+    graph: bytes = to_onnx(estimator, initial_types=types, options=options, target_opset=OPSETS).SerializeToString()
+    return graph
+
+
+OPSETS = {"": 18, "ai.onnx.ml": 3}
+WIDE = (
+    (X.mean(axis=0) + np.random.default_rng(0).normal(0, 2, (400, 4)) * X.std(axis=0)).astype(np.float32).astype(float)
+)
+BOTH = np.where(y > 0, "yes", "no")
+VOTERS = [("a", LogisticRegression(max_iter=1000)), ("b", GaussianNB()), ("c", DecisionTreeClassifier(random_state=0))]
+
+
+@pytest.mark.filterwarnings("ignore:.*prob:FutureWarning")
+@pytest.mark.parametrize(
+    ("estimator", "target", "options"),
+    [
+        (LogisticRegression(max_iter=1000), NAMES, {"zipmap": "columns"}),
+        (LogisticRegression(max_iter=1000), y - 1, {"zipmap": "columns"}),
+        (LogisticRegression(max_iter=1000), BOTH, {"zipmap": "columns"}),
+        (SVC(probability=True, random_state=0), NAMES, {"zipmap": "columns"}),
+        (LogisticRegression(max_iter=1000), NAMES, {"zipmap": True}),
+        (RandomForestClassifier(n_estimators=10, random_state=0), y + 5, {"zipmap": True}),
+        (GridSearchCV(LogisticRegression(max_iter=1000), {"C": [1, 2]}), BOTH, {"zipmap": True}),
+        (SVC(probability=True, random_state=0), NAMES, {"zipmap": False}),
+        (OneVsRestClassifier(LogisticRegression()), NAMES, {"zipmap": False}),
+        (CalibratedClassifierCV(LinearSVC()), NAMES, {"zipmap": False}),
+        (AdaBoostClassifier(n_estimators=5, random_state=0), BOTH, {"zipmap": False}),
+        (QuadraticDiscriminantAnalysis(), NAMES, {"zipmap": False}),
+        (StackingClassifier(VOTERS), NAMES, {"zipmap": False}),
+        (VotingClassifier(VOTERS, voting="hard", flatten_transform=False), NAMES, {"zipmap": False}),
+        (VotingClassifier(VOTERS, voting="soft", flatten_transform=False), NAMES, {"zipmap": True}),
+        (RandomForestClassifier(5, random_state=0), NAMES, {"zipmap": False, "decision_leaf": True}),
+        (LogisticRegression(max_iter=1000), NAMES, {"zipmap": False, "output_class_labels": True}),
+        (SGDClassifier(random_state=0), NAMES, {"zipmap": False}),
+        (SGDClassifier(random_state=0), BOTH, {"zipmap": False}),
+        (Perceptron(), y > 0, {"zipmap": False}),
+        (RidgeClassifier(), BOTH, {"zipmap": False}),
+        (LinearSVC(), NAMES, {}),
+        (LinearSVC(), BOTH, {}),
+        (SVC(), NAMES, {"zipmap": False}),
+        (SVC(), BOTH, {"zipmap": False, "raw_scores": True}),
+        (IsolationForest(n_estimators=10, random_state=0), None, {}),
+        (IsolationForest(n_estimators=10, random_state=0), None, {"score_samples": True}),
+        (OneClassSVM(nu=0.3), None, {}),
+        (SGDOneClassSVM(random_state=0), None, {}),
+        (LocalOutlierFactor(novelty=True), None, {"score_samples": True}),
+        (KMeans(3, n_init=1, random_state=0), None, {}),
+        (MiniBatchKMeans(1, random_state=0), None, {}),
+        (GaussianMixture(3, random_state=0), None, {"score_samples": True}),
+        (GaussianProcessRegressor(alpha=0.1), X[:, 0] + X[:, 1], {"return_std": True}),
+        (BayesianRidge(), X[:, 0] + X[:, 1], {"return_std": True}),
+        (RandomForestRegressor(5, random_state=0), X[:, :2], {"decision_path": True, "decision_leaf": True}),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "fit") else "",
+)
+def test_file_of_each_kind_is_answered_as_in_sklearn(
+    tmp_path: Path, estimator: Any, target: Any, options: dict[str, Any]
+) -> None:
+    """What an export gives has the name and the numbers that it has in scikit-learn, in far rows too, or no name."""
+    estimator.fit(X, target)
+    answers = answers_of(prove_graph(tmp_path / "model.onnx", export(estimator, **options)).predictor, WIDE)
+    expected = answers_of(app.Predictor(estimator), WIDE)
+    if target is not None and target.dtype == bool:  # which ONNX has as integers
+        expected = [answer | {"prediction": int(answer["prediction"])} for answer in expected]
+    scale = max(map(app.largest, expected))
+    pairs = zip(answers, expected, strict=True)
+    wrong = [pair for pair in pairs if not app.agrees(*pair, scale, app.Rounding(1e-4, 1e-5))]
+    assert not wrong, wrong[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of what converters do
+@pytest.mark.parametrize("labels", [NAMES, BOTH, y + 5], ids=["three", "two", "int"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        LogisticRegression(max_iter=1000),
+        GradientBoostingClassifier(n_estimators=5),
+        HistGradientBoostingClassifier(max_iter=5),
+    ],
+    ids=lambda estimator: type(estimator).__name__,
+)
+def test_raw_scores_are_decisions(tmp_path: Path, estimator: Any, labels: Any) -> None:
+    """An export with raw_scores has the numbers of decision_function, and no probabilities."""
+    graph = export(estimator.fit(X, labels), zipmap=False, raw_scores=True)
+    answers = answers_of(prove_graph(tmp_path / "model.onnx", graph).predictor, WIDE)
+    given = [answer["decision"] for answer in answers]
+    given = [[*row.values()] if isinstance(row, dict) else row for row in given]
+    assert np.allclose(given, estimator.decision_function(WIDE), rtol=1e-4, atol=1e-4)
+    assert {frozenset(answer) for answer in answers} == {frozenset({"prediction", "decision"})}
+
+
+def test_outputs_that_no_answer_has_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log says once what a file gives and an answer does not have."""
+    prove_graph(tmp_path / "model.onnx", export(KMeans(3, n_init=1).fit(X)))
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert line["event"] == "onnx_outputs_left_out"
+    assert (line["served"], line["left_out"]) == (["label"], ["scores"])
+
+
+def make_graph(nodes: list[Any], outputs: dict[str, Any], width: int = 3, rows: Any = None, **constants: Any) -> bytes:
+    """Make a graph by hand: `outputs` are types by name, with a shape or without, and `constants` are initializers."""
+    infos = [
+        onnx.helper.make_tensor_value_info(name, *given)
+        if isinstance(given, tuple)
+        else onnx.helper.make_tensor_value_info(name, given, None)
+        for name, given in outputs.items()
+    ]
+    X = onnx.helper.make_tensor_value_info("X", FLOAT, [rows, width])
+    tensors = [onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "made", [X], infos, tensors)
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+
+
+FLOAT, DOUBLE, INT, STRING = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "DOUBLE", "INT64", "STRING"))
+node = onnx.helper.make_node
+SOFTMAX = node("Softmax", ["X"], ["p"], axis=1)
+HIGHEST = node("ArgMax", ["X"], ["at"], axis=1, keepdims=0)
+OF_CLASSES = node("ArrayFeatureExtractor", ["names", "at"], ["found"], domain="ai.onnx.ml")
+LABEL = [HIGHEST, OF_CLASSES, node("Flatten", ["found"], ["label"], axis=1)]
+CLASSES = {"names": ["b", "c", "a"]}
+SWAP = node("Gather", ["p", "swapped"], ["q"], axis=1)
+MADE_ROWS = np.random.default_rng(0).normal(0, 2, (50, 3)).astype(np.float32).astype(np.float64)
+
+
+def shares_of(X: Any) -> Any:
+    return np.exp(X) / np.exp(X).sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "outputs", "score"),
+    [
+        ([SOFTMAX, *LABEL], {"p": FLOAT, "label": STRING}, "probabilities"),
+        ([SOFTMAX, *LABEL], {"p": (FLOAT, [None, 3]), "found": (STRING, [1, None])}, "probabilities"),
+        ([SOFTMAX, *LABEL], {"q7": FLOAT, "label": STRING, "probabilities": FLOAT}, "probabilities"),
+        ([SOFTMAX, *LABEL], {"c": FLOAT, "a": FLOAT, "label": STRING, "b": FLOAT}, "probabilities"),
+        (LABEL, {"label": STRING, "logits": FLOAT}, "decision"),
+        (LABEL, {"label": STRING}, None),
+    ],
+    ids=["swapped", "flat", "three", "columns", "decision", "label"],
+)
+def test_outputs_are_told_apart_in_any_order(tmp_path: Path, nodes: Any, outputs: Any, score: str | None) -> None:
+    """Names, types and operators say what an output is, and neither its place nor its shape have to."""
+    more = {
+        "q7": [node("Mul", ["X", "X"], ["q7"]), node("Identity", ["p"], ["probabilities"])],
+        "a": [node("Split", ["p"], ["b", "c", "a"], axis=1, num_outputs=3)],
+        "logits": [node("Gemm", ["X", "one"], ["logits"])],
+    }
+    nodes = [*nodes, *next((made for name, made in more.items() if name in outputs), [])]
+    constants = CLASSES | ({"one": np.eye(3, dtype=np.float32)} if "logits" in outputs else {})
+    service = prove_graph(tmp_path / "model.onnx", make_graph(nodes, outputs, **constants))
+    values = {"probabilities": shares_of(MADE_ROWS), "decision": MADE_ROWS}.get(score or "", [])
+    answers = answers_of(service.predictor, MADE_ROWS)
+    assert [answer.pop("prediction") for answer in answers] == [CLASSES["names"][at] for at in MADE_ROWS.argmax(axis=1)]
+    assert all([*answer] == [score] for answer in answers if score)
+    given = [[answer[score][name] for name in CLASSES["names"]] for answer in answers if score]
+    assert np.allclose(given, values, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "outputs", "message"),
+    [
+        ([SOFTMAX], {"p": FLOAT}, "gives 'p', which has scores of classes, and no prediction; keep the output of l"),
+        ([node("Sigmoid", ["X"], ["p"])], {"p": FLOAT}, "gives 'p', which has scores of classes, and no prediction"),
+        ([node("Abs", ["X"], ["probabilities"])], {"probabilities": FLOAT}, "which has scores of classes"),
+        (
+            [node("Abs", ["X"], ["low"]), node("Neg", ["X"], ["high"])],
+            {"low": FLOAT, "high": FLOAT},
+            "gives 'low', 'high', and its graph does not say which is the prediction; name the prediction 'label'",
+        ),
+        (
+            [SOFTMAX, *LABEL, node("Neg", ["X"], ["other"])],
+            {"label": STRING, "p": FLOAT, "other": FLOAT},
+            "gives 'p', 'other', and its graph does not say which has the scores of classes; name one of them 'prob",
+        ),
+        ([SOFTMAX, *LABEL, SWAP], {"label": STRING, "q": FLOAT}, "gives 'q', such as .* are no probabilities"),
+        ([*LABEL, node("Sigmoid", ["X"], ["p"])], {"label": STRING, "p": FLOAT}, "are no probabilities, nor known dec"),
+        ([*LABEL, node("LogSoftmax", ["X"], ["p"])], {"label": STRING, "p": FLOAT}, "are no probabilities, nor known"),
+        (
+            [*LABEL, node("Exp", ["X"], ["p"])],
+            {"label": STRING, "p": FLOAT},
+            "are no probabilities, nor known",
+        ),
+        (
+            [*LABEL, node("Mul", ["X", "nan"], ["p"])],
+            {"label": STRING, "p": FLOAT},
+            "gives no number as 'p' for any row; leave it out",
+        ),
+        (
+            [*LABEL, node("Concat", ["X", "X"], ["p"], axis=1)],
+            {"label": STRING, "p": FLOAT},
+            "gives 6 columns as 'p', for 3 classes; leave it out",
+        ),
+        (
+            [node("ReduceSum", ["X", "one"], ["s"]), node("Greater", ["s", "half"], ["label"])],
+            {"label": onnx.TensorProto.BOOL, "s": FLOAT},
+            "gives 's', and its graph does not say of which classes; leave it out",
+        ),
+        (
+            [
+                node("ReduceSum", ["X", "one"], ["scores"]),
+                node("Less", ["scores", "half"], ["is"]),
+                node("Where", ["is", "pos", "neg"], ["label"]),
+            ],
+            {"label": INT, "scores": FLOAT},
+            "gives 'scores', which is not below 0 for outliers, whose label is -1; leave it out",
+        ),
+        ([node("Identity", ["half"], ["variable"])], {"variable": FLOAT}, "of which none is a prediction that depends"),
+        ([], {"half": FLOAT}, "gives 'half', of which none is a prediction that depends on its inputs"),
+        (
+            [node("Unsqueeze", ["X", "one"], ["u"]), node("Expand", ["u", "cube"], ["variable"])],
+            {"variable": FLOAT},
+            r"gives an output of shape \(1, 2, 3\) for 1 rows",
+        ),
+        (
+            [node("SequenceConstruct", ["X", "X"], ["variable"])],
+            {},
+            r"gives 'variable' as seq\(tensor\(float\)\), not as a tensor",
+        ),
+    ],
+    ids=[
+        *("softmax", "sigmoid", "probabilities", "numbers", "scores", "permuted", "unshared", "logarithm", "positive"),
+        *("nan", "wide", "truth", "sign", "constant", "initializer", "cube", "sequence"),
+    ],
+)
+def test_output_that_cannot_be_told_is_refused(tmp_path: Path, nodes: Any, outputs: Any, message: str) -> None:
+    """One line says which output it is, why, and what to do; nothing is guessed."""
+    used = {name for item in nodes for name in item.input} | {*outputs}
+    known = {
+        **CLASSES,
+        "swapped": np.array([1, 0, 2]),
+        "one": np.array([1]),
+        "half": np.array([0.5], np.float32),
+        "nan": np.array([np.nan], np.float32),
+        "cube": np.array([1, 2, 1]),
+        "neg": np.array([-1]),
+        "pos": np.array([1]),
+    }
+    graph = make_graph(nodes, outputs, **{name: value for name, value in known.items() if name in used})
+    if not outputs:
+        model = onnx.load_model_from_string(graph)
+        inner = onnx.helper.make_tensor_type_proto(FLOAT, None)
+        model.graph.output.append(onnx.helper.make_value_info("variable", onnx.helper.make_sequence_type_proto(inner)))
+        graph = model.SerializeToString()
+    with pytest.raises(app.ModelError, match=message) as caught:
+        prove_graph(tmp_path / "model.onnx", graph)
+    assert "\n" not in str(caught.value)
+
+
+def test_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
+    """skl2onnx gives the position of the class for one-versus-one classifiers, which only maps of the scores show."""
+    estimator = OneVsOneClassifier(LogisticRegression(max_iter=1000)).fit(X, y + 5)
+    with pytest.raises(app.ModelError, match="gives 0 as 'output_label', with scores for 5, 6, 7; it was not conv"):
+        prove_graph(tmp_path / "model.onnx", export(estimator))
+
+
+@pytest.mark.filterwarnings("ignore:.*prob:FutureWarning")
+def test_decisions_against_the_labels_are_refused(tmp_path: Path) -> None:
+    """Of a support vector machine of two classes skl2onnx turns the sign, unless it is asked for raw scores."""
+    with pytest.raises(app.ModelError, match=r"convert a support vector machine with options=\{'raw_scores': True\}"):
+        prove_graph(tmp_path / "model.onnx", export(SVC().fit(X, BOTH), zipmap=False))
+
+
+def test_trees_without_one_of_the_outputs_are_refused(tmp_path: Path) -> None:
+    """Some converters put the trees of all outputs into the first, and leave the others 0."""
+    model = onnx.load_model_from_string(export(DecisionTreeRegressor().fit(X, X[:, :2])))
+    (trees,) = (item for item in model.graph.node if item.op_type == "TreeEnsembleRegressor")
+    (targets,) = (item for item in trees.attribute if item.name == "target_ids")
+    targets.ints[:] = [0] * len(targets.ints)
+    with pytest.raises(app.ModelError, match="has trees for 1 of its 2 outputs; convert one model for each output"):
+        prove_graph(tmp_path / "model.onnx", model.SerializeToString())
+
+
+@pytest.mark.parametrize("labels", [NAMES, y, BOTH], ids=["str", "int", "two"])
+def test_file_of_trees_alone_is_served(tmp_path: Path, labels: Any) -> None:
+    """CatBoost gives a classifier of trees with a ZipMap, and operators of no other domain."""
+    estimator = GradientBoostingClassifier(n_estimators=5).fit(X, labels)
+    model = onnx.load_model_from_string(export(estimator, zipmap=False))
+    (trees,) = (item for item in model.graph.node if item.op_type == "TreeEnsembleClassifier")
+    kind = "classlabels_strings" if labels.dtype.kind == "U" else "classlabels_int64s"
+    zipped = node("ZipMap", [trees.output[1]], ["maps"], domain="ai.onnx.ml", **{kind: estimator.classes_.tolist()})
+    scores = onnx.helper.make_tensor_type_proto(FLOAT, None)
+    maps = onnx.helper.make_map_type_proto(STRING if labels.dtype.kind == "U" else INT, scores)
+    outputs = [model.graph.output[0], onnx.helper.make_value_info("maps", onnx.helper.make_sequence_type_proto(maps))]
+    graph = onnx.helper.make_graph([trees, zipped], "trees", model.graph.input, outputs)
+    opsets = [onnx.helper.make_opsetid("ai.onnx.ml", 2)]
+    data = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=3).SerializeToString()
+    answers = answers_of(prove_graph(tmp_path / "model.onnx", data).predictor, WIDE)
+    expected = answers_of(app.Predictor(estimator), WIDE)
+    assert all(map(app.agrees, answers, expected, [1.0] * len(WIDE), [app.OF_FLOAT32] * len(WIDE)))
+
+
+ONE_ROW = [("X", FloatTensorType([1, 4]))]
+
+
+@pytest.mark.parametrize("framework", app.FRAMEWORKS)
+@pytest.mark.parametrize("options", [{"zipmap": False}, {}, {"zipmap": "columns"}], ids=["tensor", "maps", "columns"])
+def test_graph_for_one_row_is_asked_row_by_row(tmp_path: Path, framework: str, options: Any) -> None:
+    """Arrays, several requests at once, golden rows and `model.describe` get for each row what it gets alone."""
+    estimator = LogisticRegression(max_iter=1000).fit(X, NAMES)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export(estimator, ONE_ROW, **options))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[::30]))
+    main([str(path), "--golden", str(tmp_path / "rows.json")])
+    native = serve_graph(path, path.read_bytes(), framework=framework)
+    many = call(native, post_case(ROWS)).json
+    assert [call(native, post_case(row)).json for row in ROWS[::30]] == many[::30]
+    assert json.loads((tmp_path / "model.golden.json").read_text())["predictions"] == many[::30]
+    expected = answers_of(app.Predictor(estimator), X)
+    assert all(map(app.agrees, many, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
+
+
+def test_requests_of_a_graph_for_one_row_share_calls(tmp_path: Path) -> None:
+    """Its answers do not depend on other rows, so that nothing warns of it."""
+    service = prove_graph(tmp_path / "model.onnx", export(LogisticRegression(max_iter=1000).fit(X, NAMES), ONE_ROW))
+    service.warm_up()
+    assert service.batching.is_possible
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (None, 1), (1, None)])
+def test_graph_with_an_input_for_one_row_is_asked_row_by_row(tmp_path: Path, rows: Any) -> None:
+    """One input whose first dimension is 1 is enough, whichever it is."""
+    estimator = LogisticRegression().fit(X[:, :2], NAMES)
+    model = onnx.load_model_from_string(export(estimator, [("X", FloatTensorType([1, 2]))], zipmap=False))
+    del model.graph.input[:]
+    for name, size in zip("ab", rows, strict=True):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, FLOAT, [size, 1]))
+    model.graph.node.insert(0, node("Concat", ["a", "b"], ["X"], axis=1))
+    service = prove_graph(tmp_path / "model.onnx", model.SerializeToString())
+    answers = service.answer([{"a": a, "b": b} for a, b in X[:, :2].tolist()], "rows")
+    assert [answer["prediction"] for answer in answers] == estimator.predict(X[:, :2]).tolist()
+
+
+@pytest.mark.parametrize("change", ["reshape", "transpose", "sum"])
+def test_graph_that_answers_no_two_rows_is_asked_row_by_row(tmp_path: Path, change: str) -> None:
+    """What is inside may be for one row, or mix rows, where the input does not show it."""
+    nodes = {
+        "reshape": [node("Reshape", ["p", "shape"], ["probabilities"])],
+        "transpose": [node("Transpose", ["p"], ["probabilities"])],
+        "sum": [
+            node("ReduceSum", ["p"], ["all"]),
+            node("Div", ["p", "all"], ["probabilities"]),
+        ],
+    }[change]
+    shape = {"shape": np.array([1, 3])} if change == "reshape" else {}
+    graph = make_graph([SOFTMAX, *nodes, *LABEL], {"label": STRING, "probabilities": FLOAT}, **shape, **CLASSES)
+    service = prove_graph(tmp_path / "model.onnx", graph)
+    rows = [{f"x{column}": value for column, value in enumerate(row)} for row in MADE_ROWS.tolist()]
+    given = [[*answer["probabilities"].values()] for answer in service.answer(rows, "rows")]
+    assert np.allclose(given, shares_of(MADE_ROWS), atol=1e-6)
+
+
+def test_probabilities_that_float32_lost_are_null(tmp_path: Path) -> None:
+    """Where all probabilities of a row are too small for a graph's numbers, none is given as 0."""
+    estimator = OneVsRestClassifier(LogisticRegression(max_iter=1000)).fit(X, NAMES)
+    service = prove_graph(tmp_path / "model.onnx", export(estimator, zipmap=False))
+    far = np.array([[1000, 100, 0, -100], *X.tolist()])
+    first, *others = ([*answer["probabilities"].values()] for answer in answers_of(service.predictor, far))
+    assert first == [None] * 3
+    assert all(sum(numbers) == pytest.approx(1) for numbers in others)
+
+
+def test_graph_for_another_number_of_rows_is_refused(tmp_path: Path) -> None:
+    """Neither one row nor any number can be asked of it."""
+    graph = make_graph([SOFTMAX, *LABEL], {"label": STRING, "p": FLOAT}, rows=5, **CLASSES)
+    expected = r"takes 'X' as 5 rows at a time; convert it for any number of rows, as of shape \[None, 3\]"
+    with pytest.raises(app.ModelError, match=expected):
+        prove_graph(tmp_path / "model.onnx", graph)
+
+
+def test_golden_rows_are_answered_under_the_right_names(tmp_path: Path) -> None:
+    """Golden rows that scikit-learn answered are reproduced by its exports of a detector and of decisions."""
+    for estimator in (IsolationForest(n_estimators=10, random_state=0), LinearSVC()):
+        rows, path = ROWS[::10], tmp_path / "model.onnx"
+        answers = answers_of(app.Predictor(estimator.fit(X, NAMES)), X[::10])
+        golden = {"versions": app.running_versions(), "rows": rows, "predictions": answers}
+        path.with_suffix(".golden.json").write_text(json.dumps(golden))
+        native = serve_graph(path, export(estimator))
+        assert app.agrees(call(native, post_case(rows)).json, answers, 10.0, app.OF_FLOAT32)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_file_is_served_by_each_worker(
+    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
+) -> None:
+    """Columns of classes, and a graph for one row, are answered alike by real servers, and as in scikit-learn."""
+    estimator = LogisticRegression(max_iter=1000).fit(X, NAMES)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(export(estimator, ONE_ROW, zipmap="columns"))
+    settings = tmp_path / "settings.toml"
+    settings.write_text('[model]\npath = "model.onnx"\n[features]\n')
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=str(settings)))
+    answers = server.post(ROWS).json
+    with ThreadPoolExecutor(8) as pool:
+        assert [answer.json for answer in pool.map(server.post, ROWS)] == answers
+    expected = answers_of(app.Predictor(estimator), X)
+    assert all(map(app.agrees, answers, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
+    assert "onnx_outputs_left_out" not in server.text
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
