@@ -2138,6 +2138,7 @@ def _convert(estimator: Any, predictor: Predictor, contract: Contract, float_typ
         options={id(last): options},
         target_opset=OPSETS,
     )
+    _refuse_trees(model.graph)
     if hasattr(last, "_predictors") and float_type == "DoubleTensorType":
         _widen_thresholds(model, last)
     graph: bytes = model.SerializeToString()
@@ -2345,21 +2346,23 @@ def open_artifact(data: bytes) -> OnnxArtifact:
     model = _import_onnx("onnx").load_model_from_string(data)
     if any(tensor.data_location == tensor.EXTERNAL for tensor in _find_tensors(model.graph)):
         raise ModelError("keeps numbers in other files, which no hash covers; save it whole")
-    _refuse_missing_trees(model.graph)
+    _refuse_trees(model.graph)
     zipped = _unzip(model)
     session = open_session(model.SerializeToString() if zipped else data)
     return _read_outputs(session, OnnxGraph(model.graph), zipped)
 
 
-def _refuse_missing_trees(graph: Any) -> None:
-    """Raise `ModelError` where trees have several outputs and no leaf for one of them, which then is always 0."""
-    for node in (node for node in graph.node if node.op_type == "TreeEnsembleRegressor"):
+def _refuse_trees(graph: Any) -> None:
+    """Raise `ModelError` for trees to which ONNX Runtime gives wrong answers, or for which it ends the process."""
+    for node in graph.node:
         values = {attribute.name: attribute for attribute in node.attribute}
-        n_targets = values["n_targets"].i if "n_targets" in values else 1
-        if n_targets > 1 and len(found := {*values["target_ids"].ints}) != n_targets:
+        if node.op_type == "TreeEnsembleClassifier" and len(_read_labels(node)) == 1:
             raise ModelError(
-                f"has trees for {len(found)} of its {n_targets} outputs; convert one model for each output"
+                "has trees of a single class, which ONNX Runtime does not answer; serve the estimator itself"
             )
+        n_outputs = values["n_targets"].i if node.op_type == "TreeEnsembleRegressor" and "n_targets" in values else 1
+        if n_outputs > 1 and len(found := {*values["target_ids"].ints}) != n_outputs:  # the others would always be 0
+            raise ModelError(f"has trees for {len(found)} of its {n_outputs} outputs; convert a model for each output")
 
 
 def _unzip(model: Any) -> dict[str, Any]:
@@ -2418,15 +2421,18 @@ class OnnxGraph:
         node, name = self.source(name)
         return node is not None or (bool(name) and name not in self._constants)
 
-    def sources(self, name: str) -> Iterator[Any]:
+    def sources(self, name: str) -> list[Any]:
         """Return the nodes of which a tensor is a weighted sum; None for an input."""
-        node, name = self.source(name)
-        given = [item for item in node.input if item not in self._constants] if node is not None else []
-        if node is None or node.op_type not in LINEAR or (node.op_type == "Mul" and len(given) > 1):
-            yield node
-            return
-        for item in given:
-            yield from self.sources(item)
+        found: dict[str, Any] = {}
+        names = [name]
+        for name in names:  # which grows on the way
+            node, name = self.source(name)
+            given = [item for item in node.input if item and item not in self._constants] if node is not None else []
+            if node is None or node.op_type not in LINEAR or (node.op_type == "Mul" and len(given) > 1):
+                found[name] = node
+            else:
+                names += [item for item in given if item not in names]
+        return [*found.values()]
 
     def classes(self, label: str) -> Any:
         """Return the classes of which a tensor has one for each row, in the order of the scores; None if unknown."""
@@ -2583,6 +2589,7 @@ def prove_scores(predictor: Predictor, contract: Contract, known: list[dict[str,
         artifact.takes_one = True
         predictor.onnx = model = OnnxModel(artifact.session, predictor)
     y, scores = model.ask(X)
+    _refuse_unknown_label(artifact, y, scores)
     if scores is None:
         return
     named = " and ".join(map(repr, artifact.outputs[1:]))
@@ -2606,6 +2613,23 @@ def _answers_many(model: OnnxModel, X: Any) -> bool:
     return scores is None or not _differs(np.concatenate([some for _, some in alone]), scores, None).any()
 
 
+def _known_classes(artifact: OnnxArtifact, scores: Any) -> list[Any]:
+    """Return the classes that a graph names, or without names their positions among the scores."""
+    classes = getattr(artifact, "classes_", None)
+    return [*range(scores.shape[1])] if classes is None else classes.tolist()
+
+
+def _refuse_unknown_label(artifact: OnnxArtifact, y: Any, scores: Any) -> None:
+    """Raise `ModelError` where a label is none of the classes."""
+    if not hasattr(artifact, "classes_") and not isinstance(artifact, OnnxClassifier):
+        return
+    classes = _known_classes(artifact, scores)
+    unknown = {*y.ravel().tolist()} - {*classes}
+    if unknown or y.shape[1] > 1:
+        given = SHORT.repr(unknown.pop() if unknown else y[0].tolist())
+        raise ModelError(f"gives {given} as {artifact.outputs[0]!r}, with the classes {listed(classes)}; {SAVE_ITSELF}")
+
+
 def _name_by_values(artifact: OnnxArtifact, y: Any, scores: Any, named: str) -> str:
     """Return what scores, (n_samples, n_columns), are called beside the labels y. Raises `ModelError`."""
     labels = y[:, 0].tolist()
@@ -2614,12 +2638,7 @@ def _name_by_values(artifact: OnnxArtifact, y: Any, scores: Any, named: str) -> 
         if y.shape[1] == 1 == scores.shape[1] and is_side.all():
             return "score"
         raise ModelError(f"gives {named}, which is not below 0 for outliers, whose label is -1; {LEAVE_OUT}")
-    classes = getattr(artifact, "classes_", np.arange(scores.shape[1])).tolist()
-    if y.shape[1] > 1 or not {*labels} <= {*classes}:
-        unknown = next((label for label in labels if label not in classes), labels[0])
-        raise ModelError(
-            f"gives {unknown!r} as {artifact.outputs[0]!r}, with scores for {listed(classes)}; {SAVE_ITSELF}"
-        )
+    classes = _known_classes(artifact, scores)
     if scores.shape[1] != len(classes) and not (scores.shape[1] == 1 and len(classes) == 2 and artifact.is_raw):
         raise ModelError(f"gives {scores.shape[1]} columns as {named}, for {len(classes)} classes; {LEAVE_OUT}")
     position = np.array([classes.index(label) for label in labels])

@@ -661,8 +661,44 @@ def test_output_that_cannot_be_told_is_refused(tmp_path: Path, nodes: Any, outpu
 def test_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
     """skl2onnx gives the position of the class for one-versus-one classifiers, which only maps of the scores show."""
     estimator = OneVsOneClassifier(LogisticRegression(max_iter=1000)).fit(X, y + 5)
-    with pytest.raises(app.ModelError, match="gives 0 as 'output_label', with scores for 5, 6, 7; it was not conv"):
+    with pytest.raises(app.ModelError, match=r"gives . as 'output_label', with the classes 5, 6, 7; it was not c"):
         prove_graph(tmp_path / "model.onnx", export(estimator))
+
+
+@pytest.mark.parametrize("label", ["a", 4])
+def test_trees_of_a_single_class_are_refused(tmp_path: Path, label: Any) -> None:
+    """ONNX Runtime would give 1 for them, or end the process."""
+    forest = RandomForestClassifier(2).fit(X, [label] * len(X))
+    with pytest.raises(app.ModelError, match="has trees of a single class, which ONNX Runtime does not answer"):
+        prove_graph(tmp_path / "model.onnx", export(forest, zipmap=False))
+    with pytest.raises(app.ModelError, match=r"cannot be converted to ONNX: .* has trees of a single class"):
+        serve_estimator(tmp_path / "model.joblib", forest, **ONNX)
+
+
+@pytest.mark.parametrize("outputs", [{"label": INT}, {"label": INT, "probabilities": FLOAT}], ids=["label", "both"])
+def test_label_of_trees_that_is_no_class_is_refused(tmp_path: Path, outputs: Any) -> None:
+    """ONNX Runtime gives 0 in place of -1 for trees with weights for both classes, as CatBoost makes them."""
+    trees = node(
+        "TreeEnsembleClassifier",
+        ["X"],
+        ["label", "probabilities"],
+        domain="ai.onnx.ml",
+        classlabels_int64s=[-1, 1],
+        post_transform="LOGISTIC",
+        class_ids=[0, 1, 0, 1],
+        class_nodeids=[1, 1, 2, 2],
+        class_treeids=[0, 0, 0, 0],
+        class_weights=[0.8, -0.8, -0.7, 0.7],
+        nodes_nodeids=[0, 1, 2],
+        nodes_treeids=[0, 0, 0],
+        nodes_featureids=[0, 0, 0],
+        nodes_values=[0.0, 0.0, 0.0],
+        nodes_modes=["BRANCH_LEQ", "LEAF", "LEAF"],
+        nodes_truenodeids=[1, 0, 0],
+        nodes_falsenodeids=[2, 0, 0],
+    )
+    with pytest.raises(app.ModelError, match="gives 0 as 'label', with the classes -1, 1; it was not converted as it"):
+        prove_graph(tmp_path / "model.onnx", make_graph([trees], outputs))
 
 
 @pytest.mark.filterwarnings("ignore:.*prob:FutureWarning")
@@ -678,7 +714,7 @@ def test_trees_without_one_of_the_outputs_are_refused(tmp_path: Path) -> None:
     (trees,) = (item for item in model.graph.node if item.op_type == "TreeEnsembleRegressor")
     (targets,) = (item for item in trees.attribute if item.name == "target_ids")
     targets.ints[:] = [0] * len(targets.ints)
-    with pytest.raises(app.ModelError, match="has trees for 1 of its 2 outputs; convert one model for each output"):
+    with pytest.raises(app.ModelError, match="has trees for 1 of its 2 outputs; convert a model for each output"):
         prove_graph(tmp_path / "model.onnx", model.SerializeToString())
 
 
