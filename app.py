@@ -2356,7 +2356,8 @@ def _refuse_trees(graph: Any) -> None:
     """Raise `ModelError` for trees to which ONNX Runtime gives wrong answers, or for which it ends the process."""
     for node in graph.node:
         values = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "TreeEnsembleClassifier" and len(_read_labels(node)) == 1:
+        labels = _read_labels(node) if node.op_type == "TreeEnsembleClassifier" else None
+        if labels is not None and len(labels) == 1:
             raise ModelError(
                 "has trees of a single class, which ONNX Runtime does not answer; serve the estimator itself"
             )
@@ -2459,7 +2460,8 @@ class OnnxGraph:
         """Whether scores of classes are plain sums of weights, as decisions are."""
         node, _ = self.source(label)
         if node is not None and node.op_type == "SVMClassifier":
-            is_by_pair = len(_read_labels(node)) > 2 and any(self.source(name)[0] is node for name in scores)
+            labels = _read_labels(node)
+            is_by_pair = labels is None or (len(labels) > 2 and any(self.source(name)[0] is node for name in scores))
             return not is_by_pair and not any(item.name == "prob_a" and item.floats for item in node.attribute)
         return all(map(_is_sum, itertools.chain(*map(self.sources, scores))))
 
@@ -2648,6 +2650,8 @@ def _name_by_values(artifact: OnnxArtifact, y: Any, scores: Any, named: str) -> 
     elif artifact.is_raw and _is_decision(position, scores):
         return "decision"
     hint = f"convert a support vector machine with options={{'raw_scores': True}}, else {LEAVE_OUT}"
+    if not hasattr(artifact, "classes_"):  # its labels are positions, which need not be the classes
+        hint = SAVE_ITSELF
     shown = f"{SHORT.repr(scores[0].tolist())} where {artifact.outputs[0]!r} is {labels[0]!r}"
     raise ModelError(f"gives {named}, such as {shown}, which are no probabilities, nor known decisions; {hint}")
 

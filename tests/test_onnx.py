@@ -663,6 +663,10 @@ def test_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
     estimator = OneVsOneClassifier(LogisticRegression(max_iter=1000)).fit(X, y + 5)
     with pytest.raises(app.ModelError, match=r"gives . as 'output_label', with the classes 5, 6, 7; it was not c"):
         prove_graph(tmp_path / "model.onnx", export(estimator))
+    with pytest.raises(
+        app.ModelError, match="nor known decisions; it was not converted as it should be; serve the est"
+    ):
+        prove_graph(tmp_path / "model.onnx", export(estimator, zipmap=False))
 
 
 @pytest.mark.parametrize("label", ["a", 4])
