@@ -2052,9 +2052,10 @@ class OnnxModel:
             pairs = zip(scores, self._by_output, strict=True)
             return [np.minimum(output[:, :n_classes], 1.0, dtype=np.float64) for output, n_classes in pairs]
         scores = np.asarray(scores, np.float64)
-        if self._is_share:  # a float32 sum over a forest's trees may be above 1, and 1 less such a sum below 0
-            scores = np.maximum(np.minimum(scores, 1.0), 0.0)
+        if self._is_share:
+            scores = np.minimum(scores, 1.0)  # above which the float32 sum over a forest's trees may be
             if self._is_file:  # in which nothing but this says of a row that float32 made nothing of its probabilities
+                scores = np.maximum(scores, 0.0)
                 scores[np.abs(scores.sum(axis=1) - 1) > SHARES_TOLERANCE] = np.nan
             return scores
         return scores[:, -1] if scores.shape[1] == (2 if self._is_pair else 1) else scores
@@ -2062,6 +2063,8 @@ class OnnxModel:
 
 def _by_row(values: Any, n_rows: int) -> Any:
     """Return an output with one row for each of X: some operators lay it down. Raises `ModelError` if it has not."""
+    if values.ndim == 2 and len(values) == n_rows:
+        return values
     if values.size % n_rows or sum(size != 1 for size in values.shape) > (1 if n_rows == 1 else 2):
         raise ModelError(f"gives an output of shape {values.shape} for {n_rows} rows")
     return values.reshape(n_rows, -1)
