@@ -41,8 +41,8 @@ import app
 
 TESTS = str(Path(__file__).parent)
 TWO = [COMBINATIONS[0], COMBINATIONS[3]]
-LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": "2", "PYTHONPATH": TESTS}
-LATE = "which takes longer than model.load_timeout_s = 2 s while"
+LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": "5", "PYTHONPATH": TESTS}
+LATE = "which takes longer than model.load_timeout_s = 5 s while"
 
 quiet = functools.partial(LGBMClassifier, n_estimators=20, verbosity=-1)
 BOOSTERS: dict[str, Callable[[], Any]] = {  # with as many threads as they take by themselves
