@@ -610,13 +610,25 @@ class LossyOutput(io.RawIOBase):
     def write(self, data: Any) -> int:
         line = bytes(data)
         with self._lock:
+            n_bytes = 0 if self._pending or self._lost or self._is_cut else self._try(line)
+            if n_bytes == len(line):
+                return n_bytes
             if self._pending_bytes + len(line) <= MAX_PENDING_BYTES:
-                self._pending.append(line)
-                self._pending_bytes += len(line)
+                self._pending.append(line[n_bytes:])
+                self._pending_bytes += len(line) - n_bytes
+                self._is_begun = self._is_begun or n_bytes > 0
             else:
                 self._lost += line.count(b"\n")
+                self._is_cut = self._is_cut or n_bytes > 0
         self.flush()
         return len(line)
+
+    def _try(self, line: bytes) -> int:
+        """Write a line beside which none waits, and return how much of it was taken."""
+        try:
+            return self._send(line)
+        except OSError:
+            return 0
 
     def flush(self) -> None:
         """Write what waits, as far as it is taken."""
@@ -672,6 +684,9 @@ class LossyOutput(io.RawIOBase):
         return os.isatty(self._fd)
 
 
+PROTECTED: list[LossyOutput] = []  # what this process writes to standard output and error
+
+
 def _open_output(fd: int) -> Callable[[bytes], int]:
     """Return what writes to a copy of a descriptor: as much as is taken at once. It raises `OSError`.
 
@@ -705,7 +720,10 @@ class LineLogger:
     """What structlog hands its lines to. It has no lock, at which a signal's handler that logs would wait for ever."""
 
     def __init__(self, stream: Any) -> None:
-        self._write = stream.write
+        output = getattr(stream, "buffer", None)
+        self._write: Callable[[str], Any] = stream.write
+        if isinstance(output, LossyOutput):  # past the text stream, which costs as much as the write does
+            self._write = lambda text: output.write(text.encode(errors="backslashreplace"))
 
     def msg(self, line: str) -> None:
         self._write(line + "\n")
@@ -726,6 +744,12 @@ def protect_output() -> None:
             setattr(sys, name, _protect(stream, fd))
 
 
+def flush_output() -> None:
+    """Write the lines that wait for a slow reader, as far as it takes them now."""
+    for output in PROTECTED:
+        output.flush()
+
+
 def _protect(stream: Any, fd: int) -> io.TextIOWrapper:
     """Return a text stream in the place of one of Python's own, which is None where its descriptor was closed."""
     if stream is None:
@@ -733,9 +757,10 @@ def _protect(stream: Any, fd: int) -> io.TextIOWrapper:
     else:
         with contextlib.suppress(OSError):
             stream.flush()
+    output = LossyOutput(fd)
+    PROTECTED.append(output)
     encoding = getattr(stream, "encoding", "utf-8")
-    output = cast(Any, LossyOutput(fd))
-    return io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(cast(Any, output), encoding, errors="backslashreplace", line_buffering=True)
 
 
 def configure_logging(settings: LoggingSettings) -> None:

@@ -397,8 +397,7 @@ def freeze() -> None:
 def refuse_start(error: app.StartupError) -> NoReturn:
     """End the process with the message alone, without waiting for threads that an artifact has started."""
     print_error(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    app.flush_output()
     os._exit(app.STARTUP_STATUS)
 
 
@@ -682,7 +681,7 @@ class Serving(Worker):
 
     def notify(self) -> None:
         """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
-        sys.stderr.flush()  # what its reader could not take before
+        app.flush_output()
         self.tmp.notify()
         if self.stage == BOOTING:
             self._tell(READY)
@@ -1168,7 +1167,7 @@ class Master(Arbiter):
 
     def manage_workers(self) -> None:
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
-        sys.stderr.flush()  # what its reader could not take before
+        app.flush_output()
         self._go_on()
         self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
         for pid in self.WORKERS.keys() - self.retired.keys():
@@ -1336,7 +1335,7 @@ def post_fork(server: Any, worker: Any) -> None:
 def worker_exit(server: Any, worker: Any) -> None:
     """End a worker in which a call is still made: Python would wait for its thread."""
     if app.load_service().batching.called_at is not None:
-        sys.stderr.flush()
+        app.flush_output()
         os._exit(0)
 
 
