@@ -27,6 +27,7 @@ import contextvars
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import importlib
@@ -41,7 +42,6 @@ import pickle
 import queue
 import random
 import re
-import reprlib
 import select
 import socket
 import stat
@@ -102,7 +102,13 @@ log = structlog.get_logger()
 Array = np.ndarray[Any, Any]
 MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
 MAX_NAMES = 200  # names with which it is compared
+LIKELY_NAMES = 5  # of these the ones with which it is compared letter by letter
 MAX_LISTED = 20  # values that a message lists
+MAX_SHOWN = 200  # characters of a text that a message shows
+MAX_DIGITS = 200  # of an integer
+MAX_ITEMS = 6  # of an array or an object
+MAX_DEPTH = 3  # of arrays and objects inside each other
+CUT = "…"  # stands for what is left out
 
 
 def nearest(name: Any, names: Iterable[Any]) -> str:
@@ -110,14 +116,51 @@ def nearest(name: Any, names: Iterable[Any]) -> str:
     names = list(names)
     texts = [text for text in names[:MAX_NAMES] if isinstance(text, str)]
     comparable = isinstance(name, str) and len(name) <= MAX_NAME
-    close = difflib.get_close_matches(name, texts, n=1) if comparable else []
+    close = difflib.get_close_matches(name, _likely(name, texts), n=1) if comparable else []
     return f"did you mean {close[0]!r}?" if close else f"use one of {listed(names)}"
+
+
+def _likely(name: str, texts: list[str]) -> list[str]:
+    """Return the few texts that share most pairs of letters with a name.
+
+    To count these takes a small part of the time of a comparison, which grows with the square of a name's length.
+    """
+    pairs = _letter_pairs(name)
+    others = {text: _letter_pairs(text) for text in texts}
+    shares = {text: len(pairs & theirs) / (1 + len(pairs) + len(theirs)) for text, theirs in others.items()}
+    return sorted(shares, key=shares.__getitem__, reverse=True)[:LIKELY_NAMES]
+
+
+def _letter_pairs(text: str) -> set[str]:
+    text = text[: 3 * MAX_NAME]  # a longer one is like no name that is compared
+    return {*map(operator.add, text, text[1:])}
 
 
 def listed(values: Sequence[Any]) -> str:
     """List values for a message; of many only the first."""
-    first = ", ".join(map(repr, values[:MAX_LISTED]))
+    first = ", ".join(repr(shorten(value)) for value in values[:MAX_LISTED])
     return f"{first} and {len(values) - MAX_LISTED} more" if len(values) > MAX_LISTED else first
+
+
+def shorten(value: Any, length: int = MAX_SHOWN, depth: int = MAX_DEPTH) -> Any:
+    """Return a value from outside as a message shows it, in JSON's types: a small one as it is.
+
+    A text longer than `length`, or a longer integer as a text, keeps its ends; an array or an object keeps its first
+    items, in which texts have half the length, down to a depth.
+    """
+    if isinstance(value, int) and value.bit_length() > MAX_DIGITS * math.log2(10):
+        value = str(value)
+    if isinstance(value, str) and len(value) > length:
+        return value[: length - length // 4] + CUT + value[len(value) - length // 4 + 1 :]
+    if not isinstance(value, list | dict) or not value:
+        return value
+    if depth == 0:
+        return CUT
+    inner = functools.partial(shorten, length=length // 2, depth=depth - 1)
+    if isinstance(value, list):
+        return [*map(inner, value[:MAX_ITEMS]), *([CUT] if len(value) > MAX_ITEMS else [])]
+    first = {inner(name): inner(item) for name, item in itertools.islice(value.items(), MAX_ITEMS)}
+    return first | ({CUT: CUT} if len(value) > MAX_ITEMS else {})
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -231,8 +274,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-SHORT = reprlib.Repr()
-SHORT.maxstring = 200  # characters of a wrong value that a message shows
 ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+|fd://[0-9]+", re.ASCII)
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str}
 LIMITS: dict[str, float] = {  # of a feature, by its type
@@ -552,7 +593,7 @@ def _explain(error: ValidationError, sources: Sources) -> list[str]:
             names = FeatureSettings.model_fields if key[0] == "features" else dict.fromkeys(siblings)
             lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
         else:
-            seen = "**********" if key[0] == "auth" else SHORT.repr(problem["input"])
+            seen = "**********" if key[0] == "auth" else repr(shorten(problem["input"]))
             as_json = " (as JSON)" if isinstance(problem["input"], str) and problem["type"] in NESTED else ""
             shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem) + as_json)
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
@@ -1269,6 +1310,8 @@ READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of t
 Rows = list[dict[str, Any]]  # of checked cells by the names of features
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 MAX_PROBLEMS = 1000  # bad cells named in one answer
+MAX_DETAIL_BYTES = 131_072  # of its JSON; a thousand problems without a long name or value take about as much
+MAX_HINTS = 10  # suggestions in one answer
 JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", str: "string"}
 
 
@@ -1330,27 +1373,53 @@ class Contract:
             raise BadRequest("the query is not percent-encoded UTF-8") from None
         cells = dict(pairs)
         if len(cells) < len(pairs):
-            raise Unprocessable(list(_find_repeated(pairs)))
+            raise self._refusal(_find_repeated(pairs))
         for name in self.nullable:
             if cells.get(name) == "":
                 del cells[name]
         try:
             row = self.query_row.validate_strings(cells, strict=False)
         except ValidationError as error:
-            raise Unprocessable(list(self._problems(["query"], error))) from None
+            raise self._refusal(self._problems(["query"], error, Hints())) from None
         return [dict.fromkeys(self.nullable) | row]
 
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
-        try:
+        if (rows := self.check(payload)) is None:
+            raise self._refusal(self._find_problems(payload))
+        return rows
+
+    def check(self, payload: Any) -> Rows | None:
+        """Return the rows of a payload, or None if one does not fit, in less time than it takes to say why."""
+        if self._has_long_row(payload if isinstance(payload, list) else [payload]):
+            return None
+        with contextlib.suppress(ValidationError):
             if isinstance(payload, list):
                 return self.rows.validate_python(payload, strict=True)
             return [self.row.validator.validate_python(payload, strict=True)]
-        except ValidationError:
-            raise Unprocessable(list(itertools.islice(self._find_problems(payload), MAX_PROBLEMS))) from None
+        return None
+
+    def _has_long_row(self, rows: list[Any]) -> bool:
+        """Whether a row has more unknown names than an answer has room for, each of which pydantic would note."""
+        with contextlib.suppress(TypeError):  # of a number, which is no row at all
+            return max(map(len, rows), default=0) > len(self.names) + MAX_PROBLEMS
+        return False
+
+    def _refusal(self, problems: Iterable[dict[str, Any]]) -> Unprocessable:
+        """Return the error with the first problems, as many as an answer may have, and one at least."""
+        detail: list[dict[str, Any]] = []
+        left = MAX_DETAIL_BYTES
+        for problem in itertools.islice(problems, MAX_PROBLEMS):
+            problem["loc"] = [part if part in self.features else shorten(part) for part in problem["loc"]]
+            left -= len(to_json(problem, inf_nan_mode="strings", fallback=str)) + len(",")
+            if left < 0 and detail:
+                break
+            detail.append(problem)
+        return Unprocessable(detail)
 
     def _find_problems(self, payload: Any) -> Iterator[dict[str, Any]]:
         """Check row by row, so that an answer of bounded length costs a bounded time."""
+        hints = Hints()
         rows = enumerate(payload) if isinstance(payload, list) else [(None, payload)]
         for index, row in rows:
             place = ["body"] if index is None else ["body", index]
@@ -1361,17 +1430,17 @@ class Contract:
             try:
                 self.row.validate_python(row, strict=True)
             except ValidationError as error:
-                yield from self._problems(place, error)
+                yield from self._problems(place, error, hints)
 
-    def _problems(self, place: list[Any], error: ValidationError) -> Iterator[dict[str, Any]]:
+    def _problems(self, place: list[Any], error: ValidationError, hints: Hints) -> Iterator[dict[str, Any]]:
         """Say pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""
         for problem in error.errors(include_url=False, include_context=False):
             kind, message, given = problem["type"], problem["msg"], problem["input"]
             if kind == "extra_forbidden":
-                message = f"Unknown feature; {nearest(str(problem['loc'][-1]), self.names)}"
+                message = hints.add("Unknown feature", str(problem["loc"][-1]), self.names)
             elif kind == "literal_error":
                 choices = self.features[str(problem["loc"][-1])].choices or []
-                message = f"Input is none of the choices; {nearest(given, choices)}"
+                message = hints.add("Input is none of the choices", given, choices)
             elif kind == "dict_type":
                 message = "Input should be an object" + (" or an array of objects" if place == ["body"] else "")
             elif kind == "missing":
@@ -1402,7 +1471,10 @@ class Contract:
         if self._bounds is None or b"\\" in body:
             return None
         try:
-            X = self._to_numbers(jiter.from_json(body, allow_inf_nan=False, cache_mode="keys"))
+            rows = jiter.from_json(body, allow_inf_nan=False, cache_mode="keys")
+            if len(rows) * len(self.order) > len(body):
+                return None  # which would have room made for more cells than there can be
+            X = self._to_numbers(rows)
         except (ValueError, TypeError, KeyError, OverflowError):
             return None
         marks = np.frombuffer(body, np.uint8)
@@ -1438,6 +1510,21 @@ class Contract:
         )
 
 
+class Hints:
+    """The suggestions of one answer, of which only its first problems get one, and each name is looked up once."""
+
+    def __init__(self) -> None:
+        self._left = MAX_HINTS
+        self._nearest = functools.cache(nearest)
+
+    def add(self, message: str, name: Any, names: Sequence[Any]) -> str:
+        """Return a message with what `name` should have been, as long as there are suggestions left."""
+        if self._left == 0:
+            return message
+        self._left -= 1
+        return f"{message}; {self._nearest(name, tuple(names))}"
+
+
 def name_columns(inputs: Inputs, settings: Settings, row: Iterable[str] = ()) -> dict[str, Column | None]:
     """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings.
 
@@ -1468,7 +1555,7 @@ def _refuse_contradictions(columns: Mapping[str, Column], settings: Settings) ->
     for name in [name for name, column in columns.items() if column.choices == ()]:
         raise ModelError(f"has parts that know no category of {name!r} in common, so that it can answer none")
     lines = [
-        f"{settings.place('features', name, key)} is {SHORT.repr(getattr(given, key))}; the model takes {allowed} there"
+        f"{settings.place('features', name, key)} is {shorten(getattr(given, key))!r}; the model takes {allowed} there"
         for name, given in settings.features.items()
         for key, allowed in _find_contradictions(given, columns[name])
     ]
@@ -1587,7 +1674,7 @@ def _find_repeated(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
 
 
 def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, Any]:
-    return {"type": kind, "loc": loc, "msg": message, "input": given}
+    return {"type": kind, "loc": loc, "msg": message, "input": shorten(given)}
 
 
 def _row_type(cells: dict[str, Any]) -> Any:
@@ -2320,7 +2407,7 @@ def _show(y: Any, scores: Any, index: int) -> str:
         answer += [output[index].tolist() for output in scores]
     elif scores is not None:
         answer += scores[index : index + 1].tolist()
-    return SHORT.repr(answer)
+    return repr(shorten(answer))
 
 
 LABELS = ("label", "output_label")  # names that exporters give to a class, a cluster, or what is an outlier
@@ -2581,7 +2668,7 @@ def _read_scores(
     if classes is None and others is None and (node is None or node.op_type != "ArgMax"):
         raise ModelError(f"gives {scores[0]!r}, and its graph does not say of which classes; {LEAVE_OUT}")
     if classes is not None and others is not None and classes.tolist() != others.tolist():
-        differ = f"{SHORT.repr(others.tolist())}, but {label!r} has the classes {SHORT.repr(classes.tolist())}"
+        differ = f"{repr(shorten(others.tolist()))}, but {label!r} has the classes {repr(shorten(classes.tolist()))}"
         raise ModelError(f"gives {scores[0]!r} for the classes {differ}; {SAVE_ITSELF}")
     artifact = OnnxClassifier(session, [label, *scores], others if classes is None else classes)
     artifact.is_raw = graph.is_raw(label, scores)
@@ -2656,7 +2743,7 @@ def _refuse_unknown_label(artifact: OnnxArtifact, y: Any, scores: Any) -> None:
     classes = _known_classes(artifact, scores)
     unknown = {*y.ravel().tolist()} - {*classes}
     if unknown or y.shape[1] > 1:
-        given = SHORT.repr(unknown.pop() if unknown else y[0].tolist())
+        given = repr(shorten(unknown.pop() if unknown else y[0].tolist()))
         raise ModelError(f"gives {given} as {artifact.outputs[0]!r}, with the classes {listed(classes)}; {SAVE_ITSELF}")
 
 
@@ -2680,7 +2767,7 @@ def _name_by_values(artifact: OnnxArtifact, y: Any, scores: Any, named: str) -> 
     hint = f"convert a support vector machine with options={{'raw_scores': True}}, else {LEAVE_OUT}"
     if not hasattr(artifact, "classes_"):  # its labels are positions, which need not be the classes
         hint = SAVE_ITSELF
-    shown = f"{SHORT.repr(scores[0].tolist())} where {artifact.outputs[0]!r} is {labels[0]!r}"
+    shown = f"{repr(shorten(scores[0].tolist()))} where {artifact.outputs[0]!r} is {labels[0]!r}"
     raise ModelError(f"gives {named}, such as {shown}, which are no probabilities, nor known decisions; {hint}")
 
 
@@ -3373,7 +3460,10 @@ def _gevent_thread() -> Any:
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 LINGER_S = 2.0
 PIECE_BYTES = 65_536
+MAX_PIECE_BYTES = 16 * PIECE_BYTES  # of a piece that ends with a long row
 PIECE_ROWS = 1000
+DECODING = threading.Lock()  # of one long body at a time, as Python's own lock has it anyway
+ARRAY_OF_OBJECTS = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\{")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 
 
@@ -3431,7 +3521,7 @@ class Request:
         given = self.header("content-length")
         # More digits are no length that could be, and Python refuses to read more than 4300 of them.
         if given is not None and not (given.isascii() and given.isdigit() and len(given.lstrip("0")) <= 18):
-            detail = f"Content-Length is {given!r}; it should be a number of bytes"
+            detail = f"Content-Length is {shorten(given)!r}; it should be a number of bytes"
             raise BadRequest(detail, {"Connection": "close"})
         return None if given is None else int(given[-18:])
 
@@ -3514,26 +3604,64 @@ async def predict_body(service: Service, request: Request) -> Response:
     limit = service.settings.limits.max_rows
     if (inputs := read_long_array(service.contract, request.body, limit)) is not None:
         return Response(await service.predict_array(request, inputs))
-    payload = parse_json(request.body)
-    if isinstance(payload, list) and len(payload) > limit:
-        raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {limit} rows")
-    rows = service.contract.parse_payload(payload)
+    rows, is_array = read_rows(service.contract, request.body, limit)
     predictions = await service.predict(request, rows) if rows else []
-    return Response([b"[%b]" % b",".join(predictions)] if isinstance(payload, list) else predictions)
+    return Response([b"[%b]" % b",".join(predictions)] if is_array else predictions)
+
+
+def read_rows(contract: Contract, body: Any, max_rows: int) -> tuple[Rows, bool]:
+    """Return the rows of a body, and whether they are an array. Raises `ServingError`."""
+    if len(body) <= PIECE_BYTES:
+        return _read_rows(contract, body, max_rows)
+    with collector_off():
+        try:
+            return _read_rows(contract, body, max_rows)
+        except ServingError as error:
+            error.__traceback__ = error.__context__ = None  # they hold what was decoded, which ends before it is seen
+            raise
+
+
+def _read_rows(contract: Contract, body: Any, max_rows: int) -> tuple[Rows, bool]:
+    payload = parse_json(body)
+    is_array = isinstance(payload, list)
+    if is_array and len(payload) > max_rows:
+        raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {max_rows} rows")
+    return contract.parse_payload(payload), is_array
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Keep the garbage collector from what is decoded: there is no garbage in it, and it may be millions of objects,
+    which the collector would go through again and again."""
+    with DECODING:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
 
 
 def read_long_array(contract: Contract, body: Any, max_rows: int) -> list[Any] | None:
     """Give what the contract makes of a long array of rows, in parts, for decoded as a whole it takes many times its
     size. None for all else, and for rows that should be refused: the whole says why."""
-    if len(body) <= PIECE_BYTES:
+    if len(body) <= PIECE_BYTES or not ARRAY_OF_OBJECTS.match(body):
         return None
     inputs: list[Any] = []
     n_rows = 0
     with contextlib.suppress(ServingError):
         for part in split_array(body):
+            if len(part) > MAX_PIECE_BYTES:
+                return None  # or what may be no row at all would be decoded twice
             X = contract.read_numbers(part)
-            inputs.append(contract.to_input(contract.parse_payload(parse_json(part))) if X is None else X)
-            n_rows += len(inputs[-1])
+            if X is None:
+                rows = contract.check(parse_json(part))
+                if rows is None:
+                    return None
+                X = contract.to_input(rows)
+            inputs.append(X)
+            n_rows += len(X)
         return inputs if 0 < n_rows <= max_rows else None
     return None
 
@@ -3571,14 +3699,14 @@ async def openapi(service: Service, request: Request) -> Response:
 def _check_media_type(request: Request) -> None:
     encoding = request.header("content-encoding")
     if encoding not in (None, "identity"):
-        raise UnsupportedMediaType(f"Content-Encoding is {encoding!r}; send the body as it is")
+        raise UnsupportedMediaType(f"Content-Encoding is {shorten(encoding)!r}; send the body as it is")
     given = request.header("content-type")
     if given == "application/json":
         return
     media_type, _, parameters = (given or "").lower().partition(";")
     charset = parameters.strip().removeprefix("charset=").strip('"')
     if media_type.strip() != "application/json" or charset not in ("", "utf-8"):
-        seen = "missing" if given is None else repr(given)
+        seen = "missing" if given is None else repr(shorten(given))
         raise UnsupportedMediaType(f"Content-Type is {seen}; use 'application/json'")
 
 
@@ -3589,7 +3717,7 @@ def parse_json(body: Any) -> Any:
     try:
         return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
     except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+        raise BadRequest(f"the body is not JSON: {shorten(str(error))}") from None
 
 
 PREDICTIONS = "/predictions"
@@ -3851,11 +3979,11 @@ class Service:
     def _find(self, request: Request) -> Operation:
         methods = self.routes.get(request.path)
         if methods is None:
-            raise NotFound(f"there is no {request.path!r}; {nearest(request.path, self.routes)}")
+            raise NotFound(f"there is no {shorten(request.path)!r}; {nearest(request.path, self.routes)}")
         operation = methods.get("GET" if request.method == "HEAD" else request.method)
         if operation is None:
             allowed = ", ".join(methods).replace("GET", "GET, HEAD")
-            detail = f"{request.method} is not allowed on {request.path}; use one of {allowed}"
+            detail = f"{shorten(request.method)} is not allowed on {request.path}; use one of {allowed}"
             raise MethodNotAllowed(detail, {"Allow": allowed})
         return operation
 
@@ -4208,9 +4336,10 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
     """Make a `Request` of an ASGI scope."""
     headers: dict[bytes, bytes] = dict(scope["headers"])
     if len(headers) < len(scope["headers"]):
-        headers.clear()
+        values: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
-            headers[name] = headers[name] + b"," + value if name in headers else value
+            values.setdefault(name, []).append(value)
+        headers = {name: b",".join(several) for name, several in values.items()}
 
     def header(name: str) -> str | None:
         value = headers.get(name.encode())
