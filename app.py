@@ -1423,7 +1423,7 @@ class Contract:
         rows = enumerate(payload) if isinstance(payload, list) else [(None, payload)]
         for index, row in rows:
             place = ["body"] if index is None else ["body", index]
-            if isinstance(row, dict) and len(row) > len(self.names) + MAX_PROBLEMS:
+            if isinstance(row, dict) and self._has_long_row([row]):
                 message = f"Object should have at most {len(self.names)} features, not {len(row)}"
                 yield _problem("too_long", place, message, None)
                 continue
@@ -3662,7 +3662,9 @@ def read_long_array(contract: Contract, body: Any, max_rows: int) -> list[Any] |
                 X = contract.to_input(rows)
             inputs.append(X)
             n_rows += len(X)
-        return inputs if 0 < n_rows <= max_rows else None
+            if n_rows > max_rows:
+                return None
+        return inputs
     return None
 
 
@@ -3693,7 +3695,7 @@ async def ready(service: Service, request: Request) -> Response:
 
 
 async def openapi(service: Service, request: Request) -> Response:
-    return Response.of(service.openapi)
+    return Response([service.openapi_json])
 
 
 def _check_media_type(request: Request) -> None:
@@ -4150,6 +4152,11 @@ class Service:
     @functools.cached_property
     def openapi(self) -> dict[str, Any]:
         return describe_api(self.settings, self.contract, self.predictor, self.sample)
+
+    @functools.cached_property
+    def openapi_json(self) -> bytes:
+        """The document as it is sent, rendered once: a model of many features makes it long."""
+        return to_json(self.openapi, inf_nan_mode="strings", fallback=str)
 
 
 # Flask ----------------------------------------------------------------------------------------------------------------

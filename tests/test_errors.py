@@ -402,3 +402,22 @@ def test_query_example_is_as_ever(apps: dict[tuple[str, str], Any], framework: s
             "input": "1",
         },
     ]
+
+
+def test_document_is_rendered_once(
+    apps: dict[tuple[str, str], Any], framework: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The document of a model of many features is long, and a request for it is short: it is rendered for the first."""
+    case = Case("openapi", "GET", "/openapi.json")
+    first = call(apps[framework, "long"], case)
+    rendered: list[Any] = []
+    render = app.to_json
+
+    def note(value: Any, **options: Any) -> bytes:
+        rendered.append(value)
+        return render(value, **options)
+
+    monkeypatch.setattr(app, "to_json", note)
+    assert call(apps[framework, "long"], case) == first
+    assert not [value for value in rendered if "openapi" in value]
+    assert first.json["openapi"] == "3.1.0"
