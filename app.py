@@ -2668,7 +2668,7 @@ def _read_scores(
     if classes is None and others is None and (node is None or node.op_type != "ArgMax"):
         raise ModelError(f"gives {scores[0]!r}, and its graph does not say of which classes; {LEAVE_OUT}")
     if classes is not None and others is not None and classes.tolist() != others.tolist():
-        differ = f"{repr(shorten(others.tolist()))}, but {label!r} has the classes {repr(shorten(classes.tolist()))}"
+        differ = f"{shorten(others.tolist())!r}, but {label!r} has the classes {shorten(classes.tolist())!r}"
         raise ModelError(f"gives {scores[0]!r} for the classes {differ}; {SAVE_ITSELF}")
     artifact = OnnxClassifier(session, [label, *scores], others if classes is None else classes)
     artifact.is_raw = graph.is_raw(label, scores)
@@ -2767,7 +2767,7 @@ def _name_by_values(artifact: OnnxArtifact, y: Any, scores: Any, named: str) -> 
     hint = f"convert a support vector machine with options={{'raw_scores': True}}, else {LEAVE_OUT}"
     if not hasattr(artifact, "classes_"):  # its labels are positions, which need not be the classes
         hint = SAVE_ITSELF
-    shown = f"{repr(shorten(scores[0].tolist()))} where {artifact.outputs[0]!r} is {labels[0]!r}"
+    shown = f"{shorten(scores[0].tolist())!r} where {artifact.outputs[0]!r} is {labels[0]!r}"
     raise ModelError(f"gives {named}, such as {shown}, which are no probabilities, nor known decisions; {hint}")
 
 
