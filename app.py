@@ -191,6 +191,7 @@ class ServingError(Exception):
     """An answer other than success. `detail` is what the client reads, so it holds no internals."""
 
     status: ClassVar[int] = 500
+    lingers: bool = False  # the client may still be sending
 
     def __init__(self, detail: Any, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -219,7 +220,13 @@ class BodyTooSlow(ServingError):
 
 
 class Unauthorized(ServingError):
+    """The key is missing or wrong. No body is read for it, so a connection on which one was announced ends here."""
+
     status = 401
+
+    def __init__(self, detail: str, lingers: bool) -> None:
+        super().__init__(detail, {"WWW-Authenticate": "Bearer"} | ({"Connection": "close"} if lingers else {}))
+        self.lingers = lingers
 
 
 class NotFound(ServingError):
@@ -236,6 +243,8 @@ class ContentTooLarge(ServingError):
 
 class BodyTooLarge(ContentTooLarge):
     """The body is longer than the limit, and the rest of it may be on its way: the connection ends here."""
+
+    lingers = True
 
     def __init__(self, what: str, limit: int) -> None:
         super().__init__(f"{what}; send at most {limit} bytes", {"Connection": "close"})
@@ -314,7 +323,7 @@ Cell = bool | int | Finite | str  # of a row
 
 
 class ServerSettings(Section):
-    """Gunicorn's own names and units; `gunicorn.conf.py` hands them on."""
+    """Gunicorn's own names and units, which `gunicorn.conf.py` hands on, and two for connections, which it reads."""
 
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
@@ -323,6 +332,8 @@ class ServerSettings(Section):
     timeout: NonNegativeInt = 30
     graceful_timeout: PositiveInt = 30
     keepalive: PositiveInt = 5
+    send_timeout: PositiveInt = 10
+    max_requests_per_connection: NonNegativeInt = 1000
     max_requests: NonNegativeInt = 0
     max_requests_jitter: NonNegativeInt = 0
     certfile: PathText = ""
@@ -3488,16 +3499,24 @@ class Request:
     body: bytes | ServingError | None = None  # what reading it gave
     rows: int = 0
 
-    async def read_body(self, limit: int) -> bytes | ServingError:
-        """Read the whole body, but no more than `limit` bytes, into `body`; or the error that it ends with."""
+    @property
+    def announces_body(self) -> bool:
+        """Whether the head says that a body follows."""
+        return self.header("content-length") not in (None, "0") or self.header("transfer-encoding") is not None
+
+    async def read_body(self, limit: int, keeps: bool = True) -> bytes | ServingError:
+        """Read the whole body, but no more than `limit` bytes, into `body`; or the error that it ends with.
+
+        A body that nobody needs is not kept: it is read so that the connection can go on.
+        """
         if self.body is None:
             try:
-                self.body = await self._read_body(limit)
+                self.body = await self._read_body(limit, keeps)
             except ServingError as error:
                 self.body = error
         return self.body
 
-    async def _read_body(self, limit: int) -> bytes:
+    async def _read_body(self, limit: int, keeps: bool) -> bytes:
         length = self._content_length()
         if length is None and self.header("transfer-encoding") is None:
             return b""
@@ -3509,7 +3528,8 @@ class Request:
             piece = await self.read(PIECE_BYTES if length is None else min(length - size, PIECE_BYTES))
             if not piece:
                 break
-            pieces.append(piece)
+            if keeps:
+                pieces.append(piece)
             size += len(piece)
             if size > limit:
                 raise BodyTooLarge("the body is longer", limit)
@@ -3544,7 +3564,7 @@ class Response:
     @classmethod
     def of_error(cls, error: ServingError) -> Response:
         response = cls.of({"detail": error.detail}, error.status, error.headers)
-        response.lingers = isinstance(error, BodyTooLarge)
+        response.lingers = error.lingers
         return response
 
     @property
@@ -3966,17 +3986,34 @@ class Service:
 
     async def _answer(self, request: Request) -> Response:
         try:
-            await request.read_body(self.settings.limits.max_body_bytes)
+            found = self.judge_head(request)
+            if isinstance(found, Unauthorized):
+                raise found
+            takes_body = isinstance(found, Operation) and found.takes == "body"
+            await request.read_body(self.settings.limits.max_body_bytes, keeps=takes_body)
             if isinstance(request.body, ServingError):
                 raise request.body
-            operation = self._find(request)
-            self._authorize(operation, request)
-            return await operation.endpoint(self, request)
+            if isinstance(found, ServingError):
+                raise found
+            return await found.endpoint(self, request)
         except ServingError as error:
             return Response.of_error(error)
         except Exception:  # the outermost edge: whatever failed, the client learns no internals
             log.exception("request_failed", method=request.method, path=request.path)
             return Response.of({"detail": "internal error; the log has it under this X-Request-ID"}, 500)
+
+    def judge_head(self, request: Request) -> Operation | ServingError:
+        """Return the operation that a request asks for, or why it gets none, before its body is read."""
+        try:
+            operation = self._find(request)
+            self._authorize(operation, request)
+        except ServingError as error:
+            return error
+        return operation
+
+    def lacks_key(self, request: Request) -> bool:
+        """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
+        return request.announces_body and isinstance(self.judge_head(request), Unauthorized)
 
     def _find(self, request: Request) -> Operation:
         methods = self.routes.get(request.path)
@@ -3998,7 +4035,7 @@ class Service:
         matches = [hmac.compare_digest(key.encode("latin-1"), known) for known in self._api_keys]
         if not any(matches):
             detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
-            raise Unauthorized(detail, {"WWW-Authenticate": "Bearer"})
+            raise Unauthorized(detail, lingers=request.announces_body)
 
     def predict(self, request: Request, rows: Rows) -> Awaitable[list[bytes]]:
         """Give the answers to some rows, of which there is one at least."""
@@ -4186,19 +4223,32 @@ def build_flask(service: Service) -> flask.Flask:
     app.register_error_handler(HTTPException, unmatched)
     inner = app.wsgi_app
 
-    def is_ours_alone(path: str, method: str) -> bool:
-        """Whether a request is for the service, and Flask is to do nothing for it."""
+    def is_ours(path: str, method: str) -> bool:
+        """Whether a request is for the service."""
         operations = service.routes.get(path, {})
         name = next((operation.name for operation in operations.values()), "")
-        is_ours = (method in operations or method == "HEAD") and app.view_functions.get(name) is view
-        return is_ours and not _has_hooks(app)
+        return (method in operations or method == "HEAD") and app.view_functions.get(name) is view
+
+    def is_ours_alone(path: str, method: str) -> bool:
+        """Whether a request is for the service, and Flask is to do nothing for it."""
+        return is_ours(path, method) and not _has_hooks(app)
+
+    def may_read_body(path: str, method: str) -> bool:
+        """Whether code of a user may read the body of a request."""
+        try:
+            name, _ = app.url_map.bind("").match(path, method)
+        except HTTPException:
+            return _has_hooks(app)
+        return _has_hooks(app) or app.view_functions[name] is not view
 
     def predictions_first(environ: Any, start_response: Any) -> Any:
         """Answer predictions before Flask's router, which takes longer than the service does."""
         first = environ["PATH_INFO"] == PREDICTIONS and is_ours_alone(PREDICTIONS, environ["REQUEST_METHOD"])
         return (endpoint if first else inner)(environ, start_response)
 
+    app.extensions["serving.is_ours"] = is_ours
     app.extensions["serving.is_ours_alone"] = is_ours_alone
+    app.extensions["serving.may_read_body"] = may_read_body
     app.wsgi_app = predictions_first  # type: ignore[method-assign]
     return app
 
@@ -4395,6 +4445,30 @@ def as_wsgi(app: Any) -> Any:
     return app if hasattr(app, "wsgi_app") else FastAPIOverWSGI(app)
 
 
+def send_and_close(receive: Any, send: Any) -> Any:
+    """Return a `send` with whose answer the connection ends, since a body that was announced was not read."""
+
+    async def send_last(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+        elif not message.get("more_body"):
+            await send({**message, "more_body": True})
+            await linger(receive)
+            message = {"type": "http.response.body", "body": b""}
+        await send(message)
+
+    return send_last
+
+
+def start_and_close(start_response: Any) -> Any:
+    """Return a `start_response` with whose answer the connection ends, as `send_and_close` does."""
+
+    def start_last(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        return start_response(status, [*headers, ("Connection", "close")], exc_info)
+
+    return start_last
+
+
 class FlaskOverASGI:
     """A Flask app behind ASGI: it runs in a2wsgi's threads, of which waiting predictions would leave none for health;
     so what needs no Flask is answered in the loop."""
@@ -4404,7 +4478,9 @@ class FlaskOverASGI:
 
         self.service: Service = app.extensions["serving"]
         self.endpoint = ASGIEndpoint(self.service)
+        self.is_ours: Callable[[str, str], bool] = app.extensions["serving.is_ours"]
         self.is_ours_alone: Callable[[str, str], bool] = app.extensions["serving.is_ours_alone"]
+        self.may_read_body: Callable[[str, str], bool] = app.extensions["serving.may_read_body"]
         self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -4415,7 +4491,10 @@ class FlaskOverASGI:
         if self.is_ours_alone(request.path, request.method):
             await self.endpoint.answer(request, receive, send)
             return
-        body = await request.read_body(self.service.settings.limits.max_body_bytes)
+        if self.is_ours(request.path, request.method) and self.service.lacks_key(request):
+            request.body, send = b"", send_and_close(receive, send)
+        keeps = not request.announces_body or self.may_read_body(request.path, request.method)
+        body = await request.read_body(self.service.settings.limits.max_body_bytes, keeps)
         if isinstance(body, ServingError):
             await self.endpoint.answer(request, receive, send)
             return
@@ -4449,7 +4528,10 @@ class FastAPIOverWSGI:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         self.start()
         request = wsgi_request(environ, self._endpoint.batcher)
-        body = run_now(request.read_body(self.service.settings.limits.max_body_bytes))
+        if self.service.lacks_key(request):
+            request.body, start_response = b"", start_and_close(start_response)
+        keeps = not request.announces_body or self._needs_body(request)
+        body = run_now(request.read_body(self.service.settings.limits.max_body_bytes, keeps))
         if isinstance(body, ServingError):
             return self._endpoint.answer(request, start_response)
         changed = {
@@ -4459,6 +4541,15 @@ class FastAPIOverWSGI:
         }
         environ = {key: value for key, value in environ.items() if key != "HTTP_TRANSFER_ENCODING"} | changed
         return list(self._bridge(environ, start_response))  # whole, or a client that leaves would strand its task
+
+    def _needs_body(self, request: Request) -> bool:
+        """Return whether the service takes the body of a request, or code of a user may read it."""
+        found = self.service.judge_head(request)
+        if self.app.user_middleware or (isinstance(found, Operation) and found.takes == "body"):
+            return True
+        scope = {"type": "http", "path": request.path, "method": request.method, "root_path": "", "headers": []}
+        added = [route for route in self.app.routes if not isinstance(getattr(route, "endpoint", None), ASGIEndpoint)]
+        return any(route.matches(scope)[0].value for route in added) or "build_middleware_stack" in vars(self.app)
 
     def start(self) -> None:
         """Start the loop and run the app's start-up events, once. Raises what they raise."""

@@ -11,6 +11,8 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import errno
+import fcntl
 import functools
 import gc
 import importlib
@@ -19,12 +21,14 @@ import json
 import logging
 import mmap
 import os
+import resource
 import signal
 import socket
 import ssl
 import struct
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -75,6 +79,14 @@ SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 MAX_HELD_BYTES = 16_384
 GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
 MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
+PIECE_BYTES = 256  # of a body that the parser gets at once, at the least, where empty lines are in it
+MAX_PIECE_BYTES = 32_768  # that it gets at once, at the most
+TURN_S = 0.005  # for which one connection's bytes are parsed before others have their turn
+TURN_REQUESTS = 16  # requests that were sent too early and are begun in one turn of the loop
+ACCEPTS_PER_S, MAX_ACCEPTS = 2000, 100  # by which a busy loop makes up for turns that it had not
+LOOK_S = 1.0  # between two looks at what is being sent
+MAX_FILES = 65_536  # that a worker may have open, where the hard limit lets it
+OWN_FILES = 100  # of a worker: listeners, libraries, logs and what a model opens
 
 
 class Trial:
@@ -442,6 +454,40 @@ class StructuredLogger(Logger):
         self._access_log_enabled = False
 
 
+def count_unacknowledged(sock: Any) -> int:
+    """Return the bytes that a socket has taken and the other side's kernel has not: a client may read for long before
+    a full socket takes more."""
+    count = bytearray(4)
+    with contextlib.suppress(OSError, ValueError):  # no such count for this kind of socket, or it is closed
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
+def forget_unsent(sock: Any) -> None:
+    """Have the kernel drop what a socket has not sent when it is closed, instead of keeping it for a client that reads
+    nothing."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def note_cut_off() -> None:
+    log.info("client_cut_off", reason="it took no byte of its answer", after_s=send_timeout)
+
+
+class Progress:
+    """How much of what is sent has left, and since when no more has."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.since = left, time.monotonic()
+
+    def has_ended(self, left: int) -> bool:
+        """Note how much has left by now. Return whether it has been no more for `server.send_timeout`."""
+        now = time.monotonic()
+        if left > self.left:
+            self.left, self.since = left, now
+        return now - self.since >= send_timeout
+
+
 def refuse(status: int) -> bytes:
     """Give the whole answer to bytes that are no HTTP request we take, in the shape of every other error."""
     details = {
@@ -459,19 +505,23 @@ def refuse(status: int) -> bytes:
 
 
 class Together:
-    """A transport that sends what is written in one turn of the loop in one piece.
+    """A transport that sends what is written in one turn of the loop in one piece, and ends when nothing more leaves.
 
     uvicorn writes a head and then a body, each of which would be a packet and a system call: a fifth of the time that
     a small answer takes.
     """
 
     pending: ClassVar[collections.deque["Together"]] = collections.deque()  # those of this turn
+    sending: ClassVar[dict["Together", Progress]] = {}  # those that may have something to send
 
     def __init__(self, transport: Any, loop: Any) -> None:
         self.transport = transport
         self.is_closing = transport.is_closing  # which is asked for each answer
         self.loop = loop
         self.written: list[bytes] = []
+        self.sent_bytes = 0  # given to the transport
+        self.lingers = False  # the client may still be sending when this is closed
+        self.is_over = False  # closed, but for what lingers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
@@ -490,8 +540,18 @@ class Together:
         self.transport.write_eof()
 
     def close(self) -> None:
+        """Close; where the client may still be sending, not before it could read its last answer."""
+        if self.is_over:
+            return
         self.flush()
-        self.transport.close()
+        self.is_over = True
+        if not self.lingers or self.is_closing():
+            self.transport.close()
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.transport.resume_reading()  # and the protocol throws it away
+        self.loop.call_later(app.LINGER_S, self.transport.close)
 
     def flush_pending(self) -> None:
         try:
@@ -502,9 +562,41 @@ class Together:
                 self.loop.call_soon(self.flush_pending)
 
     def flush(self) -> None:
-        if self.written and not self.transport.is_closing():
+        if self.written and not self.is_over and not self.transport.is_closing():
             self.transport.writelines(self.written)
+            self.sent_bytes += sum(map(len, self.written))
+            if self not in self.sending:
+                self.watch()
         self.written = []
+
+    def watch(self) -> None:
+        """Look each second whether something leaves, until all has."""
+        if not self.sending:
+            self.loop.call_later(LOOK_S, self.look, self.loop)
+        self.sending[self] = Progress(self.count_left())
+
+    @classmethod
+    def look(cls, loop: Any) -> None:
+        """Let go of transports that have sent all, and abort those whose clients take nothing."""
+        for transport, progress in [*cls.sending.items()]:
+            if not transport.get_write_buffer_size():
+                del cls.sending[transport]
+            elif progress.has_ended(transport.count_left()):
+                del cls.sending[transport]
+                transport.cut_off()
+        if cls.sending:
+            loop.call_later(LOOK_S, cls.look, loop)
+
+    def count_left(self) -> int:
+        """Return the bytes that the client's kernel has got."""
+        unsent: int = self.transport.get_write_buffer_size()
+        return self.sent_bytes - unsent - count_unacknowledged(self.transport.get_extra_info("socket"))
+
+    def cut_off(self) -> None:
+        """End at once, whatever is not sent."""
+        note_cut_off()
+        forget_unsent(self.transport.get_extra_info("socket"))
+        self.transport.abort()
 
 
 def http_protocol() -> type:
@@ -513,7 +605,15 @@ def http_protocol() -> type:
     The class stands in here because importing its base imports uvicorn.
     """
     import httptools
+    from uvicorn.protocols.http.flow_control import FlowControl
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Flow(FlowControl):
+        is_held = False  # enough has come
+
+        def resume_reading(self) -> None:
+            if not self.is_held:
+                super().resume_reading()
 
     class Protocol(HttpToolsProtocol):
         is_draining = False  # which all connections share
@@ -521,24 +621,97 @@ def http_protocol() -> type:
         waste_bytes = 0  # received since the last head or piece of a body was whole
         failed = False
         body_timer: Any = None  # until the body that is being received must be whole
+        n_requests = 0
+        held = b""  # what came behind a request that has to be answered first
+        behind: ClassVar[collections.deque[Any]] = collections.deque()  # those that hold what can be taken
+        accept_more: ClassVar[Any]  # see `DrainingServer`
+        transport: Any
+        flow: Any
+        headers: Any
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(cast(Any, Together(transport, self.loop)))
+            self.flow = Flow(self.transport)
             self.timeout_keep_alive_task = self.loop.call_later(keepalive, self.timeout_keep_alive_handler)
+            self.loop.call_soon(self.accept_more, time.monotonic())
+
+        @property
+        def is_busy(self) -> bool:
+            """Whether a whole request waits for its answer."""
+            return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
         def data_received(self, data: bytes) -> None:
-            self.waste_bytes += len(data)
-            while data and not self.failed:
-                data = self._feed(data)
+            if self.transport.is_over or self.failed:
+                return
+            cycle = self.cycle
+            if self.held or (cycle is not None and not cycle.more_body and not cycle.response_complete):
+                self._hold(self.held + data)
+            else:
+                self._take(data)
+
+        def _hold(self, data: bytes) -> None:
+            """Keep what came too early, and read no more until it is needed: requests that are parsed take many times
+            their size, and their turn."""
+            self.held = data
+            self.flow.pause_reading()
+            self.flow.is_held = self.transport.lingers = True
+
+        def _queue_up(self) -> None:
+            """Take what was kept, but not before those that wait already."""
+            if not self.behind:
+                self.loop.call_soon(self._let_go_on)
+            self.behind.append(self)
+
+        def _let_go_on(self) -> None:
+            try:
+                for _ in range(min(TURN_REQUESTS, len(self.behind))):
+                    self.behind.popleft()._go_on()
+            finally:
+                if self.behind:
+                    self.loop.call_soon(self._let_go_on)
+
+        def _go_on(self) -> None:
+            held, self.held = self.held, b""
+            if not held:
+                return  # it has left
+            self.transport.lingers = self.n_requests == max_requests_per_connection
+            self._take(held)
+            if not self.held:
+                self.flow.is_held = False
+                self.flow.resume_reading()
+
+        def _take(self, data: bytes) -> None:
+            """Parse what came, as far as there is no request that has to be answered first."""
+            data = self._take_piece(data)
+            if data:
+                started = time.monotonic()
+                while data and not self.failed and not self.is_busy and time.monotonic() - started < TURN_S:
+                    data = self._take_piece(data)
+                if data and not self.failed:
+                    self._hold(data)
+                    if not self.is_busy:
+                        self._queue_up()
             cycle = self.cycle
             if self.body_timer is None and cycle is not None and cycle.more_body and not cycle.response_complete:
                 self.body_timer = self.loop.call_later(request_timeout_s, self._cut_short, app.BodyTooSlow)
             if self.waste_bytes > limit_request_field_size and not self.failed:
+                self._check_waste()
+
+        def _take_piece(self, data: bytes) -> bytes:
+            """Parse some of it, and return the rest."""
+            in_body = self.cycle is not None and self.cycle.more_body
+            piece, data = cut_requests(data, PIECE_BYTES if in_body else 0)
+            self.waste_bytes += len(piece)
+            return self._feed(piece) + data
+
+        def _check_waste(self) -> None:
+            """Refuse fields that are too long before they end, and empty lines without a request."""
+            if self.headers is not None:
                 self._check_fields()
-                if self.waste_bytes > MAX_WASTE_BYTES:
-                    self.refusal = 431
-                if self.refusal == 431:
-                    self._fail()
+            if self.headers is not None and self.waste_bytes > MAX_WASTE_BYTES:
+                self.refusal = 431
+            if self.headers is None or self.refusal == 431:
+                self._fail()
 
         def _feed(self, data: bytes) -> bytes:
             """Feed the parser, and give what it shall be fed next.
@@ -567,11 +740,18 @@ def http_protocol() -> type:
             self.waste_bytes = 0
             self._unset_keepalive_if_required()
             hosts = self._check_fields()
-            is_http_1 = self.parser.get_http_version() in ("1.1", "1.0")
+            version = self.parser.get_http_version()
+            is_http_1 = version in ("1.1", "1.0")
             if self.refusal != 400 or hosts > 1 or not is_http_1 or self.parser.get_method() == b"CONNECT":
                 raise ValueError("head")
             if not self.parser.should_upgrade():
+                if version == "1.0":
+                    self.expect_100_continue = False  # which such a client does not know (RFC 9110, section 10.1.1)
                 super().on_headers_complete()
+                self.n_requests += 1
+                if self.n_requests == max_requests_per_connection:
+                    self.cycle.keep_alive = False
+                    self.transport.lingers = True
                 if self.is_draining:
                     self.drain()
                 self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
@@ -608,6 +788,7 @@ def http_protocol() -> type:
             self._stop_body_timer()
             if not self.parser.should_upgrade():
                 super().on_message_complete()
+                self.headers = None  # until the next request begins
 
         def _stop_body_timer(self) -> None:
             if self.body_timer is not None:
@@ -616,6 +797,8 @@ def http_protocol() -> type:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_body_timer()
+            self._unset_keepalive_if_required()  # which uvicorn does only where there was no error
+            self.held = b""
             super().connection_lost(exc)
 
         def _fail(self) -> None:
@@ -624,20 +807,29 @@ def http_protocol() -> type:
                 self._refuse()
 
         def on_response_complete(self) -> None:
+            if self.pipeline and self.transport.is_over:
+                self.pipeline.clear()
             super().on_response_complete()
-            if self.failed and self.cycle.response_complete and not self.transport.is_closing():
+            if (self.held or self.failed) and not self.transport.is_over and not self.transport.is_closing():
+                self._follow()
+
+        def _follow(self) -> None:
+            """Take what came behind a request that is answered now."""
+            if self.failed and self.cycle.response_complete:
                 self._refuse()  # what follows the requests that were good
+            elif not self.is_busy:
+                self._queue_up()
 
         def _refuse(self) -> None:
             self.transport.write(refuse(self.refusal))
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self.loop.call_later(app.LINGER_S, self.transport.close)
+            self.transport.lingers = True
+            self.transport.close()
 
         def eof_received(self) -> bool:  # type: ignore[override]
             """Answer a client that has closed its sending side only, as WSGI workers do."""
-            self.transport.flush()  # type: ignore[attr-defined]
+            self.transport.flush()
             waiting = self.cycle is not None and not self.cycle.response_complete and self.scheme == "http"
+            waiting = waiting and not self.transport.is_over
             if waiting and not self.failed:
                 self._cut_short()
                 self.cycle.keep_alive = False
@@ -654,6 +846,15 @@ def http_protocol() -> type:
             return True
 
     return Protocol
+
+
+def cut_requests(data: bytes, start: int) -> tuple[bytes, bytes]:
+    """Cut what comes behind the first empty line after `start` bytes, if there is a second one: it may end another
+    request."""
+    end = data.find(b"\r\n\r\n", start, MAX_PIECE_BYTES) + 4
+    if end < 4 or data.find(b"\r\n\r\n", end, MAX_PIECE_BYTES) < 0:
+        end = MAX_PIECE_BYTES
+    return data[:end], data[end:]
 
 
 def drop_new_connections(sock: Any) -> None:
@@ -747,6 +948,33 @@ def uvicorn_worker() -> type:
         def __init__(self, worker: Any) -> None:
             super().__init__(worker.config)
             self.worker = worker
+            self.connecting: set[asyncio.Task[None]] = set()
+
+        async def startup(self, sockets: Any = None) -> None:
+            self.sockets = sockets
+            protocol.accept_more = self.accept_more
+            await super().startup(sockets)
+
+        def accept_more(self, since: float) -> None:
+            """Accept as many as a loop would have that is not busy.
+
+            Uvloop accepts one in each turn, and with a thousand busy connections a turn is long.
+            """
+            count = min(MAX_ACCEPTS, int((time.monotonic() - since) * ACCEPTS_PER_S))
+            for sock in self.sockets:
+                with contextlib.suppress(OSError):  # none waits, or the listener is closed
+                    for _ in range(count):
+                        client, _ = sock.accept()
+                        task = asyncio.create_task(self.connect(client))
+                        self.connecting.add(task)
+                        task.add_done_callback(self.connecting.discard)
+
+        async def connect(self, client: socket.socket) -> None:
+            make = functools.partial(protocol, self.config, self.server_state, self.lifespan.state)
+            client.setblocking(False)
+            with contextlib.suppress(OSError):  # no TLS, or the client has left
+                loop = asyncio.get_running_loop()
+                await loop.connect_accepted_socket(make, client, ssl=self.config.ssl)
 
         async def on_tick(self, counter: int) -> bool:
             self.worker.notify()
@@ -801,7 +1029,13 @@ def uvicorn_worker() -> type:
 
 def linger(sock: Any) -> None:
     """Close a connection on which the client may still send, but not before it could read the answer."""
-    util.close_graceful(sock, timeout=app.LINGER_S, max_drain=sys.maxsize)
+    end = time.monotonic() + app.LINGER_S
+    with contextlib.suppress(OSError), contextlib.closing(sock):
+        sock.shutdown(socket.SHUT_WR)
+        while (left_s := end - time.monotonic()) > 0:
+            sock.settimeout(left_s)
+            if not sock.recv(MAX_HELD_BYTES):
+                break
 
 
 def gevent_worker() -> type:
@@ -810,6 +1044,7 @@ def gevent_worker() -> type:
     The class stands in here because importing its base imports gevent.
     """
     import gevent
+    from gevent.lock import Semaphore
     from gevent.pool import Pool
     from gevent.server import StreamServer
     from gunicorn.workers.ggevent import GeventWorker
@@ -837,6 +1072,59 @@ def gevent_worker() -> type:
             with gevent.Timeout(self.end - time.monotonic(), app.BodyTooSlow):
                 return read(*size)
 
+    class Client:
+        """The socket of a client: one that takes nothing is cut off, and one that never stops lets others have their
+        turn. Where nothing has to be waited for, a greenlet would go on for ever, and not even the worker's signs of
+        life would be given.
+        """
+
+        gate = Semaphore(1)  # one at a time of those that have sent too early, or all of them would be ready at once
+
+        def __init__(self, sock: Any) -> None:
+            self.sock = sock
+            self.had_turn = False  # others, since this one was read from
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sock, name)
+
+        def recv(self, *size: int) -> Any:
+            if not self.had_turn:
+                gevent.sleep(0)
+            self.had_turn = False
+            return self.sock.recv(*size)
+
+        def let_others(self, has_more: bool) -> None:
+            """Let others have their turn before the next request."""
+            with self.gate if has_more else contextlib.nullcontext():
+                gevent.sleep(0)
+            self.had_turn = True
+
+        def sendall(self, data: Any) -> None:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self.send(rest) :]
+
+        def send(self, data: Any) -> int:
+            """Send some of it. Raises `ConnectionResetError` if the client takes nothing, which gunicorn ignores."""
+            progress: Progress | None = None
+            self.sock.settimeout(LOOK_S)  # of sending only
+            try:
+                while True:
+                    try:
+                        return int(self.sock.send(data))
+                    except TimeoutError:
+                        left = -count_unacknowledged(self.sock)
+                        progress = progress or Progress(left)
+                        if progress.has_ended(left):
+                            raise self._cut_off() from None
+            finally:
+                self.sock.settimeout(None)
+
+        def _cut_off(self) -> OSError:
+            note_cut_off()
+            forget_unsent(self.sock)
+            return ConnectionResetError(errno.ECONNRESET, "the client took nothing")
+
     class Listening(StreamServer):
         """A server whose TLS handshakes have their time, and go on after it is closed."""
 
@@ -860,7 +1148,9 @@ def gevent_worker() -> type:
         def run(self) -> None:
             """Serve until told to end, then drain."""
             self.waiting: set[Any] = set()  # greenlets whose connections have no whole request
-            self.pool = Pool(self.worker_connections)
+            # Where no file more may be open, what comes shall wait to be accepted.
+            n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self.pool = Pool(min(self.worker_connections, max(1, n_files - OWN_FILES)))
             tls = {"ssl_context": gunicorn.sock.ssl_context(self.cfg)} if self.cfg.is_ssl else {}
             servers = []
             for sock in self.sockets:
@@ -873,7 +1163,11 @@ def gevent_worker() -> type:
                 servers.append(server)
             while self.alive and not self.must_end():
                 self.notify()
+                started = time.monotonic()
                 gevent.sleep(TICK_S)
+                late_s = time.monotonic() - started - TICK_S
+                for server in servers if self.cfg.workers > 1 else ():
+                    server.max_accept = 1 + min(MAX_ACCEPTS, int(late_s * ACCEPTS_PER_S))
             self.alive = False
             self.drain(servers)
             if isinstance(self.inner, app.FastAPIOverWSGI):
@@ -930,13 +1224,21 @@ def gevent_worker() -> type:
 
             self.wsgi = wsgi
 
+        def handle(self, listener: Any, client: Any, addr: Any) -> None:
+            super().handle(listener, Client(client), addr)
+
         def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+            is_last = req.req_number == max_requests_per_connection
+            if is_last:
+                req.force_close()
             try:
-                return super().handle_request(listener_name, req, sock, addr)
+                result = super().handle_request(listener_name, req, sock, addr)
             except StopIteration:
-                if req.body.failed:
+                if req.body.failed or is_last:
                     linger(sock)
                 raise
+            sock.let_others(has_more=req.unreader.buf.getbuffer().nbytes > 0)
+            return result
 
         def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
             if isinstance(exc, LimitRequestLine):
@@ -948,8 +1250,9 @@ def gevent_worker() -> type:
             else:
                 status = 500
                 log.error("worker_failed", exc_info=exc)
-            util.write_nonblock(client, refuse(status))
-            linger(client)
+            with contextlib.suppress(OSError):  # it has left, or reads nothing
+                client.sendall(refuse(status))
+                linger(client)
 
     return ServingGeventWorker
 
@@ -1315,6 +1618,14 @@ def when_ready(server: Any) -> None:
     announce()
 
 
+def allow_files() -> None:
+    """Let this process have as many files open as it may; a soft limit of 1024, the usual one, is as many clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def post_fork(server: Any, worker: Any) -> None:
     """Prepare a worker, and end it if it is told to stop while it boots.
 
@@ -1323,6 +1634,7 @@ def post_fork(server: Any, worker: Any) -> None:
     """
     worker.fate = server.fate
     server.leave_before()
+    allow_files()
     latest = time.monotonic() + server.boot_s
     os.utime(worker.tmp.fileno(), (latest, latest))  # as if it were its last sign of life
     for number in worker.SIGNALS:
@@ -1346,6 +1658,8 @@ def post_worker_init(worker: Any) -> None:
 
 
 request_timeout_s = settings.limits.request_timeout_s
+send_timeout = settings.server.send_timeout
+max_requests_per_connection = settings.server.max_requests_per_connection
 WORKERS = {"uvicorn": uvicorn_worker, "gevent": gevent_worker}
 
 worker_class = WORKERS[settings.worker_class]()
@@ -1356,6 +1670,8 @@ backlog = settings.server.backlog
 timeout = settings.server.timeout
 graceful_timeout = settings.server.graceful_timeout
 keepalive = settings.server.keepalive
+worker_connections = 10_000  # under gevent, or the idle ones would keep others out
+sendfile = False  # or gevent would send a file without our time-out
 certfile, keyfile = tls_files(settings)
 max_requests = settings.server.max_requests
 max_requests_jitter = settings.server.max_requests_jitter

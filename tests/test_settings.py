@@ -24,6 +24,8 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("server", "timeout"): ("12", 12),
     ("server", "graceful_timeout"): ("13", 13),
     ("server", "keepalive"): ("14", 14),
+    ("server", "send_timeout"): ("21", 21),
+    ("server", "max_requests_per_connection"): ("22", 22),
     ("server", "max_requests"): ("15", 15),
     ("server", "max_requests_jitter"): ("16", 16),
     ("server", "certfile"): ("a.pem", "a.pem"),
