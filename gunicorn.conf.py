@@ -344,6 +344,8 @@ def finish(steps: Generator[None, None, Any]) -> Any:
 def end_when_late(pid: int, deadline: Deadline) -> str:
     """End a process that is late and does not end itself, since what it loads never gives the interpreter back."""
     while deadline.left_s + WATCH_MARGIN_S > 0:
+        if os.getppid() != pid:
+            return ""  # it has ended, and its number may be another's by now
         time.sleep(TICK_S)
     print_error(deadline.error())
     os.kill(pid, signal.SIGKILL)
