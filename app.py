@@ -149,7 +149,7 @@ def shorten(value: Any, length: int = MAX_SHOWN, depth: int = MAX_DEPTH) -> Any:
     items, in which texts have half the length, down to a depth.
     """
     if isinstance(value, int) and value.bit_length() > MAX_DIGITS * math.log2(10):
-        value = str(value)
+        value = str(value) if value.bit_length() < 14_000 else hex(value)  # Python writes 4300 digits at most
     if isinstance(value, str) and len(value) > length:
         return value[: length - length // 4] + CUT + value[len(value) - length // 4 + 1 :]
     if not isinstance(value, list | dict) or not value:
@@ -645,55 +645,63 @@ class LossyOutput(io.RawIOBase):
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._send = _open_output(fd)
+        self._send, self._close = _open_output(fd)
         self._start_anew()
         os.register_at_fork(after_in_child=self._start_anew)
-        atexit.register(self._finish)
+        atexit.register(self.finish)
+
+    def reopen(self) -> None:
+        """Write from now on to what the standard descriptor is now, and let go of what it was."""
+        self._close()
+        self._send, self._close = _open_output(self._fd)
 
     def _start_anew(self) -> None:
         """Forget what waits, which after a fork is the parent's to write, and a lock that another thread may hold."""
-        self._lock = threading.RLock()  # not a plain lock: a signal's handler may log in the middle of a line
+        self._lock = threading.RLock()  # a signal's handler may log in the middle of a line: see `_is_writing`
+        self._is_writing = False
         self._pending: collections.deque[bytes] = collections.deque()
         self._pending_bytes = 0
         self._is_begun = False  # the first of them is written in part
-        self._is_cut = False  # the last line that was written has no end
+        self._is_cut = False  # a line was written in part, and will not be continued
         self._lost = 0  # lines
 
     def write(self, data: Any) -> int:
         line = bytes(data)
         with self._lock:
-            n_bytes = 0 if self._pending or self._lost or self._is_cut else self._try(line)
-            if n_bytes == len(line):
-                return n_bytes
-            if self._pending_bytes + len(line) <= MAX_PENDING_BYTES:
-                self._pending.append(line[n_bytes:])
-                self._pending_bytes += len(line) - n_bytes
-                self._is_begun = self._is_begun or n_bytes > 0
-            else:
-                self._lost += line.count(b"\n")
-                self._is_cut = self._is_cut or n_bytes > 0
-        self.flush()
+            n_bytes = 0 if self._pending or self._lost or self._is_cut or self._is_writing else self._try(line)
+            if n_bytes < len(line):
+                self._keep(line[n_bytes:], is_begun=n_bytes > 0)
+        if n_bytes < len(line):
+            self.flush()
         return len(line)
 
     def _try(self, line: bytes) -> int:
-        """Write a line beside which none waits, and return how much of it was taken."""
+        """Write a line, as most are, beside which none waits, and return how much of it was taken."""
         try:
             return self._send(line)
         except OSError:
             return 0
 
+    def _keep(self, line: bytes, is_begun: bool) -> None:
+        if is_begun or self._pending_bytes + len(line) <= MAX_PENDING_BYTES:
+            self._pending.append(line)
+            self._pending_bytes += len(line)
+            self._is_begun = self._is_begun or is_begun
+        else:
+            self._lost += line.count(b"\n")
+
     def flush(self) -> None:
         """Write what waits, as far as it is taken."""
         with self._lock:
-            is_taken = self._write_pending()
-            lost = self._lost if is_taken and not self._pending else 0
-            self._lost -= lost
+            lost = self._write_pending()
         if lost:
             log.warning("log_lines_lost", lines=lost)
 
-    def _write_pending(self) -> bool:
-        """Return whether anything was taken."""
-        is_taken = False
+    def _write_pending(self) -> int:
+        """Write lines as far as they are taken, and return how many were lost before, once all that waited are."""
+        if self._is_writing:
+            return 0
+        self._is_writing, is_taken = True, False
         try:
             while self._pending:
                 if self._is_cut:
@@ -701,21 +709,25 @@ class LossyOutput(io.RawIOBase):
                     self._is_cut = False
                 line = self._pending[0]
                 n_bytes = self._send(line)
-                is_taken, self._is_begun = True, n_bytes < len(line)
-                self._pending_bytes -= n_bytes
                 self._pending[0] = line[n_bytes:]
+                self._pending_bytes -= n_bytes
+                is_taken, self._is_begun = is_taken or n_bytes > 0, n_bytes < len(line)
                 if not self._is_begun:
                     self._pending.popleft()
         except BlockingIOError:  # the reader is slow
             pass
         except OSError:  # there is no reader, or no space
-            self._is_cut = self._is_cut or self._is_begun
+            is_taken, self._is_cut = False, self._is_cut or self._is_begun
             self._lost += sum(line.count(b"\n") for line in self._pending)
             self._pending.clear()
-            self._pending_bytes, self._is_begun, is_taken = 0, False, False
-        return is_taken
+            self._pending_bytes, self._is_begun = 0, False
+        finally:
+            self._is_writing = False
+        lost = self._lost if is_taken and not self._pending else 0
+        self._lost -= lost
+        return lost
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Give a slow reader a moment for the last lines."""
         end = time.monotonic() + LAST_LINES_S
         while self._pending and time.monotonic() < end:
@@ -739,28 +751,38 @@ class LossyOutput(io.RawIOBase):
 PROTECTED: list[LossyOutput] = []  # what this process writes to standard output and error
 
 
-def _open_output(fd: int) -> Callable[[bytes], int]:
-    """Return what writes to a copy of a descriptor: as much as is taken at once. It raises `OSError`.
+def _open_output(fd: int) -> tuple[Callable[[bytes], int], Callable[[], None]]:
+    """Return what writes to a copy of a descriptor, as much as is taken at once, and what closes it.
 
     Whether a write waits is a flag that all processes share which have inherited the descriptor, so it is not set
-    there. Opened anew, a pipe or terminal has a flag of its own; where that is not allowed, each write is preceded by a
-    question, and another process may fill the pipe in between.
+    there. Opened anew, a pipe or terminal has a flag of its own. Where that is not allowed, as with a pipe of another
+    user's, the kernel is asked not to wait for this one write. Only a terminal of another user's may still wait.
     """
     mode = os.fstat(fd).st_mode
     if stat.S_ISSOCK(mode):  # as systemd's journal has it
         journal = socket.socket(fileno=os.dup(fd))
-        return lambda data: journal.send(data, socket.MSG_DONTWAIT)
-    if not stat.S_ISFIFO(mode) and not os.isatty(fd):
-        return functools.partial(os.write, os.dup(fd))
-    try:
-        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return functools.partial(_write_if_taken, os.dup(fd))
-    return functools.partial(os.write, own)
+        return lambda data: journal.send(data, socket.MSG_DONTWAIT), journal.close
+    own = -1
+    write: Callable[[int, bytes], int] = os.write
+    if stat.S_ISFIFO(mode) or os.isatty(fd):
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError:
+            write = _write_if_taken
+    own = os.dup(fd) if own < 0 else own
+    return functools.partial(write, own), functools.partial(os.close, own)
 
 
 def _write_if_taken(fd: int, data: bytes, poll: Callable[[], Any] = select.poll) -> int:
-    """Write no more than a pipe that takes anything takes whole. `poll` is not gevent's, which would switch."""
+    """Write what is taken now, where the kernel can be asked for that; else no more than a pipe that takes anything
+    takes whole. `poll` is not gevent's, which would switch."""
+    try:
+        return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    except (AttributeError, NotImplementedError):  # not Linux
+        pass
     poller = poll()
     poller.register(fd, select.POLLOUT)
     if not poller.poll(0):
@@ -800,6 +822,18 @@ def flush_output() -> None:
     """Write the lines that wait for a slow reader, as far as it takes them now."""
     for output in PROTECTED:
         output.flush()
+
+
+def finish_output() -> None:
+    """Write the last lines of a process that ends at once, without what Python does at its end."""
+    for output in PROTECTED:
+        output.finish()
+
+
+def reopen_output() -> None:
+    """Write to what standard output and error are by now."""
+    for output in PROTECTED:
+        output.reopen()
 
 
 def _protect(stream: Any, fd: int) -> io.TextIOWrapper:
@@ -3989,8 +4023,8 @@ class Service:
             found = self.judge_head(request)
             if isinstance(found, Unauthorized):
                 raise found
-            takes_body = isinstance(found, Operation) and found.takes == "body"
-            await request.read_body(self.settings.limits.max_body_bytes, keeps=takes_body)
+            keeps = isinstance(found, Operation) and found.takes == "body"
+            await request.read_body(self.settings.limits.max_body_bytes, keeps)
             if isinstance(request.body, ServingError):
                 raise request.body
             if isinstance(found, ServingError):
@@ -4010,6 +4044,11 @@ class Service:
         except ServingError as error:
             return error
         return operation
+
+    def takes_body(self, request: Request) -> bool:
+        """Return whether a request is for an operation that takes its body."""
+        found = self.judge_head(request)
+        return isinstance(found, Operation) and found.takes == "body"
 
     def lacks_key(self, request: Request) -> bool:
         """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
@@ -4233,14 +4272,6 @@ def build_flask(service: Service) -> flask.Flask:
         """Whether a request is for the service, and Flask is to do nothing for it."""
         return is_ours(path, method) and not _has_hooks(app)
 
-    def may_read_body(path: str, method: str) -> bool:
-        """Whether code of a user may read the body of a request."""
-        try:
-            name, _ = app.url_map.bind("").match(path, method)
-        except HTTPException:
-            return _has_hooks(app)
-        return _has_hooks(app) or app.view_functions[name] is not view
-
     def predictions_first(environ: Any, start_response: Any) -> Any:
         """Answer predictions before Flask's router, which takes longer than the service does."""
         first = environ["PATH_INFO"] == PREDICTIONS and is_ours_alone(PREDICTIONS, environ["REQUEST_METHOD"])
@@ -4248,9 +4279,22 @@ def build_flask(service: Service) -> flask.Flask:
 
     app.extensions["serving.is_ours"] = is_ours
     app.extensions["serving.is_ours_alone"] = is_ours_alone
-    app.extensions["serving.may_read_body"] = may_read_body
     app.wsgi_app = predictions_first  # type: ignore[method-assign]
+    before = _count_parts(app)
+
+    def is_bare() -> bool:
+        """Whether a user has added nothing that could read a body."""
+        is_ours = app.wsgi_app is predictions_first and all(each is view for each in app.view_functions.values())
+        return is_ours and _count_parts(app) == before
+
+    app.extensions["serving.is_bare"] = is_bare
     return app
+
+
+def _count_parts(app: flask.Flask) -> tuple[int, int, bool]:
+    """Return how many rules and handlers of errors a Flask has, and whether it has hooks: a user adds to these."""
+    n_handlers = sum(len(kinds) for codes in app.error_handler_spec.values() for kinds in codes.values())
+    return len([*app.url_map.iter_rules()]), n_handlers, _has_hooks(app)
 
 
 def _has_hooks(app: flask.Flask) -> bool:
@@ -4345,6 +4389,14 @@ def build_fastapi(service: Service) -> fastapi.FastAPI:
         name = next(iter(operations.values())).name
         app.add_route(path, cast(Any, endpoint), name=name)  # without methods: the table knows them
     app.router.default = unmatched
+    before = len(app.routes), len(app.exception_handlers)
+
+    def is_bare() -> bool:
+        """Whether a user has added nothing that could read a body."""
+        is_more = app.user_middleware or "build_middleware_stack" in vars(app) or app.router.default is not unmatched
+        return not is_more and (len(app.routes), len(app.exception_handlers)) == before
+
+    app.state.is_bare = is_bare
     app.openapi = lambda: service.openapi  # type: ignore[method-assign]
     return app
 
@@ -4480,7 +4532,7 @@ class FlaskOverASGI:
         self.endpoint = ASGIEndpoint(self.service)
         self.is_ours: Callable[[str, str], bool] = app.extensions["serving.is_ours"]
         self.is_ours_alone: Callable[[str, str], bool] = app.extensions["serving.is_ours_alone"]
-        self.may_read_body: Callable[[str, str], bool] = app.extensions["serving.may_read_body"]
+        self.is_bare: Callable[[], bool] = app.extensions["serving.is_bare"]  # no code of a user's may read a body
         self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -4493,8 +4545,7 @@ class FlaskOverASGI:
             return
         if self.is_ours(request.path, request.method) and self.service.lacks_key(request):
             request.body, send = b"", send_and_close(receive, send)
-        keeps = not request.announces_body or self.may_read_body(request.path, request.method)
-        body = await request.read_body(self.service.settings.limits.max_body_bytes, keeps)
+        body = await request.read_body(self.service.settings.limits.max_body_bytes, keeps=not self.is_bare())
         if isinstance(body, ServingError):
             await self.endpoint.answer(request, receive, send)
             return
@@ -4530,7 +4581,7 @@ class FastAPIOverWSGI:
         request = wsgi_request(environ, self._endpoint.batcher)
         if self.service.lacks_key(request):
             request.body, start_response = b"", start_and_close(start_response)
-        keeps = not request.announces_body or self._needs_body(request)
+        keeps = not self.app.state.is_bare() or self.service.takes_body(request)
         body = run_now(request.read_body(self.service.settings.limits.max_body_bytes, keeps))
         if isinstance(body, ServingError):
             return self._endpoint.answer(request, start_response)
@@ -4541,15 +4592,6 @@ class FastAPIOverWSGI:
         }
         environ = {key: value for key, value in environ.items() if key != "HTTP_TRANSFER_ENCODING"} | changed
         return list(self._bridge(environ, start_response))  # whole, or a client that leaves would strand its task
-
-    def _needs_body(self, request: Request) -> bool:
-        """Return whether the service takes the body of a request, or code of a user may read it."""
-        found = self.service.judge_head(request)
-        if self.app.user_middleware or (isinstance(found, Operation) and found.takes == "body"):
-            return True
-        scope = {"type": "http", "path": request.path, "method": request.method, "root_path": "", "headers": []}
-        added = [route for route in self.app.routes if not isinstance(getattr(route, "endpoint", None), ASGIEndpoint)]
-        return any(route.matches(scope)[0].value for route in added) or "build_middleware_stack" in vars(self.app)
 
     def start(self) -> None:
         """Start the loop and run the app's start-up events, once. Raises what they raise."""

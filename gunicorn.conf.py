@@ -76,6 +76,7 @@ PROGRESS_S = 10.0  # between lines about what takes long
 WATCH_MARGIN_S = 2.0  # in which a process that starts ends by itself
 MAX_WAIT_S = 30.0
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+TCP_INFO_BYTES, TCP_BYTES_ACKED = 128, 120  # of struct tcp_info, and where in it (linux/tcp.h, since Linux 4.1)
 MAX_HELD_BYTES = 16_384
 GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
 MAX_WASTE_BYTES = 1_048_576  # more than a request line and 100 fields come to
@@ -126,6 +127,7 @@ class Trial:
             try:
                 os.write(writing, said.encode(errors="backslashreplace")[:MAX_SAID_BYTES])
             finally:
+                app.finish_output()
                 os._exit(0)  # and wait for no thread
 
     def has_ended(self) -> bool:
@@ -197,7 +199,7 @@ class Deadline:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._started = time.monotonic()
         self._next_line_s = PROGRESS_S
-        self.native_threads = 0  # that loading has left behind
+        self.threads_before: int | None = None  # native ones, before what is loaded by now was
         self.set("the model", limit_s)
         app.Service.report = staticmethod(self.report)  # type: ignore[method-assign]
 
@@ -234,8 +236,10 @@ class Deadline:
     def error(self) -> app.ModelError:
         """Return what to raise when it takes too long."""
         limit_s, artifact, doing = self.noted
-        left = f"; loading it left {self.native_threads} native threads behind, for which a forked process may wait"
-        hint = left if self.native_threads else ""
+        left = 0 if self.threads_before is None else count_native_threads() - self.threads_before
+        hint = (
+            f"; loading it left {left} native threads behind, for which a forked process may wait" if left > 0 else ""
+        )
         return app.ModelError(f"{artifact} takes longer than model.load_timeout_s = {limit_s:g} s while {doing}{hint}")
 
 
@@ -248,7 +252,7 @@ class Loading:
 
     def __init__(self, deadline: Deadline, wakeup: Callable[[], None] = lambda: None) -> None:
         self._deadline, self._wakeup = deadline, wakeup
-        self._n_before = count_native_threads()
+        self._threads_before = count_native_threads()
         self._results: list[app.Service | BaseException] = []
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
         self._thread.start()
@@ -272,7 +276,7 @@ class Loading:
             raise result
         if isinstance(result, BaseException):
             raise app.StartupError(app.reason_of(result))
-        self._deadline.native_threads = max(0, count_native_threads() - self._n_before)
+        self._deadline.threads_before = self._threads_before
         return result
 
 
@@ -348,6 +352,7 @@ def end_when_late(pid: int, deadline: Deadline) -> str:
             return ""  # it has ended, and its number may be another's by now
         time.sleep(TICK_S)
     print_error(deadline.error())
+    app.finish_output()
     os.kill(pid, signal.SIGKILL)
     return ""
 
@@ -377,24 +382,32 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, allowed in CHOICES.items():
         if (given := options.get(name, allowed[0])) not in allowed:
             raise app.StartupError(f"gunicorn's {name} is {given!r}; leave it out, or use one of {app.listed(allowed)}")
-    for name in ("workers", "worker_connections"):
+    for name in ("workers", "worker_connections", "keepalive"):
         if (number := options.get(name, 1)) < 1:
             raise app.StartupError(f"gunicorn's {name} is {number}; use 1 or more, or nobody is answered")
     folder = options.get("worker_tmp_dir")
+    check_folder(f"worker_tmp_dir is {folder!r}, where no file" if folder else "no temporary file", folder)
+    if pidfile := options.get("pidfile"):
+        check_folder(f"pidfile is {pidfile!r}, where no file", os.path.dirname(pidfile) or ".")
+
+
+def check_folder(problem: str, folder: str | None) -> None:
+    """Raise `StartupError` if no file can be made in a folder, or without one where temporary files go."""
     try:
-        file, name = tempfile.mkstemp(prefix="wgunicorn-", dir=folder)
+        file, name = tempfile.mkstemp(prefix="gunicorn-", dir=folder)
         os.close(file)
         os.unlink(name)
     except OSError as error:
-        where = f"worker_tmp_dir is {folder!r}, where no file" if folder else "no temporary file"
-        rule = "give workers a folder for their signs of life, by --worker-tmp-dir or TMPDIR"
-        raise app.StartupError(f"{where} can be made: {error.strerror or error}; {rule}") from None
+        rule = "gunicorn needs one; see --worker-tmp-dir, --pid and TMPDIR"
+        raise app.StartupError(f"{problem} can be made: {error.strerror or error}; {rule}") from None
 
 
-def check_app(uri: str, worker_class: Any) -> None:
-    """Raise `StartupError` if it is an app of this service, but not of the interface that the worker calls."""
+def check_app(uri: str, options: Mapping[str, Any]) -> None:
+    """Raise `StartupError` if the worker cannot work with the app, which may be of the other interface, or options."""
     settings = app.load_service().settings
-    called = OTHER_WORKERS.get(worker_class, APPS[settings.worker_class])
+    called = OTHER_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
+    if called == APPS["uvicorn"] and options.get("proxy_protocol") not in (None, False, "off"):
+        raise app.StartupError("proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's")
     native = {"fastapi": "app:asgi", "flask": "app:wsgi"}[settings.framework]
     given = native if uri in ("app:app", "app:create_app()") else uri
     if given in APPS.values() and given != called:
@@ -411,7 +424,7 @@ def freeze() -> None:
 def refuse_start(error: app.StartupError) -> NoReturn:
     """End the process with the message alone, without waiting for threads that an artifact has started."""
     print_error(error)
-    app.flush_output()
+    app.finish_output()
     os._exit(app.STARTUP_STATUS)
 
 
@@ -433,7 +446,7 @@ def start() -> float:
     took_s = time.monotonic() - started
     watch.stop()
     app.use(service)
-    check_app(options["wsgi_app"] or APPS[service.settings.worker_class], options.get("worker_class"))
+    check_app(options["wsgi_app"] or APPS[service.settings.worker_class], options)
     return took_s
 
 
@@ -465,6 +478,14 @@ def count_unacknowledged(sock: Any) -> int:
     return int.from_bytes(count, sys.byteorder)
 
 
+def count_acknowledged(sock: Any) -> int | None:
+    """Return how many bytes the other side's kernel has taken so far; None where TCP does not say."""
+    with contextlib.suppress(OSError, ValueError, TypeError, struct.error):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        return int(struct.unpack_from("Q", info, TCP_BYTES_ACKED)[0])
+    return None
+
+
 def forget_unsent(sock: Any) -> None:
     """Have the kernel drop what a socket has not sent when it is closed, instead of keeping it for a client that reads
     nothing."""
@@ -477,16 +498,16 @@ def note_cut_off() -> None:
 
 
 class Progress:
-    """How much of what is sent has left, and since when no more has."""
+    """How many bytes a client has taken, and since when no more."""
 
-    def __init__(self, left: int) -> None:
-        self.left, self.since = left, time.monotonic()
+    def __init__(self, taken: int) -> None:
+        self.taken, self.since = taken, time.monotonic()
 
-    def has_ended(self, left: int) -> bool:
-        """Note how much has left by now. Return whether it has been no more for `server.send_timeout`."""
+    def has_ended(self, taken: int) -> bool:
+        """Note how many it has taken by now. Return whether these have been no more for `server.send_timeout`."""
         now = time.monotonic()
-        if left > self.left:
-            self.left, self.since = left, now
+        if taken > self.taken:
+            self.taken, self.since = taken, now
         return now - self.since >= send_timeout
 
 
@@ -575,24 +596,31 @@ class Together:
         """Look each second whether something leaves, until all has."""
         if not self.sending:
             self.loop.call_later(LOOK_S, self.look, self.loop)
-        self.sending[self] = Progress(self.count_left())
+        self.sending[self] = Progress(self.count_taken())
 
     @classmethod
     def look(cls, loop: Any) -> None:
         """Let go of transports that have sent all, and abort those whose clients take nothing."""
         for transport, progress in [*cls.sending.items()]:
-            if not transport.get_write_buffer_size():
+            if transport.has_sent_all():
                 del cls.sending[transport]
-            elif progress.has_ended(transport.count_left()):
+            elif progress.has_ended(transport.count_taken()):
                 del cls.sending[transport]
                 transport.cut_off()
         if cls.sending:
             loop.call_later(LOOK_S, cls.look, loop)
 
-    def count_left(self) -> int:
-        """Return the bytes that the client's kernel has got."""
+    def has_sent_all(self) -> bool:
+        """Whether the client's kernel has all. Under TLS, what uvloop keeps of it is not in the size of its buffer."""
+        sock = self.transport.get_extra_info("socket")
+        return not self.transport.get_write_buffer_size() and not count_unacknowledged(sock)
+
+    def count_taken(self) -> int:
+        """Return how many bytes the client's kernel has taken."""
+        sock = self.transport.get_extra_info("socket")
         unsent: int = self.transport.get_write_buffer_size()
-        return self.sent_bytes - unsent - count_unacknowledged(self.transport.get_extra_info("socket"))
+        taken = count_acknowledged(sock)
+        return self.sent_bytes - unsent - count_unacknowledged(sock) if taken is None else taken
 
     def cut_off(self) -> None:
         """End at once, whatever is not sent."""
@@ -660,6 +688,7 @@ def http_protocol() -> type:
 
         def _queue_up(self) -> None:
             """Take what was kept, but not before those that wait already."""
+            self._unset_keepalive_if_required()  # it is not idle
             if not self.behind:
                 self.loop.call_soon(self._let_go_on)
             self.behind.append(self)
@@ -674,8 +703,8 @@ def http_protocol() -> type:
 
         def _go_on(self) -> None:
             held, self.held = self.held, b""
-            if not held:
-                return  # it has left
+            if not held or self.transport.is_over:
+                return
             self.transport.lingers = self.n_requests == max_requests_per_connection
             self._take(held)
             if not self.held:
@@ -1084,22 +1113,22 @@ def gevent_worker() -> type:
 
         def __init__(self, sock: Any) -> None:
             self.sock = sock
-            self.had_turn = False  # others, since this one was read from
+            self.has_yielded = False  # since it was last read from: between two requests once is enough
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.sock, name)
 
         def recv(self, *size: int) -> Any:
-            if not self.had_turn:
+            if not self.has_yielded:
                 gevent.sleep(0)
-            self.had_turn = False
+            self.has_yielded = False
             return self.sock.recv(*size)
 
         def let_others(self, has_more: bool) -> None:
             """Let others have their turn before the next request."""
             with self.gate if has_more else contextlib.nullcontext():
                 gevent.sleep(0)
-            self.had_turn = True
+            self.has_yielded = True
 
         def sendall(self, data: Any) -> None:
             rest = memoryview(data)
@@ -1115,9 +1144,10 @@ def gevent_worker() -> type:
                     try:
                         return int(self.sock.send(data))
                     except TimeoutError:
-                        left = -count_unacknowledged(self.sock)
-                        progress = progress or Progress(left)
-                        if progress.has_ended(left):
+                        acknowledged = count_acknowledged(self.sock)
+                        taken = -count_unacknowledged(self.sock) if acknowledged is None else acknowledged
+                        progress = progress or Progress(taken)
+                        if progress.has_ended(taken):
                             raise self._cut_off() from None
             finally:
                 self.sock.settimeout(None)
@@ -1284,7 +1314,8 @@ class Master(Arbiter):
     reloading: Generator[None, None, None] | None = None
     before: Before | None = None  # while workers are replaced
     is_asked = False  # to reload
-    is_loading = False  # in a thread, beside which nothing may be forked
+    loading: Loading | None = None  # the last one
+    is_loading = False  # in a thread, beside which nothing is forked as long as it is waited for
     is_stopping = False
     has_served = False
     boot_s: float  # that a worker may take to start, before `server.timeout` counts
@@ -1331,6 +1362,8 @@ class Master(Arbiter):
     def _reload(self) -> Generator[None, None, None]:
         """Take new settings and a new model, or raise and leave all as it was."""
         log.info("reload_started")
+        if self.loading is not None and not self.loading.has_ended():  # its thread cannot be stopped
+            raise app.StartupError("the model of an earlier reload is still being loaded; send HUP later, or restart")
         deadline = Deadline(app.load_service().settings.model.load_timeout_s)
         started = time.monotonic()
         identity = yield from try_out(functools.partial(self._rehearse, deadline), "the new model", deadline)
@@ -1358,9 +1391,9 @@ class Master(Arbiter):
         It is what a start does, so that no reload takes what the next start would refuse.
         """
         deadline = Deadline(app.load_service().settings.model.load_timeout_s)
-        self.is_loading = True
+        self.is_loading, self.loading = True, Loading(deadline, self.wakeup)
         try:
-            service: app.Service = yield from wait_for(Loading(deadline, self.wakeup), deadline)
+            service: app.Service = yield from wait_for(self.loading, deadline)
         finally:
             self.is_loading = False
         yield from try_out(functools.partial(prove, service), app.name_artifact(service.settings), deadline)
@@ -1449,7 +1482,7 @@ class Master(Arbiter):
             problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
             raise app.StartupError(problem) from None
         check_options(final_options(self.app.cfg))
-        check_app(self.app.app_uri, self.app.cfg.settings["worker_class"].get())
+        check_app(self.app.app_uri, final_options(self.app.cfg))
 
     def _listen(self) -> list[Any]:
         """Give a listener for each address of the configuration: those that there are, and new ones."""
@@ -1608,11 +1641,13 @@ def on_starting(server: Any) -> None:
     """Have the arbiter reload as a transaction, and refuse what would make it fork beside threads."""
     try:
         check_options(final_options(server.cfg))
-        check_app(server.app.app_uri, server.cfg.settings["worker_class"].get())
+        check_app(server.app.app_uri, final_options(server.cfg))
     except app.StartupError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()
         refuse_start(error)
+    if server.cfg.daemon:
+        app.reopen_output()
     Master.adopt(server)
 
 
@@ -1649,7 +1684,7 @@ def post_fork(server: Any, worker: Any) -> None:
 def worker_exit(server: Any, worker: Any) -> None:
     """End a worker in which a call is still made: Python would wait for its thread."""
     if app.load_service().batching.called_at is not None:
-        app.flush_output()
+        app.finish_output()
         os._exit(0)
 
 

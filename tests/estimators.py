@@ -208,7 +208,8 @@ class Threading(Duck):
 
 
 class Endless(Duck):
-    """One that never ends when it is loaded, or when it predicts: it waits, it computes, or it computes in C."""
+    """One that never ends when it is loaded, when it is loaded beside the main thread, or when it predicts: it waits,
+    it computes, or it computes in C."""
 
     n_features_in_ = 1
 
@@ -217,7 +218,8 @@ class Endless(Duck):
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state)
-        if self.when == "load":
+        is_thread = threading.current_thread() is not threading.main_thread()
+        if self.when == "load" or (self.when == "load in a thread" and is_thread):
             self.go_on()
 
     def predict(self, X: Any) -> Any:

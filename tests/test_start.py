@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,7 +158,8 @@ def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
     estimator.n_features_in_ = 1
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=deploy(tmp_path, estimator), **LIMIT)
     for done in start_and_check("", **environment):
-        assert done.returncode in (app.STARTUP_STATUS, -signal.SIGKILL)
+        # What never gives the interpreter back cannot end itself.
+        assert done.returncode == (-signal.SIGKILL if name == "loads and computes in C" else app.STARTUP_STATUS)
         assert re.fullmatch(r"ModelError: settings.toml: model.path is '.*model.joblib', which [^\n]+\n", done.stderr)
         assert re.search(message, done.stderr)
 
@@ -180,6 +182,25 @@ def test_reload_ends_with_one_line(serve: Any, file: Path, combination: Any) -> 
         file.write_text(good)
         assert server.reload()["event"] == "reloaded", name
         server.wait_for_workers(2)
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("combination", TWO, ids="-".join)
+def test_load_that_cannot_be_stopped_is_told(serve: Any, file: Path, combination: Any) -> None:
+    """A model that never ends only where the master loads it is refused, and told as long as it goes on; workers that
+    are killed meanwhile are replaced."""
+    file.write_text(SETTINGS.format(*combination))
+    server = serve(SERVING_SETTINGS=str(file), **LIMIT)
+    good = file.read_text()
+    model = save(Endless("load in a thread", "wait"), file.parent / "model.joblib")
+    edit(file, ('"iris.skops"', f'"model.joblib"\nsha256 = "{model["sha256"]}"'))
+    assert re.search(f"{LATE} loading it".replace("which ", ""), server.reload()["reason"])
+    file.write_text(good)
+    assert "the model of an earlier reload is still being loaded" in server.reload()["reason"]
+    killed, _ = server.wait_for_workers(2)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: killed not in server.worker_pids and len(server.worker_pids) == 2, "a new worker")
+    assert server.post(ROW).json["prediction"] == "setosa"
     assert server.stop() == 0
 
 
@@ -220,6 +241,37 @@ def test_nowhere_to_write_ends_the_start(folder: str) -> None:
     for done in start_and_check("", **environment):
         assert done.returncode == app.STARTUP_STATUS
         assert re.fullmatch(f"StartupError: worker_tmp_dir is '{folder}', where no file can be made: .*\n", done.stderr)
+
+
+def test_pid_file_nowhere_ends_the_start() -> None:
+    """A folder that takes no file for gunicorn's own number ends a start before it listens, and a check."""
+    for done in start_and_check("--pid /proc/gunicorn.pid", **gunicorn_environment("flask", "gevent")):
+        assert done.returncode == app.STARTUP_STATUS
+        assert re.fullmatch(
+            "StartupError: pidfile is '/proc/gunicorn.pid', where no file can be made: .*\n", done.stderr
+        )
+
+
+def test_daemon_lets_go_of_what_started_it(tmp_path: Path, free_port: int) -> None:
+    """With `--daemon` nobody who waits for the end of standard error waits for the daemon's."""
+    pid = tmp_path / "pid"
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__BIND=f"127.0.0.1:{free_port}")
+    done = run(f"gunicorn -c gunicorn.conf.py --daemon --pid {pid}", **environment)
+    assert done.returncode == 0
+    number = int(wait_until(lambda: pid.exists() and pid.read_text(), "the number of the daemon"))
+    try:
+        assert wait_until(lambda: pings(free_port), "an answer")
+    finally:
+        os.kill(number, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{number}").exists(), "its end")
+
+
+def pings(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping") as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 READ_ONLY = """
@@ -272,6 +324,8 @@ REFUSED = {
     "--protocol uwsgi": "gunicorn's protocol is 'uwsgi'; leave it out",
     "--http-parser fast": "gunicorn's http_parser is 'fast'; leave it out",
     "--workers 0": "gunicorn's workers is 0; use 1 or more",
+    "--keep-alive 0": "gunicorn's keepalive is 0; use 1 or more",
+    "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
     "--worker-connections 0": "gunicorn's worker_connections is 0; use 1 or more",
     "app:wsgi": "the app is 'app:wsgi', which uvicorn's worker cannot run; use 'app:asgi'",
 }
