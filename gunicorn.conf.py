@@ -601,19 +601,22 @@ class Together:
     @classmethod
     def look(cls, loop: Any) -> None:
         """Let go of transports that have sent all, and abort those whose clients take nothing."""
-        for transport, progress in [*cls.sending.items()]:
-            if transport.has_sent_all():
-                del cls.sending[transport]
-            elif progress.has_ended(transport.count_taken()):
-                del cls.sending[transport]
-                transport.cut_off()
-        if cls.sending:
-            loop.call_later(LOOK_S, cls.look, loop)
+        try:
+            for transport, progress in [*cls.sending.items()]:
+                if transport.has_sent_all():
+                    del cls.sending[transport]
+                elif progress.has_ended(transport.count_taken()):
+                    del cls.sending[transport]
+                    transport.cut_off()
+        finally:
+            if cls.sending:
+                loop.call_later(LOOK_S, cls.look, loop)
 
     def has_sent_all(self) -> bool:
-        """Whether the client's kernel has all. Under TLS, what uvloop keeps of it is not in the size of its buffer."""
+        """Whether the client's kernel has all, or never will. Under TLS, what uvloop keeps of it is not in the size of
+        its buffer, and a transport that is closed has no socket."""
         sock = self.transport.get_extra_info("socket")
-        return not self.transport.get_write_buffer_size() and not count_unacknowledged(sock)
+        return sock is None or (not self.transport.get_write_buffer_size() and not count_unacknowledged(sock))
 
     def count_taken(self) -> int:
         """Return how many bytes the client's kernel has taken."""
@@ -830,6 +833,7 @@ def http_protocol() -> type:
             self._stop_body_timer()
             self._unset_keepalive_if_required()  # which uvicorn does only where there was no error
             self.held = b""
+            Together.sending.pop(self.transport, None)
             super().connection_lost(exc)
 
         def _fail(self) -> None:

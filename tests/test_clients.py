@@ -219,6 +219,23 @@ def check_flood(server: Server, start: bytes, again: bytes) -> None:
     assert server.worker_pids == [pid]
 
 
+LARGE_BYTES = 20_000_000
+LARGE = f"""
+import app
+
+native = app.create_app()
+content = bytes({LARGE_BYTES})
+if hasattr(native, "wsgi_app"):
+    native.add_url_rule("/large", view_func=lambda: content)
+else:
+    import fastapi
+
+    native.add_api_route("/large", lambda: fastapi.Response(content))
+asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
+"""
+GET_LARGE = b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
 @pytest.fixture(scope="module", params=["uvicorn", "gevent"])
 def tls_server(
     request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
@@ -228,9 +245,11 @@ def tls_server(
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    framework = "fastapi" if request.param == "uvicorn" else "flask"
-    certificate = {"SERVING_SERVER__CERTFILE": str(folder / "both.pem")}
-    return serve(tls=context, **gunicorn_environment(framework, request.param, **PATIENT, **certificate))
+    (folder / "large.py").write_text(LARGE)
+    framework, interface = ("fastapi", "asgi") if request.param == "uvicorn" else ("flask", "wsgi")
+    more = {"SERVING_SERVER__CERTFILE": str(folder / "both.pem"), "PYTHONPATH": str(folder)}
+    command = f"gunicorn -c gunicorn.conf.py large:{interface}"
+    return serve(command, tls=context, **gunicorn_environment(framework, request.param, **PATIENT, **more))
 
 
 def test_tls_clients_are_no_exception(tls_server: Server) -> None:
@@ -243,6 +262,20 @@ def test_tls_clients_are_no_exception(tls_server: Server) -> None:
         wait_until(lambda: files_of(pid) <= before + 5, "the clients to be cut off")
         assert tls_server.get("/ping").status == 200
     assert tls_server.worker_pids == [pid]
+
+
+def test_large_answer_is_cut_off_by_what_is_taken_of_it(tls_server: Server) -> None:
+    """Of an answer that is written at once, a client that reads slowly gets all, and one that does not is cut off."""
+    before = tls_server.text.count("client_cut_off")
+    with Deaf(tls_server, GET_LARGE, 3):
+        wait_until(lambda: tls_server.text.count("client_cut_off") == before + 3, "the clients to be cut off")
+    with tls_server.connect() as client:
+        client.sendall(GET_LARGE)
+        started, size = time.monotonic(), 0
+        while size < LARGE_BYTES:
+            size += len(client.recv(16_384))
+            threading.Event().wait(0.005)
+        assert time.monotonic() - started > 2 * SEND_S
 
 
 def test_slow_reader_gets_all(patient: Server) -> None:
