@@ -193,7 +193,7 @@ class Deadline:
     Its memory is shared with them: a child tells what it does, and what the settings that it has read say.
     """
 
-    LAYOUT = struct.Struct("d1600s1600s")  # seconds, the artifact's name, what is done with it
+    LIMIT, ARTIFACT, DOING = slice(0, 8), slice(8, 1608), slice(1608, 3208)  # seconds, and two texts
 
     def __init__(self, limit_s: float) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -205,42 +205,48 @@ class Deadline:
 
     def set(self, artifact: str, limit_s: float) -> None:
         """Note what the settings say."""
-        self.LAYOUT.pack_into(self._memory, 0, limit_s, artifact.encode(), b"read in its settings")
+        self._note(self.ARTIFACT, artifact)
+        self._memory[self.LIMIT] = struct.pack("d", limit_s)  # whole for whoever reads it; pack_into clears it first
+        self.report("reading its settings")
 
     def report(self, doing: str) -> None:
         """Note what is done now."""
-        limit_s, artifact, _ = self.LAYOUT.unpack_from(self._memory)
-        self.LAYOUT.pack_into(self._memory, 0, limit_s, artifact, doing.encode())
+        self._note(self.DOING, doing)
+
+    def _note(self, place: slice, text: str) -> None:
+        size = place.stop - place.start
+        self._memory[place] = text.encode(errors="replace")[:size].ljust(size, b"\0")
+
+    def _read(self, place: slice) -> str:
+        return self._memory[place].rstrip(b"\0").decode(errors="replace")
 
     @property
-    def noted(self) -> tuple[float, str, str]:
-        """The seconds that there are, the artifact, and what is done with it."""
-        limit_s, *texts = self.LAYOUT.unpack_from(self._memory)
-        artifact, doing = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
-        return limit_s, artifact, doing
+    def limit_s(self) -> float:
+        (limit_s,) = struct.unpack("d", self._memory[self.LIMIT])
+        return float(limit_s)
 
     @property
-    def left_s(self) -> float:
-        return self._started + self.noted[0] - time.monotonic()
+    def took_s(self) -> float:
+        return time.monotonic() - self._started
 
     def check(self) -> None:
         """Log what takes long. Raises `ModelError` when it takes too long."""
-        if self.left_s < 0:
+        took_s, limit_s = self.took_s, self.limit_s
+        if took_s > limit_s:
             raise self.error()
-        limit_s, _, doing = self.noted
-        took_s = limit_s - self.left_s
         if took_s > self._next_line_s:
             self._next_line_s += PROGRESS_S
+            doing = self._read(self.DOING)
             log.warning("model_takes_long", doing=doing, for_s=round(took_s, 1), limit_s=limit_s)
 
     def error(self) -> app.ModelError:
         """Return what to raise when it takes too long."""
-        limit_s, artifact, doing = self.noted
+        what = f"{self._read(self.ARTIFACT)} takes longer than model.load_timeout_s = {self.limit_s:g} s"
         left = 0 if self.threads_before is None else count_native_threads() - self.threads_before
         hint = (
             f"; loading it left {left} native threads behind, for which a forked process may wait" if left > 0 else ""
         )
-        return app.ModelError(f"{artifact} takes longer than model.load_timeout_s = {limit_s:g} s while {doing}{hint}")
+        return app.ModelError(f"{what} while {self._read(self.DOING)}{hint}")
 
 
 class Loading:
@@ -347,7 +353,7 @@ def finish(steps: Generator[None, None, Any]) -> Any:
 
 def end_when_late(pid: int, deadline: Deadline) -> str:
     """End a process that is late and does not end itself, since what it loads never gives the interpreter back."""
-    while deadline.left_s + WATCH_MARGIN_S > 0:
+    while deadline.took_s < deadline.limit_s + WATCH_MARGIN_S:
         if os.getppid() != pid:
             return ""  # it has ended, and its number may be another's by now
         time.sleep(TICK_S)
