@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -222,6 +223,32 @@ def test_what_takes_long_is_told(tmp_path: Path) -> None:
     progress, _ = done.stderr.splitlines()
     assert re.search(r'"doing":"answering its example row","for_s":10\.\d,"limit_s":11\.0', progress)
     assert '"event":"model_takes_long","level":"warning"' in progress
+
+
+REPORTING = """
+import importlib.util, os, signal, sys, app
+
+app.IN_USE.append(app.make_service(app.load_settings()))  # so that the configuration loads nothing
+spec = importlib.util.spec_from_file_location("configuration", "gunicorn.conf.py")
+configuration = sys.modules["configuration"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(configuration)
+deadline = configuration.Deadline(3600.0)
+parent = os.getpid()
+child = os.fork()
+while child == 0:
+    deadline.report("answering its example row")
+    if os.getppid() != parent:
+        os._exit(0)
+for _ in range(100_000):
+    deadline.check()
+os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_limit_holds_while_a_child_reports() -> None:
+    """What a child notes of its progress does not shake the limit for a moment, or a good model would be refused."""
+    done = subprocess.run([sys.executable, "-c", REPORTING], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
