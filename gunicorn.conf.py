@@ -1662,6 +1662,7 @@ def on_starting(server: Any) -> None:
 
 
 def when_ready(server: Any) -> None:
+    server.is_asked = server.is_asked or bool(early_hups)  # one that came before the arbiter had its own handler
     announce()
 
 

@@ -263,6 +263,8 @@ def test_hup_while_starting_is_kept(tmp_path: Path) -> None:
         wait_until(lambda: re.search(r"SigCgt:.*[13579bdf]$", status.read_text(), re.MULTILINE), "a handler of HUP")
         assert "Listening" not in log.read_text()
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: '"event":"reloaded"' in log.read_text(), "the reload")
-        process.terminate()
+        try:
+            wait_until(lambda: '"event":"reloaded"' in log.read_text(), "the reload")
+        finally:
+            process.terminate()
     assert process.returncode == 0
