@@ -806,7 +806,7 @@ class LineLogger:
 
 
 def protect_output() -> None:
-    """Have no line that this process writes to standard output or error wait or raise; once is enough."""
+    """Make standard output and error of this process take every line without waiting or raising; once is enough."""
     for fd in range(3):
         try:
             os.fstat(fd)
