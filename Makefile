@@ -16,7 +16,7 @@ lint: .venv/test
 	$(BIN)/mypy app.py gunicorn.conf.py model bench
 
 soak: .venv/test
-	PYTHONPATH=. $(BIN)/python tests/soak.py
+	$(BIN)/python -m tests.soak
 
 bench: .venv/bench
 	$(BIN)/python -m bench.run

@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from cases import BAD
-from conftest import PROJECT, ROW, Server, post_case, private_mb, wait_until
-from load import Load
+from tests.lib.cases import BAD
+from tests.lib.clients import ROW, post_case
+from tests.lib.load import Load
+from tests.lib.servers import PROJECT, Server, private_mb, wait_until
 
 ROUND_S = 5.0
 GROWTH = 1.05  # of what there was in the first half, and

@@ -12,21 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import QUERY, Case
-from conftest import (
-    COMBINATIONS,
-    Server,
-    deploy,
-    gunicorn_environment,
-    post_case,
-    read_answer,
-)
-from estimators import Slow
-from load import Load
 
 import app
+from tests.lib.artifacts import deploy
+from tests.lib.cases import QUERY, Case
+from tests.lib.clients import post_case, read_answer
+from tests.lib.estimators import Slow
+from tests.lib.load import Load
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment
 
-TESTS = str(Path(__file__).parent)
 HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
 
@@ -97,7 +91,7 @@ def test_overload_is_refused_and_forgotten(
     as ever; and a second later a request takes what it took before."""
     file = deploy(tmp_path, Slow(0.02))
     limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "50"}
-    batching = {"SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": TESTS, "SERVING_LOGGING__ACCESS": "false"}
+    batching = {"SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__ACCESS": "false"}
     server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, **limits, **batching))
     (worker,) = server.worker_pids
     case = post_case({"x0": 1.0})
@@ -138,7 +132,7 @@ def test_refusals_say_when_to_come_back(
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
     file = deploy(tmp_path, Slow(0.48))
     limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1.2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
-    environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": TESTS}
+    environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": str(PROJECT)}
     server = serve(**gunicorn_environment(*combination, **environment, **limits))
     case = post_case({"x0": 1.0})
     with ThreadPoolExecutor(5) as pool:

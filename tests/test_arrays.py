@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROW, Answer, call, make_settings, post_case, serve_estimator
 from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
@@ -18,6 +17,8 @@ from sklearn.preprocessing import OneHotEncoder
 from werkzeug.test import EnvironBuilder
 
 import app
+from tests.lib.apps import call, make_settings, serve_estimator
+from tests.lib.clients import ROW, Answer, post_case
 
 N_ROWS = 10_000
 TRICKY = ['},{"a": 1', "plain", "[{}],", 'a "quoted" }, {', "]}"]

@@ -16,13 +16,16 @@ import joblib
 import numpy as np
 import pytest
 import skops.io
-from conftest import PROJECT, call, make_settings, post_case, save, serve_estimator
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import app
+from tests.lib.apps import call, make_settings, serve_estimator
+from tests.lib.artifacts import Trap, save
+from tests.lib.clients import post_case
+from tests.lib.servers import PROJECT
 
 X, y = load_iris(return_X_y=True)
 
@@ -159,16 +162,6 @@ def test_compressed_joblib_is_served(tmp_path: Path, compress: Any) -> None:
     assert call(native, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
     path.rename(tmp_path / "model.pkl")
     assert "is no pickle file but joblib; name it .joblib" in refusal_of(tmp_path / "model.pkl")
-
-
-class Trap:
-    """What a pickle can do to the one who loads it."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 @pytest.mark.parametrize("suffix", [".joblib", ".pickle", ".pkl"])

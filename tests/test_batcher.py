@@ -12,26 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import estimators
 import numpy as np
 import pytest
 import sklearn
 import threadpoolctl  # type: ignore[import-untyped]
-from conftest import (
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    Answer,
-    Server,
-    answers_of,
-    call,
-    call_asgi,
-    deploy,
-    gunicorn_environment,
-    make_settings,
-    post_case,
-    wait_until,
-)
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -39,6 +23,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import app
+from tests.lib import estimators
+from tests.lib.apps import answers_of, call, call_asgi, make_settings
+from tests.lib.artifacts import deploy
+from tests.lib.clients import ROW, Answer, post_case
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
 
 N_CLIENTS = 64
 LOAD_S = 3.0
@@ -222,7 +211,7 @@ def test_slow_call_keeps_nothing_else_waiting(
 ) -> None:
     """Health checks that come after a call has begun are answered before it ends."""
     file = deploy(tmp_path, estimators.Gated(0.05, tmp_path))
-    environment = {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
+    environment = {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__FORMAT": "json"}
     server = serve(**gunicorn_environment(*combination, SERVING_LIMITS__REQUEST_TIMEOUT_S="60", **environment))
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(server.post, {"x0": 666})

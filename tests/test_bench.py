@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BIN, PROJECT
 
 from bench.judge import Case, Load, Outcome, added_us, judge, make_table, rate_ratio, tail_ratio
 from bench.load import Sample, run_wrk, write_script
 from bench.run import without_failures
 from bench.servers import GEVENT, BenchError, DidNotStartError, Running, reference, service
+from tests.lib.servers import BIN, PROJECT
 
 HELLO = reference("Flask hello", "flask_hello", GEVENT)
 OURS, THEIRS = Load(HELLO), Load(HELLO, connections=1)

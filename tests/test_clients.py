@@ -24,29 +24,15 @@ import fastapi
 import flask
 import pytest
 import trustme
-from cases import JSON, QUERY, Case
-from conftest import (
-    BIN,
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    Answer,
-    Server,
-    call,
-    call_asgi,
-    call_wsgi,
-    gunicorn_environment,
-    make_settings,
-    post_case,
-    private_mb,
-    read_answer,
-    wait_until,
-)
 from starlette.responses import Response
 from starlette.routing import Route
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import app
+from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
+from tests.lib.cases import JSON, QUERY, Case
+from tests.lib.clients import ROW, Answer, post_case, read_answer
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, private_mb, wait_until
 
 HEARTBEAT_S, SEND_S = 2, 2
 PATIENT = {

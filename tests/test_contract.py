@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Case
-from conftest import ROW, call, make_settings, post_case, save, serve_estimator
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
 import app
+from tests.lib.apps import call, make_settings, serve_estimator
+from tests.lib.artifacts import save
+from tests.lib.cases import Case
+from tests.lib.clients import ROW, post_case
 
 X, y = load_iris(return_X_y=True)
 

@@ -9,22 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import BIN, PROJECT, ROW, Server, wait_until
+
+from tests.lib.clients import ROW
+from tests.lib.servers import BIN, COMMANDS, PROJECT, Server, wait_until
 
 Start = Callable[..., Server]
-SERVING = [
-    ("uvicorn app:app --port 0", "fastapi"),
-    ("uvicorn app:asgi --port 0", "fastapi"),
-    ("uvicorn app:asgi --port 0", "flask"),
-    ("flask --app app run --host 0.0.0.0 --port 0", "flask"),
-    ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "flask"),
-    ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "fastapi"),
-    ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "fastapi"),
-    ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "flask"),
-]
 
 
-@pytest.mark.parametrize(("command", "framework"), SERVING)
+@pytest.mark.parametrize(("command", "framework"), COMMANDS)
 def test_command_serves(serve: Start, command: str, framework: str) -> None:
     """Good and bad requests are answered, and each has one access line."""
     server = serve(command, SERVING_FRAMEWORK=framework)

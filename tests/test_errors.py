@@ -14,16 +14,18 @@ import jiter
 import numpy as np
 import pandas as pd
 import pytest
-from cases import JSON, QUERY, Case, get, post
-from cases import ROW as GOOD_ROW
-from conftest import COMBINATIONS, Server, call, deploy, gunicorn_environment, make_settings, post_case
-from load import Load
 from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 import app
+from tests.lib.apps import call, make_settings
+from tests.lib.artifacts import deploy
+from tests.lib.cases import FLOWER, JSON, QUERY, Case, get, post
+from tests.lib.clients import post_case
+from tests.lib.load import Load
+from tests.lib.servers import COMBINATIONS, Server, gunicorn_environment
 
 MOST_BYTES = app.MAX_DETAIL_BYTES + len('{"detail":[]}')
 LONG = 2_000_000
@@ -111,7 +113,7 @@ def test_name_is_looked_up_once(
     apps: dict[tuple[str, str], Any], compared: list[tuple[str, int]], framework: str
 ) -> None:
     """A name that is wrong in each row gets its suggestion in the first ones, for one comparison."""
-    bad = json.loads(GOOD_ROW.replace("petal_width", "petal_widht"))
+    bad = json.loads(FLOWER.replace("petal_width", "petal_widht"))
     messages = [problem["msg"] for problem in call(apps[framework, "iris"], post_case([bad] * 50)).json["detail"]]
     unknown = [message for message in messages if message.startswith("Unknown")]
     assert unknown == ["Unknown feature; did you mean 'petal_width'?"] * 10 + ["Unknown feature"] * 40
@@ -232,7 +234,7 @@ def test_problem_longer_than_an_answer_may_be_is_named() -> None:
 )
 def test_input_is_shortened(apps: dict[tuple[str, str], Any], framework: str, given: Any, shown: Any) -> None:
     """What was given is repeated as it was, but for the middle of a text, later items and what is far inside."""
-    payload = json.loads(GOOD_ROW) | {"sepal_length": given}
+    payload = json.loads(FLOWER) | {"sepal_length": given}
     if isinstance(given, float):
         payload = [[given]]
         shown = [shown]

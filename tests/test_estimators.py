@@ -12,8 +12,6 @@ import jsonschema
 import numpy as np
 import pytest
 import skops.io
-from cases import Case
-from conftest import call, make_settings, post_case, save
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401  # without it they are not listed
@@ -25,6 +23,10 @@ from sklearn.utils._test_common.instance_generator import _construct_instances
 from sklearn.utils.discovery import all_estimators
 
 import app
+from tests.lib.apps import call, make_settings
+from tests.lib.artifacts import save
+from tests.lib.cases import Case
+from tests.lib.clients import post_case
 
 # FrozenEstimator takes its methods from the estimator inside, so its class has none.
 ESTIMATORS = {name: kind for name, kind in all_estimators() if hasattr(kind, "predict") or kind is FrozenEstimator}

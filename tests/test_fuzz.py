@@ -9,9 +9,10 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
-from cases import BAD, GOOD
-from conftest import COMBINATIONS, Server, gunicorn_environment
 from hypothesis import strategies
+
+from tests.lib.cases import BAD, GOOD
+from tests.lib.servers import COMBINATIONS, Server, gunicorn_environment
 
 N_BYTES = 1000  # requests of bytes to each combination
 N_CASES = 250  # requests of the document to each operation of each framework

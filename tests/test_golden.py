@@ -12,35 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import estimators
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import (
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    Server,
-    call,
-    deploy,
-    gunicorn_environment,
-    make_settings,
-    post_case,
-    run,
-    save,
-    serve_estimator,
-)
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from test_artifact import Trap
-from test_inputs import PENGUINS, fitted, rows_of
 
 import app
 import model.describe
+from tests.lib import estimators
+from tests.lib.apps import call, make_settings, serve_estimator
+from tests.lib.artifacts import Trap, deploy, save
+from tests.lib.clients import ROW, post_case
+from tests.lib.pipelines import PENGUINS, fitted, rows_of
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, run
 
 GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())
 
@@ -235,7 +224,7 @@ def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, messag
     """A predict that exits, with status 0 too, or crashes the interpreter is refused before gunicorn listens."""
     file = deploy(tmp_path, estimators.Deadly(how), "a = { example = 1.5 }")
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file)
-    done = run("gunicorn -c gunicorn.conf.py", PYTHONPATH=str(PROJECT / "tests"), **environment)
+    done = run("gunicorn -c gunicorn.conf.py", PYTHONPATH=str(PROJECT), **environment)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
     assert message in done.stderr
 

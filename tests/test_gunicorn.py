@@ -15,20 +15,10 @@ from pathlib import Path
 
 import pytest
 import trustme
-from cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
-from conftest import (
-    BIN,
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    WAIT_S,
-    Server,
-    gunicorn_environment,
-    post_case,
-    read_answer,
-    wait_until,
-)
-from test_parity import check
+
+from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
+from tests.lib.clients import ROW, check, post_case, read_answer
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, WAIT_S, Server, gunicorn_environment, wait_until
 
 CROSSED = [("flask", "uvicorn"), ("fastapi", "gevent")]
 Servers = dict[tuple[str, str], Server]

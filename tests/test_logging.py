@@ -11,22 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import estimators
 import pytest
-from cases import BAD, JSON, QUERY, Case
-from conftest import (
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    Server,
-    call,
-    deploy,
-    gunicorn_environment,
-    make_settings,
-    wait_until,
-)
 
 import app
+from tests.lib import estimators
+from tests.lib.apps import call, make_settings
+from tests.lib.artifacts import deploy
+from tests.lib.cases import BAD, JSON, QUERY, Case
+from tests.lib.clients import ROW
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
 
 each_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 Start = Callable[..., Server]
@@ -35,7 +28,7 @@ Start = Callable[..., Server]
 def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
     """Save a fake estimator, and give the settings that serve it."""
     file = deploy(tmp_path, estimator)
-    return {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT / "tests"), "SERVING_LOGGING__FORMAT": "json"}
+    return {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__FORMAT": "json"}
 
 
 def events_of(server: Server, request_id: str) -> list[dict[str, Any]]:

@@ -12,19 +12,6 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
-from conftest import (
-    COMBINATIONS,
-    PROJECT,
-    Server,
-    answers_of,
-    call,
-    gunicorn_environment,
-    make_settings,
-    post_case,
-    save,
-    serve_estimator,
-    to_graph,
-)
 from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType
 from sklearn.calibration import CalibratedClassifierCV
@@ -73,6 +60,10 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import app
 from model.describe import main
+from tests.lib.apps import answers_of, call, make_settings, serve_estimator
+from tests.lib.artifacts import save, to_graph
+from tests.lib.clients import post_case
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment
 
 X, y = load_iris(return_X_y=True)
 NAMES = np.array(["setosa", "versicolor", "virginica"])[y]

@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-from cases import BAD, GOOD, Case
-from conftest import ROW, call, make_settings, post_case
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 import app
+from tests.lib.apps import call, make_settings
+from tests.lib.cases import BAD, GOOD, Case
+from tests.lib.clients import ROW, post_case
 
 
 def document_of(native: Any) -> dict[str, Any]:

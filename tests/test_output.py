@@ -19,22 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    BIN,
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    Server,
-    edit,
-    find_free_port,
-    lay_out,
-    post_case,
-    wait_for_model,
-    wait_until,
-)
-from load import Load
 
 import app
+from tests.lib.artifacts import edit, lay_out
+from tests.lib.clients import ROW, post_case
+from tests.lib.load import Load
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model, wait_until
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
 GUNICORN = f"{BIN}/gunicorn -c gunicorn.conf.py"

@@ -4,10 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from cases import BAD, GOOD, JSON, Case
-from conftest import Answer, call, call_asgi, call_wsgi, make_settings
 
 import app
+from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
+from tests.lib.cases import BAD, GOOD, JSON, Case
+from tests.lib.clients import check
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,6 @@ def test_root_path_is_no_part_of_the_route(apps: dict[str, Any]) -> None:
     """Behind `uvicorn --root-path`, paths are those that the proxy's clients see."""
     case = Case("ping", "GET", "/ping")
     assert asyncio.run(call_asgi(apps["fastapi"], case, "/api")) == call(apps["fastapi"], case)
-
-
-def check(case: Case, answer: Answer) -> None:
-    """Hold an answer to its case."""
-    assert answer.status == case.status
-    assert answer.headers["content-type"] == "application/json"
-    if case.method != "HEAD":
-        assert int(answer.headers["content-length"]) == len(answer.body)
-        assert case.says in answer.body.decode()
-        assert (case.status == 200) != ("detail" in answer.json if isinstance(answer.json, dict) else False)
 
 
 def test_table_is_large_enough() -> None:

@@ -4,12 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import estimators
 import numpy as np
 import pandas as pd
 import pytest
-from cases import Case
-from conftest import ROW, answers_of, call, make_settings, post_case, serve_estimator
 from jsonschema import Draft202012Validator
 from scipy.sparse import csr_array
 from sklearn.base import clone
@@ -37,6 +34,10 @@ from sklearn.svm import SVC, LinearSVC, OneClassSVM
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import app
+from tests.lib import estimators
+from tests.lib.apps import answers_of, call, make_settings, serve_estimator
+from tests.lib.cases import Case
+from tests.lib.clients import ROW, post_case
 
 X, y = load_iris(return_X_y=True)
 

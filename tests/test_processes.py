@@ -8,21 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
-    COMBINATIONS,
-    ROW,
-    Server,
-    deploy,
-    gunicorn_environment,
-    post_case,
-    private_mb,
-    wait_until,
-)
-from estimators import Hanging
-from load import Load
 from sklearn.linear_model import LogisticRegression
 
-TESTS = str(Path(__file__).parent)
+from tests.lib.artifacts import deploy
+from tests.lib.clients import ROW, post_case
+from tests.lib.estimators import Hanging
+from tests.lib.load import Load
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, private_mb, wait_until
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -164,7 +156,7 @@ def test_hanging_prediction_costs_a_worker(
     itself, `server.timeout` ends it.
     """
     file = deploy(tmp_path, Hanging(call_s))
-    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "0.5", "SERVING_SERVER__TIMEOUT": "2", "PYTHONPATH": TESTS}
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "0.5", "SERVING_SERVER__TIMEOUT": "2", "PYTHONPATH": str(PROJECT)}
     server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, **limits))
     (worker,) = server.worker_pids
     with server.connect() as client:

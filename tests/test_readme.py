@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment
-from test_development import SERVING
 
 import app
+from tests.lib.servers import BIN, COMBINATIONS, COMMANDS, PROJECT, Server, gunicorn_environment
 
 README = (PROJECT / "README.md").read_text()
 SHIPPED = README.partition("## Serve your own model")[0]
@@ -99,7 +98,7 @@ def test_development_commands_are_tested() -> None:
 
     block = README.partition("## Develop")[2].partition("```console\n")[2].partition("```")[0]
     commands = {plain(line.removeprefix("$ ")) for line in block.splitlines()}
-    run = {plain(command) for command, _ in SERVING}
+    run = {plain(command) for command, _ in COMMANDS}
     run |= {"flask --app app run --debug", "uvicorn app:app --reload"}
     assert {" ".join(command.split()) for command in commands} <= {" ".join(command.split()) for command in run}
 

@@ -11,29 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    BIN,
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    SETTINGS,
-    Server,
-    edit,
-    gunicorn_environment,
-    identity,
-    post_case,
-    run,
-    save,
-    wait_for_model,
-    wait_until,
-)
-from estimators import SlowToLoad, Threading
-from load import Load
 from sklearn.datasets import load_iris
 
 import app
-
-TESTS = str(Path(__file__).parent)
+from tests.lib.artifacts import SETTINGS, edit, save
+from tests.lib.clients import ROW, post_case
+from tests.lib.estimators import SlowToLoad, Threading
+from tests.lib.load import Load
+from tests.lib.servers import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    Server,
+    gunicorn_environment,
+    identity,
+    run,
+    wait_for_model,
+    wait_until,
+)
 
 
 @pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "close"])
@@ -55,7 +50,7 @@ def save_slow(path: Path) -> dict[str, str]:
     """Save a model that takes `LOAD_S` seconds to load, and give the environment of a server that takes it."""
     X, y = load_iris(return_X_y=True, as_frame=True)
     model = save(SlowToLoad(C=0.5, max_iter=1000).fit(X.set_axis([*ROW], axis=1), y), path)
-    return {f"SERVING_MODEL__{key.upper()}": value for key, value in model.items()} | {"PYTHONPATH": TESTS}
+    return {f"SERVING_MODEL__{key.upper()}": value for key, value in model.items()} | {"PYTHONPATH": str(PROJECT)}
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
@@ -141,7 +136,7 @@ def test_broken_reload_changes_nothing(serve: Callable[..., Server], file: Path,
 def test_everything_changes_by_reload_alone(serve: Callable[..., Server], file: Path, free_port: int) -> None:
     """Framework, worker class and count, address, model, level of the log: HUP is enough for all of them."""
     model = save_slow(file.parent / "other.joblib")
-    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=TESTS)
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
     old_port, before = server.port, identity(server)
     edit(file, ('"fastapi"', '"flask"'), ("workers = 2", "workers = 3"), ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
     hashed = f'other.joblib"\nsha256 = "{model["SERVING_MODEL__SHA256"]}'
@@ -246,7 +241,7 @@ def test_preloading_is_refused(serve: Callable[..., Server], project: Path) -> N
 def test_model_with_threads_is_refused(serve: Callable[..., Server], file: Path) -> None:
     """An artifact that starts threads when it is loaded is refused with the reason, for workers would lack them."""
     model = save(Threading(), file.parent / "threading.joblib")
-    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=TESTS)
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
     edit(file, ("iris.skops", f'threading.joblib"\nsha256 = "{model["sha256"]}'))
     assert "starts threads when it is loaded" in server.reload()["reason"]
     assert server.post(ROW).status == 200

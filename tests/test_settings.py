@@ -11,9 +11,9 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import PROJECT, run
 
 import app
+from tests.lib.servers import PROJECT, run
 
 CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("framework",): ("flask", "flask"),

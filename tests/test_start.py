@@ -17,21 +17,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from catboost import CatBoostClassifier
-from conftest import (
-    BIN,
-    COMBINATIONS,
-    PROJECT,
-    ROW,
-    SETTINGS,
-    Server,
-    deploy,
-    edit,
-    gunicorn_environment,
-    run,
-    save,
-    wait_until,
-)
-from estimators import Deadly, Endless, Table, Waiting
 from lightgbm import LGBMClassifier, LGBMRegressor
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import VotingClassifier
@@ -40,10 +25,13 @@ from sklearn.preprocessing import StandardScaler
 from xgboost import XGBClassifier, XGBRegressor
 
 import app
+from tests.lib.artifacts import SETTINGS, deploy, edit, save
+from tests.lib.clients import ROW
+from tests.lib.estimators import Deadly, Endless, Table, Waiting
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, run, wait_until
 
-TESTS = str(Path(__file__).parent)
 TWO = [COMBINATIONS[0], COMBINATIONS[3]]
-LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": "5", "PYTHONPATH": TESTS}
+LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": "5", "PYTHONPATH": str(PROJECT)}
 LATE = "which takes longer than model.load_timeout_s = 5 s while"
 
 quiet = functools.partial(LGBMClassifier, n_estimators=20, verbosity=-1)
@@ -208,7 +196,7 @@ def test_load_that_cannot_be_stopped_is_told(serve: Any, file: Path, combination
 def test_model_with_threads_of_polars_is_served(serve: Any, tmp_path: Path) -> None:
     """One that has polars compute only when it predicts is served, and each worker has threads of its own."""
     file = deploy(tmp_path, Table("predict"))
-    server = serve(**gunicorn_environment("flask", "gevent", SERVING_SETTINGS=file, PYTHONPATH=TESTS))
+    server = serve(**gunicorn_environment("flask", "gevent", SERVING_SETTINGS=file, PYTHONPATH=str(PROJECT)))
     assert server.post({"x0": 1.0}).json == {"prediction": 600.0}
     assert server.reload()["event"] == "reloaded"
     assert server.post({"x0": 1.0}).json == {"prediction": 600.0}

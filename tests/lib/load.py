@@ -9,8 +9,8 @@ import time
 from collections import Counter, defaultdict
 from typing import Self
 
-from cases import Case
-from conftest import Server, wait_until
+from tests.lib.cases import Case
+from tests.lib.servers import Server, wait_until
 
 TIMEOUT_S = 20.0
 

@@ -1,0 +1,84 @@
+"""Estimators in files, and settings files beside them."""
+
+import hashlib
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import joblib
+import skops.io
+from skl2onnx import to_onnx
+from skl2onnx.common.data_types import DoubleTensorType
+
+from tests.lib.servers import PROJECT
+
+SETTINGS = """
+framework = "{}"
+[server]
+worker_class = "{}"
+workers = 2
+bind = "127.0.0.1:0"
+[model]
+path = "iris.skops"
+name = "iris"
+[logging]
+access = false
+"""
+
+
+def save(estimator: Any, path: Path) -> dict[str, str]:
+    """Save an estimator as its suffix says, and give the settings of [model] that trust it."""
+    if path.suffix == ".skops":
+        skops.io.dump(estimator, path)
+    elif path.suffix == ".joblib":
+        joblib.dump(estimator, path)
+    elif path.suffix == ".onnx":
+        path.write_bytes(to_graph(estimator))
+    else:
+        path.write_bytes(pickle.dumps(estimator))
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def to_graph(estimator: Any, floats: Any = DoubleTensorType, **options: Any) -> bytes:
+    """Convert an estimator of numbers as its owner would, outside the service."""
+    types = [("X", floats([None, estimator.n_features_in_]))]
+    options = {"zipmap": False} | options if hasattr(estimator, "classes_") else options
+    graph: bytes = to_onnx(estimator, initial_types=types, options={id(estimator): options}).SerializeToString()
+    return graph
+
+
+def deploy(folder: Path, estimator: Any, features: str = "") -> str:
+    """Save an estimator as `model.joblib` beside a settings file that serves it, and give that file's path."""
+    model = save(estimator, folder / "model.joblib")
+    file = folder / "settings.toml"
+    file.write_text(f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"\n[features]\n{features}')
+    return str(file)
+
+
+def lay_out(folder: Path, framework: str, worker: str) -> Path:
+    """Put the shipped model into a folder, with a settings file for it, and return that file."""
+    for name in ("iris.skops", "iris.golden.json"):
+        shutil.copy(PROJECT / "model" / name, folder / name)
+    file = folder / "settings.toml"
+    file.write_text(SETTINGS.format(framework, worker))
+    return file
+
+
+def edit(file: Path, *changes: tuple[str, str]) -> None:
+    """Replace each first text, which is there once, by the second."""
+    text = file.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+class Trap:
+    """What a pickle can do to the one who loads it."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call

@@ -1,0 +1,194 @@
+"""Real servers as processes on ephemeral ports."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.lib.cases import Case
+from tests.lib.clients import Answer, post_case, read_answer
+
+PROJECT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
+LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
+WAIT_S = 30.0
+COMMANDS = [
+    ("uvicorn app:app --port 0", "fastapi"),
+    ("uvicorn app:asgi --port 0", "fastapi"),
+    ("uvicorn app:asgi --port 0", "flask"),
+    ("flask --app app run --host 0.0.0.0 --port 0", "flask"),
+    ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "flask"),
+    ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "fastapi"),
+    ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "fastapi"),
+    ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "flask"),
+]
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until the condition holds, and give what it gave."""
+    deadline = time.monotonic() + WAIT_S
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {WAIT_S} s for {what}")
+        threading.Event().wait(0.01)
+    return result
+
+
+class Server:
+    """A command that serves, started in a process group of its own; `port` is the one that it printed."""
+
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        cwd: Path,
+        port: int | None,
+        tls: ssl.SSLContext | None = None,
+        stderr: Any = None,
+        **environment: str,
+    ) -> None:
+        self.log, self.tls = log, tls
+        env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
+        env["PATH"] = f"{BIN}:{env['PATH']}"
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=env,
+                stdout=stream,
+                stderr=stderr or stream,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            self.port = port or int(wait_until(self._listening, f"{command} to listen"))
+            wait_until(self._answers, f"{command} to answer")
+        except BaseException:  # an interrupt too: the process is in a group of its own, and would stay
+            self.stop(signal.SIGKILL)
+            raise
+
+    def _listening(self) -> str | None:
+        assert self.process.poll() is None, f"exited with {self.process.returncode}: {self.text}"
+        match = LISTENING.search(self.text)
+        return match and match[1]
+
+    def _answers(self) -> bool:
+        try:
+            return self.get("/ping").status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The log so far, a JSON object a line."""
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    @property
+    def worker_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def wait_for_workers(self, count: int) -> list[int]:
+        """Wait until there are so many, and give their process ids."""
+        return wait_until(lambda: self.worker_pids if len(self.worker_pids) == count else None, f"{count} workers")
+
+    @property
+    def reloads(self) -> list[dict[str, Any]]:
+        """The lines with which reloads have ended, well or not."""
+        return [line for line in self.lines if line["event"] in ("reloaded", "reload_refused")]
+
+    def reload(self) -> dict[str, Any]:
+        """Send HUP, and give the line with which the reload ends."""
+        before = len(self.reloads)
+        self.process.send_signal(signal.SIGHUP)
+        return wait_until(lambda: self.reloads[before:], "the reload to end")[0]
+
+    def connect(self) -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        return self.tls.wrap_socket(client, server_hostname="127.0.0.1") if self.tls else client
+
+    def exchange(self, raw: bytes, method: str = "GET", half_close: bool = False) -> Answer:
+        with self.connect() as client:
+            with contextlib.suppress(ConnectionError):  # a refusal may come before all is sent
+                client.sendall(raw)
+            if half_close:
+                client.shutdown(socket.SHUT_WR)
+            return read_answer(client, method)
+
+    def send(self, case: Case) -> Answer:
+        return self.exchange(case.raw(), case.method, case.cut)
+
+    def get(self, target: str, **headers: str) -> Answer:
+        return self.send(Case("get", "GET", target, tuple(headers.items()), status=200))
+
+    def post(self, payload: Any, **headers: str) -> Answer:
+        return self.send(post_case(payload, **headers))
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        try:
+            return self.process.wait(WAIT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def private_mb(pid: int) -> float:
+    """The kernel's figure for what a process has to itself, in MB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) / 1000
+
+
+def gunicorn_environment(framework: str, worker: str, **environment: str) -> dict[str, str]:
+    return {
+        "SERVING_FRAMEWORK": framework,
+        "SERVING_SERVER__WORKER_CLASS": worker,
+        "SERVING_SERVER__WORKERS": "1",
+        "SERVING_SERVER__BIND": "127.0.0.1:0",
+        **environment,
+    }
+
+
+def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the installed ones to its end, in the project."""
+    command = f"{BIN}/{command}"
+    return subprocess.run(
+        command.split(), cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def identity(server: Server) -> dict[str, str]:
+    """What `/health/ready` says, with the hash of the settings, which `Answer` leaves out."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready") as answer:
+        return json.load(answer)
+
+
+def wait_for_model(server: Server, name: str) -> dict[str, str]:
+    """Wait until all workers have the model of that name: those that drain have others for a moment."""
+    wait_until(lambda: all(identity(server)["model"] == name for _ in range(10)), f"the model {name}")
+    return identity(server)
