@@ -13,7 +13,7 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app.py gunicorn.conf.py model bench
+	$(BIN)/mypy app.py gunicorn.conf.py model bench tests/lib
 
 soak: .venv/test
 	$(BIN)/python -m tests.soak

@@ -26,7 +26,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     def start(
         command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **more: Any
     ) -> Server:
-        server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **more)
+        server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **more).wait()
         started.append(server)
         return server
 

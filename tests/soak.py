@@ -48,7 +48,7 @@ def soak(framework: str, worker: str, is_troubled: bool, seconds: float) -> list
         f'framework = "{framework}"\n[server]\nworker_class = "{worker}"\nworkers = 2\nbind = "127.0.0.1:0"\n'
         'keepalive = 1\n[model]\npath = "iris.skops"\n[logging]\naccess = false\n'
     )
-    server = Server(["gunicorn", "-c", "gunicorn.conf.py"], folder / "log", PROJECT, None, SERVING_SETTINGS=str(file))
+    server = Server(["gunicorn", "-c", "gunicorn.conf.py"], folder / "log", PROJECT, SERVING_SETTINGS=str(file)).wait()
     samples: list[dict[str, float]] = []
     kills = 0
     random.seed(0)

@@ -120,7 +120,7 @@ def check_combination(folder: Path, combination: tuple[str, str], break_log: Any
     with break_log(folder) as log:
         command = ["bash", "-c", log["shell"]] if "shell" in log else GUNICORN.split()
         environment = {"SERVING_SETTINGS": str(file), "PYTHONUNBUFFERED": ""}
-        server = Server(command, folder / "out", PROJECT, port, stderr=log.get("stderr"), **environment)
+        server = Server(command, folder / "out", PROJECT, port, stderr=log.get("stderr"), **environment).wait()
         try:
             log.get("break_it", lambda: None)()
             check_all_works(server, file)

@@ -42,7 +42,10 @@ def call(native: Any, case: Case) -> Answer:
 
 async def call_asgi(asgi: Any, case: Case, root_path: str = "") -> Answer:
     path, _, query = case.target.partition("?")
-    messages = [{"type": "http.request", "body": case.body, "more_body": case.cut}, {"type": "http.disconnect"}]
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": case.body, "more_body": case.cut},
+        {"type": "http.disconnect"},
+    ]
     sent: list[dict[str, Any]] = []
     scope = {
         "type": "http",

@@ -85,12 +85,14 @@ class Load:
                 self.failures.append(repr(error))
             except (OSError, http.client.HTTPException) as error:
                 self.failures.append(f"{error!r} after {time.perf_counter() - started:.3f} s")
-                client = self._close(client)
+                self._close(client)
+                client = None
             else:
                 self.answers[response.status] += 1
                 self.took_by_status[response.status].append(time.perf_counter() - started)
                 if response.will_close:
-                    client = self._close(client)
+                    self._close(client)
+                    client = None
             if self.pause_s:
                 self._ending.wait(self.pause_s)
         self._close(client)

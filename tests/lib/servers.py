@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.lib.cases import Case
 from tests.lib.clients import Answer, post_case, read_answer
@@ -37,30 +37,35 @@ COMMANDS = [
 ]
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """Poll until the condition holds, and give what it gave."""
-    deadline = time.monotonic() + WAIT_S
+def wait_until(condition: Callable[[], Any], what: str, within_s: float = WAIT_S) -> Any:
+    """Poll until the condition holds, and return what it returned."""
+    deadline = time.monotonic() + within_s
     while not (result := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {WAIT_S} s for {what}")
+            raise AssertionError(f"waited {within_s} s for {what}")
         threading.Event().wait(0.01)
     return result
 
 
 class Server:
-    """A command that serves, started in a process group of its own; `port` is the one that it printed."""
+    """A command that serves, started in a process group of its own; `port` is given, or the one that it printed.
+
+    It starts at once. Its owner then waits for it, perhaps beside others.
+    """
+
+    patience_s = WAIT_S  # for its start, each answer and its end
 
     def __init__(
         self,
         command: list[str],
         log: Path,
         cwd: Path,
-        port: int | None,
+        port: int | None = None,
         tls: ssl.SSLContext | None = None,
         stderr: Any = None,
         **environment: str,
     ) -> None:
-        self.log, self.tls = log, tls
+        self.command, self.log, self.port, self.tls = command, log, port or 0, tls
         env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
         env["PATH"] = f"{BIN}:{env['PATH']}"
         with log.open("wb") as stream:
@@ -73,23 +78,28 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+
+    def wait(self) -> Self:
+        """Return as soon as it answers. If it does not, end it and raise AssertionError with its log."""
         try:
-            self.port = port or int(wait_until(self._listening, f"{command} to listen"))
-            wait_until(self._answers, f"{command} to answer")
+            wait_until(self._is_up, f"{self.command} to answer", self.patience_s)
         except BaseException:  # an interrupt too: the process is in a group of its own, and would stay
             self.stop(signal.SIGKILL)
             raise
+        return self
 
-    def _listening(self) -> str | None:
+    def _is_up(self) -> bool:
         assert self.process.poll() is None, f"exited with {self.process.returncode}: {self.text}"
-        match = LISTENING.search(self.text)
-        return match and match[1]
-
-    def _answers(self) -> bool:
+        if not self.port and (match := LISTENING.search(self.text)):
+            self.port = int(match[1])
         try:
-            return self.get("/ping").status == 200
+            return bool(self.port) and self.is_answering()
         except (OSError, http.client.HTTPException):
             return False
+
+    def is_answering(self) -> bool:
+        """Return whether it answers as it should once it is up."""
+        return self.get("/ping").status == 200
 
     @property
     def text(self) -> str:
@@ -106,8 +116,9 @@ class Server:
         return [int(pid) for pid in children.split()]
 
     def wait_for_workers(self, count: int) -> list[int]:
-        """Wait until there are so many, and give their process ids."""
-        return wait_until(lambda: self.worker_pids if len(self.worker_pids) == count else None, f"{count} workers")
+        """Wait until there are so many, and return their process ids."""
+        wait_until(lambda: len(self.worker_pids) == count, f"{count} workers")
+        return self.worker_pids
 
     @property
     def reloads(self) -> list[dict[str, Any]]:
@@ -115,13 +126,14 @@ class Server:
         return [line for line in self.lines if line["event"] in ("reloaded", "reload_refused")]
 
     def reload(self) -> dict[str, Any]:
-        """Send HUP, and give the line with which the reload ends."""
+        """Send HUP, and return the line with which the reload ends."""
         before = len(self.reloads)
         self.process.send_signal(signal.SIGHUP)
-        return wait_until(lambda: self.reloads[before:], "the reload to end")[0]
+        wait_until(lambda: self.reloads[before:], "the reload to end")
+        return self.reloads[before]
 
     def connect(self) -> socket.socket:
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=self.patience_s)
         return self.tls.wrap_socket(client, server_hostname="127.0.0.1") if self.tls else client
 
     def exchange(self, raw: bytes, method: str = "GET", half_close: bool = False) -> Answer:
@@ -145,16 +157,16 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(sig)
         try:
-            return self.process.wait(WAIT_S)
+            return self.process.wait(self.patience_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def private_mb(pid: int) -> float:
-    """The kernel's figure for what a process has to itself, in MB."""
+    """Return what a process has to itself, in MB of 10^6 bytes; the kernel's kB are of 1024."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) / 1000
+    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) * 1024 / 1e6
 
 
 def gunicorn_environment(framework: str, worker: str, **environment: str) -> dict[str, str]:
@@ -185,7 +197,8 @@ def find_free_port() -> int:
 def identity(server: Server) -> dict[str, str]:
     """What `/health/ready` says, with the hash of the settings, which `Answer` leaves out."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready") as answer:
-        return json.load(answer)
+        told: dict[str, str] = json.load(answer)
+    return told
 
 
 def wait_for_model(server: Server, name: str) -> dict[str, str]:
