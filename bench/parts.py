@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import app
-from bench.load import flowers, make_bodies
+from bench.wrk import flowers, make_bodies
 
-ROUNDS, ROUND_S = 7, 0.1
+LOOPS, LOOP_S = 7, 0.1
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def make_parts() -> list[tuple[str, Callable[[], Any]]]:
-    """Give the parts by name, of services that log to where stderr goes."""
+    """Return the parts by name, of services that log to where stderr goes."""
     service, logging_service = make_service("false"), make_service("true")
     one, many, body = flowers()[:1], flowers()[:64], make_bodies(1000)[0].encode()
     X, X_1000 = (service.contract.to_input(rows) for rows in (one, json.loads(body)))
@@ -54,7 +54,7 @@ def make_service(access: str) -> app.Service:
 
 
 def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
-    """Give a call that has a request read, checked and answered, as uvicorn does, with an answer that is there."""
+    """Return a call that has a request read, checked and answered, as uvicorn does, with an answer that is there."""
 
     class Answered:
         async def answer(self, job: app.Job) -> list[bytes]:
@@ -73,11 +73,11 @@ def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
 
 
 def measure_us(call: Callable[[], Any]) -> float:
-    """Give the least time over rounds of a call, when nothing disturbs it."""
+    """Return the least time of a call over loops, when nothing disturbs it."""
     times_s = []
-    for _ in range(ROUNDS):
+    for _ in range(LOOPS):
         n_calls, begun_s = 0, time.perf_counter()
-        while (spent_s := time.perf_counter() - begun_s) < ROUND_S:
+        while (spent_s := time.perf_counter() - begun_s) < LOOP_S:
             call()
             n_calls += 1
         times_s.append(spent_s / n_calls)

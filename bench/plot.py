@@ -6,8 +6,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from bench.cases import Panel
-from bench.judge import Load, Outcome, Row, median_rate, show
+from bench.comparisons import Panel
+from bench.judge import Outcome, Result, Workload, median_rate, show
 
 mpl.use("agg")  # draws without a screen; before pyplot is imported
 from matplotlib import pyplot as plt
@@ -26,27 +26,29 @@ COLOURS = {
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "font.size": 8.5}
 
 
-def plot(file: Path, rows: Sequence[Row], panels: Sequence[Panel], outcomes: Mapping[Load, Outcome]) -> None:
+def plot(file: Path, results: Sequence[Result], panels: Sequence[Panel], outcomes: Mapping[Workload, Outcome]) -> None:
     """Write a PNG with the cases on the left, and on the right a panel for each kind of growth."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16 if panels else 8, 8.5), layout="constrained")
         grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1)) if panels else figure.add_gridspec(1, 1)
-        _draw_cases(figure.add_subplot(grid[:, 0]), rows)
+        _draw_results(figure.add_subplot(grid[:, 0]), results)
         for number, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(grid[number // 2, 1 + number % 2]), panel, outcomes)
         figure.savefig(file, dpi=110)
         plt.close(figure)
 
 
-def _draw_cases(axes: Any, rows: Sequence[Row]) -> None:
-    for place, row in enumerate(rows):
-        reach = row.reach
-        axes.barh(place, min(reach, 2), color=MET if row.is_met else MISSED, height=0.6)
-        text = f"{'none' if row.figure is None else show(row.figure, row.unit)}   goal {row.bound}"
+def _draw_results(axes: Any, results: Sequence[Result]) -> None:
+    for place, result in enumerate(results):
+        reach = result.reach
+        axes.barh(place, min(reach, 2), color=MET if result.is_met else MISSED, height=0.6)
+        text = f"{'none' if result.figure is None else show(result.figure, result.unit)}   goal {result.bound}"
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.annotate(text, (min(reach, 2), place), (5, 0), textcoords="offset points", va="center", bbox=box)
     axes.axvline(1, color="black", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(rows)), [row.title.replace("; ", "\n").replace(" / ", "\n/ ") for row in rows])
+    axes.set_yticks(
+        range(len(results)), [result.title.replace("; ", "\n").replace(" / ", "\n/ ") for result in results]
+    )
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 3)
@@ -55,10 +57,12 @@ def _draw_cases(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title("cases, and the goals of the design")
 
 
-def _draw_panel(axes: Any, panel: Panel, outcomes: Mapping[Load, Outcome]) -> None:
+def _draw_panel(axes: Any, panel: Panel, outcomes: Mapping[Workload, Outcome]) -> None:
     for label, points in panel.curves.items():
-        samples = {x: (load, outcomes[load]) for x, load in points}
-        rates = {x: median_rate(load, taken) for x, (load, taken) in samples.items() if not isinstance(taken, str)}
+        samples = {x: (workload, outcomes[workload]) for x, workload in points}
+        rates = {
+            x: median_rate(workload, taken) for x, (workload, taken) in samples.items() if not isinstance(taken, str)
+        }
         shown = label if rates else f"{label}: none"
         line = "o--" if label.endswith("hello") else "o-"
         axes.plot(list(rates), list(rates.values()), line, color=COLOURS[label], label=shown, markersize=4)

@@ -6,7 +6,7 @@ Each function is a factory for `gunicorn references:NAME()`, and imports only wh
 import os
 from typing import Any
 
-FEATURES = ["sepal_length", "sepal_width", "petal_length", "petal_width"]  # cm
+IRIS_FEATURES = ["sepal_length", "sepal_width", "petal_length", "petal_width"]  # cm
 HELLO = b'{"hello":"world"}'
 
 
@@ -98,6 +98,6 @@ def textbook_flask() -> Any:
     @app.post("/predictions")
     def predict() -> Response:
         iris = request.get_json()
-        return jsonify(prediction=estimator.predict([[iris[name] for name in FEATURES]])[0])
+        return jsonify(prediction=estimator.predict([[iris[name] for name in IRIS_FEATURES]])[0])
 
     return app

@@ -25,16 +25,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.cases import SLOW_S, Panel, make_cases, make_panels
-from bench.judge import Case, Load, Outcome, Row, judge, make_table
-from bench.load import INSTALL, Sample, run_wrk, write_script
+from bench.comparisons import SLOW_S, Panel, make_comparisons, make_panels
+from bench.judge import Comparison, Outcome, Result, Workload, judge, make_table
 from bench.plot import plot
-from bench.servers import PROJECT, BenchError, DidNotStartError, Models, Running, Server, service
+from bench.servers import BenchError, Deployment, DidNotStartError, MeasuredServer, Models, service
+from bench.wrk import INSTALL, Sample, run_wrk, write_script
+from tests.lib.servers import PROJECT, private_mb
 
 FOLDER = Path(__file__).parent
 LIBRARIES = ["gunicorn", "uvicorn", "gevent", "fastapi", "flask", "scikit-learn", "onnxruntime", "numpy"]
-MEMORY, MEMORY_CHECKS = "private memory of a further worker, 104 MB model", 5
-START, START_S = "start to first answer / its imports", 4
+MEMORY_TITLE, MEMORY_CHECKS = "private memory of a further worker, 104 MB model", 5
+START_TITLE, START_S = "start to first answer / its imports", 4
 IMPORTS = "import sklearn.linear_model, fastapi"
 PREDICT_US = """
 import statistics, sys, time, joblib, numpy
@@ -57,128 +58,130 @@ class Bench:
         os.sched_setaffinity(0, {self.cores[-1]})  # wrk inherits it
         self.chance = random.Random(0)
         self.bar: Any = tqdm(bar_format="{desc:<64.64} {percentage:3.0f}% |{bar}| {elapsed}, left {remaining}")
-        self.problems: dict[Server, str] = {}  # of those that did not start
+        self.problems: dict[Deployment, str] = {}  # of those that did not start
 
-    def run(self, only: str) -> tuple[list[Row], list[Panel], dict[Load, Outcome]]:
-        """Measure the cases and curves that have `only` in their titles."""
-        cases = make_cases(self.models, self.measure_predict_us(min(self.rounds, 3)))
-        groups = [[case for case in group if only in case.title] for group in cases]
+    def measure_all(self, only: str) -> tuple[list[Result], list[Panel], dict[Workload, Outcome]]:
+        """Measure the comparisons and curves that have `only` in their titles."""
+        groups = make_comparisons(self.models, self.measure_predict_us(min(self.rounds, 3)))
+        groups = [[comparison for comparison in group if only in comparison.title] for group in groups]
         panels = [] if self.is_short else make_panels(self.models, self.cores[:2])
         panels = [panel for panel in panels if only in panel.title]
-        starts, curve_rounds = min(self.rounds, 7) * (only in START), min(self.rounds, 3)
-        seconds = [self.seconds(loads_of(group), self.rounds) for group in groups]
-        seconds += [self.seconds(panel.loads, curve_rounds) for panel in panels]
-        self.bar.reset(sum(seconds) + START_S * (starts + (only in MEMORY)))
+        starts, curve_rounds = min(self.rounds, 7) * (only in START_TITLE), min(self.rounds, 3)
+        seconds = [self.seconds(workloads_of(group), self.rounds) for group in groups]
+        seconds += [self.seconds(panel.workloads, curve_rounds) for panel in panels]
+        self.bar.reset(sum(seconds) + START_S * (starts + (only in MEMORY_TITLE)))
 
-        rows: list[Row] = []
-        curves: dict[Load, Outcome] = {}
+        results: list[Result] = []
+        curves: dict[Workload, Outcome] = {}
         for group in groups:
-            outcomes = self.measure(loads_of(group), self.rounds, self.core)
-            rows += [judge(case, outcomes) for case in group]
-        rows += [self.measure_memory()] if only in MEMORY else []
-        rows += [self.measure_start(starts)] if starts else []
+            outcomes = self.measure(workloads_of(group), self.rounds, self.core)
+            results += [judge(comparison, outcomes) for comparison in group]
+        results += [self.measure_memory()] if only in MEMORY_TITLE else []
+        results += [self.measure_start(starts)] if starts else []
         for panel in panels:
-            curves |= self.measure(panel.loads, curve_rounds, list(panel.cores) or self.core)
-        return rows, panels, curves
+            curves |= self.measure(panel.workloads, curve_rounds, list(panel.cores) or self.core)
+        return results, panels, curves
 
-    def seconds(self, loads: Sequence[Load], rounds: int) -> int:
-        """Give how long it takes to measure loads; a short run has no round to warm up, nor more for slow ones."""
-        return len(loads) * rounds if self.is_short else sum(load.seconds for load in loads) * (1 + rounds)
+    def seconds(self, workloads: Sequence[Workload], rounds: int) -> int:
+        """Return how long workloads take; a short run has no round to warm up, nor more for slow ones."""
+        return len(workloads) * rounds if self.is_short else sum(each.seconds for each in workloads) * (1 + rounds)
 
-    def measure(self, loads: Sequence[Load], rounds: int, cores: list[int]) -> dict[Load, Outcome]:
-        """Give each load's samples: in a round each has its turn, in another order each time, and the rest idle."""
+    def measure(self, workloads: Sequence[Workload], rounds: int, cores: list[int]) -> dict[Workload, Outcome]:
+        """Return each workload's samples: in a round each has its turn, in an order of its own, and the rest idle."""
         warm_ups = 0 if self.is_short else 1
         with ExitStack() as stack:
-            running = self.start([load.server for load in loads], cores, stack)
-            samples: dict[Load, list[Sample]] = {load: [] for load in loads if load.server in running}
-            for load in samples:
-                running[load.server].check(load.rows)
+            servers = self.start_all([each.deployment for each in workloads], cores, stack)
+            samples: dict[Workload, list[Sample]] = {each: [] for each in workloads if each.deployment in servers}
+            for workload in samples:
+                servers[workload.deployment].verify(workload.rows)
             for _ in range(warm_ups + rounds):
-                for load in self.chance.sample(list(samples), len(samples)):
-                    samples[load].append(self.sample(load, running[load.server]))
-        outcomes = {load: without_failures(taken[warm_ups:]) for load, taken in samples.items()}
-        return {load: outcomes.get(load, self.problems.get(load.server, "")) for load in loads}
+                for workload in self.chance.sample(list(samples), len(samples)):
+                    samples[workload].append(self.measure_once(workload, servers[workload.deployment]))
+        outcomes = {workload: without_failures(taken[warm_ups:]) for workload, taken in samples.items()}
+        return {each: outcomes.get(each, self.problems.get(each.deployment, "")) for each in workloads}
 
-    def start(self, servers: Sequence[Server], cores: list[int], stack: ExitStack) -> dict[Server, Running]:
-        """Start servers side by side, and give those that run; of the service, some may not.
+    def start_all(
+        self, deployments: Sequence[Deployment], cores: list[int], stack: ExitStack
+    ) -> dict[Deployment, MeasuredServer]:
+        """Start servers side by side, and return those that run; of the service, some may not.
 
         Each starts on one core, for pools of threads of that size; every other one on wrk's, which has time until then.
         """
-        self.bar.set_description(f"starting: {len(set(servers))}")
+        self.bar.set_description(f"starting: {len(set(deployments))}")
         started = []
-        for number, server in enumerate(dict.fromkeys(servers)):
+        for number, deployment in enumerate(dict.fromkeys(deployments)):
             starting = [self.cores[-1]] if number % 2 and len(cores) == 1 else cores
-            started.append(Running(server, starting, self.folder / f"{number}.log"))
-            stack.callback(started[-1].stop)
-        for running in started:
+            started.append(MeasuredServer(deployment, starting, self.folder / f"{number}.log"))
+            stack.callback(started[-1].stop, signal.SIGKILL)
+        for server in started:
             try:
-                running.wait()
-                running.move(cores)
+                server.wait().move(cores)
             except DidNotStartError as error:
-                if running.server.is_reference:
+                if server.deployment.is_reference:
                     raise
                 reason = str(error).replace(f"{self.folder}/", "").replace(f"{PROJECT}/", "")
-                self.problems[running.server] = f"did not start: {reason}"
-        return {running.server: running for running in started if running.server not in self.problems}
+                self.problems[server.deployment] = f"did not start: {reason}"
+        return {server.deployment: server for server in started if server.deployment not in self.problems}
 
-    def sample(self, load: Load, running: Running) -> Sample:
+    def measure_once(self, workload: Workload, server: MeasuredServer) -> Sample:
         """Measure once, from rest."""
-        self.bar.set_description(f"{load.server.label}; connections {load.connections}, rows {load.rows}")
-        script = self.folder / f"{load.rows}{running.path(load.rows).replace('/', '-')}.lua"
+        self.bar.set_description(f"{server.deployment.label}; connections {workload.connections}, rows {workload.rows}")
+        path = server.path(workload.rows)
+        script = self.folder / f"{workload.rows}{path.replace('/', '-')}.lua"
         if not script.exists():
-            write_script(running.path(load.rows), load.rows, script)
-        running.settle()
-        seconds = 1 if self.is_short else load.seconds
-        sample = run_wrk(running.url, script, load.connections, seconds)
+            write_script(path, workload.rows, script)
+        server.settle()
+        seconds = 1 if self.is_short else workload.seconds
+        sample = run_wrk(server.url, script, workload.connections, seconds)
         self.bar.update(seconds)
         return sample
 
-    def measure_memory(self) -> Row:
-        """Give the larger private memory of two workers that have answered some rows."""
-        environment = {"SERVING_SERVER__WORKERS": "2", **self.models.settings("neighbours")}
-        server, figure, told = service("fastapi", "nearest neighbours", **environment), None, ""
+    def measure_memory(self) -> Result:
+        """Return the larger private memory of two workers that have answered some rows."""
+        environment = {"SERVING_SERVER__WORKERS": "2", **self.models.environment("neighbours")}
+        deployment, figure, told = service("fastapi", "nearest neighbours", **environment), None, ""
         with ExitStack() as stack:
-            for running in self.start([server], self.core, stack).values():
+            for server in self.start_all([deployment], self.core, stack).values():
                 for _ in range(MEMORY_CHECKS):
-                    running.check(rows=1)
-                workers_mb = running.private_mb()
+                    server.verify(rows=1)
+                workers_mb = [private_mb(pid) for pid in server.worker_pids]
                 figure, told = max(workers_mb), " and ".join(f"{worker_mb:.0f} MB" for worker_mb in workers_mb)
         self.bar.update(START_S)
-        return Row(MEMORY, self.problems.get(server, told), "", figure, 25, "MB", at_most=True)
+        return Result(MEMORY_TITLE, self.problems.get(deployment, told), "", figure, 25, "MB", at_most=True)
 
-    def measure_start(self, times: int) -> Row:
-        """Give the time from the command to the first right answer, over that of the imports that it needs."""
-        server, starts_s, imports_s = service("fastapi"), [], []
+    def measure_start(self, times: int) -> Result:
+        """Return the time from the command to the first right answer, over that of the imports that it needs."""
+        deployment, starts_s, imports_s = service("fastapi"), [], []
         for _ in range(times):
             begun_s = time.perf_counter()
             with ExitStack() as stack:
-                for running in self.start([server], self.core, stack).values():
-                    running.check(rows=1)
+                for server in self.start_all([deployment], self.core, stack).values():
+                    server.verify(rows=1)
                     starts_s.append(time.perf_counter() - begun_s)
             begun_s = time.perf_counter()
             self.run_python(IMPORTS)
             imports_s.append(time.perf_counter() - begun_s)
             self.bar.update(START_S)
-        told = self.problems.get(server) or f"{statistics.median(starts_s):.2f} s"
+        told = self.problems.get(deployment) or f"{statistics.median(starts_s):.2f} s"
         figure = None
-        if server not in self.problems:
+        if deployment not in self.problems:
             figure = statistics.median(a / b for a, b in zip(starts_s, imports_s, strict=True))
         against = f"`python -c '{IMPORTS}'`: {statistics.median(imports_s):.2f} s"
-        return Row(START, told, against, figure, 2.5, at_most=True)
+        return Result(START_TITLE, told, against, figure, 2.5, at_most=True)
 
     def measure_predict_us(self, times: int) -> float:
-        """Give the time that the estimator takes for a row by itself."""
+        """Return the time that the estimator takes for a row by itself."""
         self.bar.set_description("the estimator by itself")
         artifact = str(self.models.artifact("iris"))
         return statistics.median(float(self.run_python(PREDICT_US, artifact)) for _ in range(times))
 
     def run_python(self, code: str, *arguments: str) -> str:
-        """Run code on the servers' core, and give what it prints."""
+        """Run code on the servers' core, and return what it prints."""
         command = ["taskset", "--cpu-list", str(self.core[0]), sys.executable, "-c", code, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def describe(self) -> str:
-        """Give date, machine, versions and command."""
+        """Return date, machine, versions and command."""
         model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         machine = f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
         present = [name for name in LIBRARIES if find_spec(name.replace("scikit-learn", "sklearn"))]
@@ -195,21 +198,23 @@ Two workers have two cores, one of which they share with wrk if there are no mor
 Command: `{" ".join(["python -m bench.run", *sys.argv[1:]])}`"""
 
 
-def loads_of(cases: Sequence[Case]) -> list[Load]:
-    """Give each load of some cases once."""
-    return list(dict.fromkeys(load for case in cases for load in (case.load, case.against) if load))
+def workloads_of(comparisons: Sequence[Comparison]) -> list[Workload]:
+    """Return each workload of some comparisons once."""
+    return list(
+        dict.fromkeys(each for comparison in comparisons for each in (comparison.workload, comparison.against) if each)
+    )
 
 
 def without_failures(samples: list[Sample]) -> Outcome:
-    """Give the samples, or what was wrong with the answers."""
-    failures = sum(sample.failures for sample in samples)
-    if failures or not all(sample.requests_s for sample in samples):
-        return f"{failures} requests failed" if failures else "no answer in a round"
+    """Return the samples, or what was wrong with the answers."""
+    n_failed = sum(sample.n_failed for sample in samples)
+    if n_failed or not all(sample.requests_s for sample in samples):
+        return f"{n_failed} requests failed" if n_failed else "no answer in a round"
     return samples
 
 
 def main() -> int:
-    """Run the bench; gives 0 however the goals fare, and 1 where figures would mean nothing."""
+    """Run the bench; returns 0 however the goals fare, and 1 where figures would mean nothing."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--short", action="store_true", help="one round, no curves; writes results-short.*")
     parser.add_argument("--rounds", type=int, help="rounds of each case, instead of 15 or 1")
@@ -223,18 +228,18 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder), options.rounds or (1 if options.short else 15), options.short)
             with bench.bar:
-                rows, panels, curves = bench.run(options.only)
+                results, panels, curves = bench.measure_all(options.only)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    report = f"{make_table(rows)}\n\n{bench.describe()}\n"
+    report = f"{make_table(results)}\n\n{bench.describe()}\n"
     print(report)
     if not options.only:
         name = FOLDER / ("results-short" if options.short else "results")
         name.with_suffix(".md").write_text(report)
-        plot(name.with_suffix(".png"), rows, panels, curves)
+        plot(name.with_suffix(".png"), results, panels, curves)
     return 0
 
 
