@@ -1,4 +1,4 @@
-"""The picture of a run: each case beside its goal, and the curves."""
+"""The picture of a run: each comparison beside its goal, and the curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titles
 
 
 def plot(file: Path, results: Sequence[Result], panels: Sequence[Panel], outcomes: Mapping[Workload, Outcome]) -> None:
-    """Write a PNG with the cases on the left, and on the right a panel for each kind of growth."""
+    """Write a PNG with the comparisons on the left, and on the right a panel for each kind of growth."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(16 if panels else 8, 8.5), layout="constrained")
         grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1)) if panels else figure.add_gridspec(1, 1)

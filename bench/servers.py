@@ -113,7 +113,7 @@ def service(framework: str, what: str = "logistic regression", **environment: st
 
 
 class MeasuredServer(Server):
-    """A deployment that is up, on the cores that are given."""
+    """A deployment that is started, on the cores that are given."""
 
     patience_s = START_TIMEOUT_S
 

@@ -80,7 +80,7 @@ class Server:
             )
 
     def wait(self) -> Self:
-        """Return as soon as it answers. If it does not, end it and raise AssertionError with its log."""
+        """Return as soon as it answers. If it ends or takes too long, end it and raise AssertionError."""
         try:
             wait_until(self._is_up, f"{self.command} to answer", self.patience_s)
         except BaseException:  # an interrupt too: the process is in a group of its own, and would stay
