@@ -12,20 +12,48 @@ import pytest
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 
-from tests.lib.artifacts import lay_out, save
+from tests.lib import sizes
+from tests.lib.artifacts import lay_out, load_shipped, save
 from tests.lib.clients import ROW
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, find_free_port, gunicorn_environment
+from tests.lib.servers import COMBINATIONS, PROJECT, SHIPPED_MODEL, Server, find_free_port, gunicorn_environment
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="more requests, reloads and cases, and each combination")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sizes.is_full = config.getoption("--full")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share servers in one process, which has them started once; let those that start any go first."""
+    for item in items:
+        names: list[str] = getattr(item, "fixturenames", [])
+        if shared := [name for name in names if name.endswith(("servers", "_server"))]:
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
+    items.sort(key=lambda item: "serve" not in getattr(item, "fixturenames", []))
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Start servers; all are ended with the session."""
+def quick_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shipped model as .joblib, which is loaded a second faster than .skops, in the settings' variables."""
+    folder = tmp_path_factory.mktemp("quick")
+    shutil.copy(PROJECT / "model/iris.golden.json", folder)
+    return {f"SERVING_MODEL__{key.upper()}": text for key, text in save(load_shipped(), folder / "iris.joblib").items()}
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory, quick_model: dict[str, str]) -> Iterator[Callable[..., Server]]:
+    """Start servers, of the quick model unless the environment names another; all are ended with the session."""
     started: list[Server] = []
     logs, numbers = tmp_path_factory.mktemp("servers"), itertools.count()
 
     def start(
         command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **more: Any
     ) -> Server:
+        if not {"SERVING_SETTINGS", "SERVING_MODEL__PATH"} & more.keys():
+            more |= quick_model
         server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **more).wait()
         started.append(server)
         return server
@@ -39,7 +67,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 def servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
     """The four combinations of framework and worker, run by gunicorn from the shipped settings."""
     with ThreadPoolExecutor() as pool:
-        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair)), COMBINATIONS)
+        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair), **SHIPPED_MODEL), COMBINATIONS)
         return dict(zip(COMBINATIONS, running, strict=True))
 
 

@@ -13,27 +13,33 @@ from sklearn.linear_model import LogisticRegression
 from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
-from tests.lib.load import Load
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, private_mb, wait_until
+from tests.lib.load import PAUSE_S, Load
+from tests.lib.servers import PROJECT, Server, gunicorn_environment, private_mb, wait_until
+from tests.lib.sizes import TWINS, each_combination, each_worker, size
 
 
 def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.parametrize("keep_alive", [True, False], ids=["keep-alive", "close"])
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_end_loses_nothing(serve: Callable[..., Server], combination: tuple[str, str], keep_alive: bool) -> None:
+@each_combination()
+def test_end_loses_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
-    with Load(server, post_case(ROW), keep_alive=keep_alive, until_refused=True) as load:
-        load.wait_for(1000)
+    kept, closed = (
+        Load(server, post_case(ROW), clients=8, keep_alive=keep_alive, until_refused=True, pause_s=PAUSE_S)
+        for keep_alive in (True, False)
+    )
+    with kept, closed:
+        kept.wait_for(size(300, 1000))
+        closed.wait_for(size(300, 1000))
         server.process.terminate()
         ready = wait_until(lambda: not_ready(server), "readiness to end")
-        wait_until(lambda: load.is_over, "the clients' end")
+        wait_until(lambda: kept.is_over and closed.is_over, "the clients' end")
     assert server.stop() == 0
     assert ready == 503
-    assert (load.failures, [*load.answers]) == ([], [200])
+    for load in (kept, closed):
+        assert (load.failures, [*load.answers]) == ([], [200])
 
 
 def not_ready(server: Server) -> int:
@@ -41,14 +47,14 @@ def not_ready(server: Server) -> int:
     return status if status != 200 else 0
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """`kill -9` of each worker in turn: a client loses at most the request that was in flight there."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="3", SERVING_LOGGING__ACCESS="false"))
     workers = server.wait_for_workers(3)
-    with Load(server, post_case(ROW)) as load:
+    with Load(server, post_case(ROW), pause_s=PAUSE_S) as load:
         for pid in workers:
-            load.wait_for(1000)
+            load.wait_for(size(300, 1000))
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda pid=pid: pid not in server.worker_pids and len(server.worker_pids) == 3, "a new worker")
     assert len(load.failures) <= 16 * len(workers)
@@ -56,7 +62,7 @@ def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], com
     server.stop()
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """Workers whose master is killed drain and end by themselves."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2"))
@@ -67,7 +73,7 @@ def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str])
 
 
 @pytest.mark.parametrize("is_taken_back", [False, True], ids=["old-ends", "new-ends"])
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_other_master_keeps_the_address(
     serve: Callable[..., Server], combination: tuple[str, str], is_taken_back: bool
 ) -> None:
@@ -77,12 +83,12 @@ def test_other_master_keeps_the_address(
     wait_until(lambda: server.text.count("Listening at") == 2, "the second master")
     second = max(server.worker_pids)
     wait_until(lambda: children_of(second), "its worker")
-    with Load(server, post_case(ROW), keep_alive=False) as load:
+    with Load(server, post_case(ROW), clients=8, keep_alive=False, pause_s=PAUSE_S) as load:
         load.wait_for(200)
         ending, workers = (second, children_of(second)) if is_taken_back else (server.process.pid, server.worker_pids)
         os.kill(ending, signal.SIGTERM)
         wait_until(lambda: not alive([pid for pid in workers if pid != second]), "the workers' end")
-        load.wait_for(1000)
+        load.wait_for(size(300, 1000))
     assert (load.failures, [*load.answers]) == ([], [200])
     if not is_taken_back:
         os.kill(second, signal.SIGTERM)
@@ -110,7 +116,7 @@ def both_ready(server: Server) -> bool:
     return all(f'"pid":{pid},"request_id"' in server.text for pid in server.worker_pids)
 
 
-@pytest.mark.parametrize("combination", [COMBINATIONS[0], COMBINATIONS[3]], ids="-".join)
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_worker_that_cannot_start_harms_nobody(
     serve: Callable[..., Server], project: Path, combination: tuple[str, str]
 ) -> None:
@@ -146,7 +152,7 @@ def test_worker_that_hangs_while_it_starts_is_replaced(serve: Callable[..., Serv
 
 
 @pytest.mark.parametrize("call_s", [0.0, 0.02], ids=["quick", "costly"])
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_hanging_prediction_costs_a_worker(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str], call_s: float
 ) -> None:
@@ -170,30 +176,44 @@ def test_hanging_prediction_costs_a_worker(
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_recycled_workers_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """`max_requests` with jitter replaces workers under load, and every request is answered."""
-    recycling = {"SERVING_SERVER__MAX_REQUESTS": "500", "SERVING_SERVER__MAX_REQUESTS_JITTER": "100"}
+    requests = size(500, 5000)
+    recycling = {
+        "SERVING_SERVER__MAX_REQUESTS": str(requests // 10),
+        "SERVING_SERVER__MAX_REQUESTS_JITTER": str(requests // 50),
+    }
     environment = gunicorn_environment(
         *combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false", **recycling
     )
     server = serve(**environment)
-    for keep_alive in (True, False):
-        with Load(server, post_case(ROW), keep_alive=keep_alive) as load:
-            load.wait_for(5000)
+    kept, closed = (
+        Load(server, post_case(ROW), clients=8, keep_alive=keep_alive, pause_s=PAUSE_S) for keep_alive in (True, False)
+    )
+    with kept, closed:
+        kept.wait_for(requests)
+        closed.wait_for(requests)
+    for load in (kept, closed):
         assert (load.failures, [*load.answers]) == ([], [200])
     assert server.text.count("Booting worker") > 5
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_workers_share_the_model(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
-    """With a model of 100 MB each worker has no more than 25 MB of its own, also after a reload."""
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The settings file of a model of 104 MB."""
     rng = np.random.default_rng(0)
     estimator = LogisticRegression().fit(rng.normal(size=(20, 2)), [0, 1] * 10)
     estimator.ballast_ = rng.normal(size=13_000_000)
-    file = deploy(tmp_path, estimator)
-    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, SERVING_SERVER__WORKERS="2"))
+    return deploy(tmp_path_factory.mktemp("large"), estimator)
+
+
+@each_worker()
+@pytest.mark.xdist_group("large_model")
+def test_workers_share_the_model(serve: Callable[..., Server], large_model: str, combination: tuple[str, str]) -> None:
+    """With a model of 100 MB each worker has no more than 25 MB of its own, also after a reload."""
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=large_model, SERVING_SERVER__WORKERS="2"))
     assert max(map(private_mb, used(server))) < 25
     old = server.worker_pids
     assert server.reload()["event"] == "reloaded"

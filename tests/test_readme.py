@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import app
-from tests.lib.servers import BIN, COMBINATIONS, COMMANDS, PROJECT, Server, gunicorn_environment
+from tests.lib.servers import BIN, COMBINATIONS, COMMANDS, PROJECT, SHIPPED_MODEL, Server, gunicorn_environment
 
 README = (PROJECT / "README.md").read_text()
 SHIPPED = README.partition("## Serve your own model")[0]
@@ -105,7 +105,7 @@ def test_development_commands_are_tested() -> None:
 
 def test_make_serve_serves(serve: Callable[..., Server]) -> None:
     """`make serve` starts gunicorn with the shipped settings."""
-    server = serve("make serve", **gunicorn_environment("fastapi", "auto"))
+    server = serve("make serve", **gunicorn_environment("fastapi", "auto"), **SHIPPED_MODEL)
     ready = server.get("/health/ready").json
     assert ready | {"settings_sha256": ""} == shown_ready() | {"settings_sha256": ""}
     server.stop(signal.SIGTERM)
@@ -168,7 +168,9 @@ def test_own_model_is_served_as_shown(
 ) -> None:
     """The transcript for a model of one's own holds: train, describe, paste, serve, predict."""
     _, _, _, _, (start, _), *requests = console_steps(OWN)
-    server = serve(start, penguins, **gunicorn_environment(*combination))
+    server = serve(
+        start, penguins, **gunicorn_environment(*combination, SERVING_SETTINGS=str(penguins / "settings.toml"))
+    )
     assert len(requests) == 2
     for command, shown in requests:
         command = command.replace("localhost:8000", f"127.0.0.1:{server.port}")

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from xgboost import XGBClassifier, XGBRegressor
 
 import app
-from tests.lib.artifacts import SETTINGS, deploy, edit, save
+from tests.lib.artifacts import choose, deploy, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
 from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, run, wait_until
@@ -73,17 +73,17 @@ def fit(make: Callable[[], Any], table: pd.DataFrame) -> Any:
 
 @pytest.mark.parametrize("name", BOOSTERS)
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_boosters_are_served(serve: Any, file: Path, table: pd.DataFrame, combination: Any, name: str) -> None:
+def test_boosters_are_served(serve: Any, tmp_path: Path, table: pd.DataFrame, combination: Any, name: str) -> None:
     """LightGBM, XGBoost and CatBoost, with all their threads: at the start, by HUP, and one after the other."""
     first, second = name, [*BOOSTERS][[*BOOSTERS].index(name) - 1]
     estimators = {booster: fit(BOOSTERS[booster], table) for booster in (first, second)}
-    models = {booster: save(estimators[booster], file.parent / f"{booster}.joblib") for booster in estimators}
-    file.write_text(SETTINGS.format(*combination))
-    edit(file, ('"iris.skops"', f'"{first}.joblib"\nsha256 = "{models[first]["sha256"]}"'))
+    models = {booster: save(estimators[booster], tmp_path / f"{booster}.joblib") for booster in estimators}
+    file = lay_out(tmp_path, *combination)
+    choose(file, models[first])
     server = serve(SERVING_SETTINGS=str(file))
     check_answers(server, estimators[first], table)
     assert server.reload()["event"] == "reloaded"
-    edit(file, (f"{first}.joblib", f"{second}.joblib"), (models[first]["sha256"], models[second]["sha256"]))
+    choose(file, models[second])
     old = server.worker_pids
     assert server.reload()["event"] == "reloaded"
     wait_until(lambda: not set(old) & set(server.worker_pids), "the old workers to end")
@@ -154,15 +154,14 @@ def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("combination", TWO, ids="-".join)
-def test_reload_ends_with_one_line(serve: Any, file: Path, combination: Any) -> None:
+def test_reload_ends_with_one_line(serve: Any, tmp_path: Path, combination: Any) -> None:
     """The same artifacts by HUP: one line, no process left behind, the old model goes on, and the next HUP is taken."""
-    file.write_text(SETTINGS.format(*combination))
+    file = lay_out(tmp_path, *combination)
     server = serve(SERVING_SETTINGS=str(file), **LIMIT)
     good = file.read_text()
     for name, (estimator, message) in ENDLESS.items():
         estimator.n_features_in_ = 1
-        model = save(estimator, file.parent / "model.joblib")
-        edit(file, ('"iris.skops"', f'"model.joblib"\nsha256 = "{model["sha256"]}"'))
+        choose(file, save(estimator, tmp_path / "model.joblib"))
         line = server.reload()
         assert line["event"] == "reload_refused", name
         assert re.search(message.replace("which takes", "takes"), line["reason"]), (name, line)
@@ -175,14 +174,13 @@ def test_reload_ends_with_one_line(serve: Any, file: Path, combination: Any) -> 
 
 
 @pytest.mark.parametrize("combination", TWO, ids="-".join)
-def test_load_that_cannot_be_stopped_is_told(serve: Any, file: Path, combination: Any) -> None:
+def test_load_that_cannot_be_stopped_is_told(serve: Any, tmp_path: Path, combination: Any) -> None:
     """A model that never ends only where the master loads it is refused, and told as long as it goes on; workers that
     are killed meanwhile are replaced."""
-    file.write_text(SETTINGS.format(*combination))
+    file = lay_out(tmp_path, *combination)
     server = serve(SERVING_SETTINGS=str(file), **LIMIT)
     good = file.read_text()
-    model = save(Endless("load in a thread", "wait"), file.parent / "model.joblib")
-    edit(file, ('"iris.skops"', f'"model.joblib"\nsha256 = "{model["sha256"]}"'))
+    choose(file, save(Endless("load in a thread", "wait"), tmp_path / "model.joblib"))
     assert re.search(f"{LATE} loading it".replace("which ", ""), server.reload()["reason"])
     file.write_text(good)
     assert "the model of an earlier reload is still being loaded" in server.reload()["reason"]

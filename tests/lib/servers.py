@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -25,6 +26,7 @@ BIN = Path(sys.executable).parent
 COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 30.0
+SHIPPED_MODEL = {"SERVING_MODEL__PATH": str(PROJECT / "model/iris.skops")}
 COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
     ("uvicorn app:asgi --port 0", "fastapi"),
@@ -188,10 +190,12 @@ def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Return a port that nobody listens on, and that the kernel gives to no client: those are above 32 767."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def identity(server: Server) -> dict[str, str]:
