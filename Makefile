@@ -1,14 +1,20 @@
 # Python 3.11 or newer is all that must be there; each command does its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+TOGETHER := --numprocesses 6 --dist loadgroup -m "not alone" # more processes than cores, for tests mostly wait
 
-.PHONY: serve test lint bench bench-short soak
+.PHONY: serve test test-full lint bench bench-short soak
 
 serve: .venv/serve
 	$(BIN)/gunicorn -c gunicorn.conf.py
 
 test: .venv/test
-	$(BIN)/pytest
+	$(BIN)/pytest $(TOGETHER)
+	$(BIN)/pytest -m alone
+
+test-full: .venv/test
+	$(BIN)/pytest --full $(TOGETHER)
+	$(BIN)/pytest --full -m alone
 
 lint: .venv/test
 	$(BIN)/ruff check .

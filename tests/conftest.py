@@ -12,7 +12,7 @@ import pytest
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 
-from tests.lib import sizes
+from tests.lib import prefork, sizes
 from tests.lib.artifacts import lay_out, load_shipped, save
 from tests.lib.clients import ROW
 from tests.lib.servers import COMBINATIONS, PROJECT, SHIPPED_MODEL, Server, find_free_port, gunicorn_environment
@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     sizes.is_full = config.getoption("--full")
+    prefork.is_on = not sizes.is_full
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,8 @@ import app
 from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
 from tests.lib.cases import JSON, QUERY, Case
 from tests.lib.clients import ROW, Answer, post_case, read_answer
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, private_mb, wait_until
+from tests.lib.servers import COMBINATIONS, Server, gunicorn_environment, private_mb, run_gunicorn, wait_until
+from tests.lib.sizes import TWINS, each_combination, each_worker, scale
 
 HEARTBEAT_S, SEND_S = 2, 2
 PATIENT = {
@@ -57,19 +57,21 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def serve_all(serve: Callable[..., Server], **environment: str) -> dict[tuple[str, str], Server]:
+def serve_each(
+    serve: Callable[..., Server], pairs: list[tuple[str, str]], **environment: str
+) -> dict[tuple[str, str], Server]:
     with ThreadPoolExecutor() as pool:
-        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **environment)), COMBINATIONS)
-        return dict(zip(COMBINATIONS, running, strict=True))
+        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **environment)), pairs)
+        return dict(zip(pairs, running, strict=True))
 
 
 @pytest.fixture(scope="module")
 def patient_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
-    """The four combinations, with short time-outs and no bound of requests."""
-    return serve_all(serve, **PATIENT)
+    """Servers with short time-outs and no bound of requests."""
+    return serve_each(serve, scale(TWINS, COMBINATIONS), **PATIENT)
 
 
-@pytest.fixture(params=COMBINATIONS, ids="-".join)
+@pytest.fixture(params=scale(TWINS, COMBINATIONS), ids="-".join)
 def patient(request: pytest.FixtureRequest, patient_servers: dict[tuple[str, str], Server]) -> Server:
     return patient_servers[request.param]
 
@@ -285,7 +287,7 @@ def test_slow_reader_gets_all(patient: Server) -> None:
         sending.result()
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_end_does_not_wait_for_clients_that_do_not_read(
     serve: Callable[..., Server], combination: tuple[str, str]
 ) -> None:
@@ -304,7 +306,7 @@ def test_end_does_not_wait_for_clients_that_do_not_read(
 @pytest.fixture(scope="module")
 def bounded_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
     """The four combinations, with five requests for each connection."""
-    return serve_all(serve, SERVING_SERVER__MAX_REQUESTS_PER_CONNECTION="5")
+    return serve_each(serve, COMBINATIONS, SERVING_SERVER__MAX_REQUESTS_PER_CONNECTION="5")
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)
@@ -359,7 +361,7 @@ def grow_mb(pid: int, before_mb: float) -> float:
 @pytest.fixture(scope="module")
 def keyed_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
     """The four combinations, which ask for a key."""
-    return serve_all(serve, SERVING_AUTH__API_KEYS='["one"]')
+    return serve_each(serve, COMBINATIONS, SERVING_AUTH__API_KEYS='["one"]')
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)
@@ -425,7 +427,7 @@ asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
 """
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_middleware_sees_a_refused_key(
     serve: Callable[..., Server], project: Path, combination: tuple[str, str]
 ) -> None:
@@ -537,6 +539,5 @@ def test_worker_may_have_many_files(serve: Callable[..., Server]) -> None:
 
 def test_worker_connections_can_be_given() -> None:
     """Gunicorn's own option wins over the shipped value."""
-    command = [f"{BIN}/gunicorn", "-c", "gunicorn.conf.py", "--worker-connections", "7", "--print-config"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = run_gunicorn("--worker-connections 7 --print-config")
     assert re.search(r"^worker_connections\s+= 7$", done.stdout, re.MULTILINE)

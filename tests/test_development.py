@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.lib.clients import ROW
-from tests.lib.servers import BIN, COMMANDS, PROJECT, Server, wait_until
+from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, wait_until
 
 Start = Callable[..., Server]
 
 
-@pytest.mark.parametrize(("command", "framework"), COMMANDS)
+@pytest.mark.parametrize(("command", "framework"), SERVE_COMMANDS)
 def test_command_serves(serve: Start, command: str, framework: str) -> None:
     """Good and bad requests are answered, and each has one access line."""
     server = serve(command, SERVING_FRAMEWORK=framework)

@@ -29,7 +29,7 @@ from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
 from tests.lib.clients import ROW, post_case
 from tests.lib.pipelines import PENGUINS, fitted, rows_of
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, run
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, run_gunicorn
 
 GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())
 
@@ -205,7 +205,7 @@ def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, 
     golden = GOLDEN | {"predictions": changed(3, prediction="virginica")}
     (iris.parent / "iris.golden.json").write_text(json.dumps(golden))
     environment = gunicorn_environment(*combination, SERVING_MODEL__PATH=str(iris))
-    done = run("gunicorn -c gunicorn.conf.py", **environment)
+    done = run_gunicorn("", **environment)
     assert done.returncode == 4
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("ModelError: environment: SERVING_MODEL__PATH is ")
@@ -224,7 +224,7 @@ def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, messag
     """A predict that exits, with status 0 too, or crashes the interpreter is refused before gunicorn listens."""
     file = deploy(tmp_path, estimators.Deadly(how), "a = { example = 1.5 }")
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file)
-    done = run("gunicorn -c gunicorn.conf.py", PYTHONPATH=str(PROJECT), **environment)
+    done = run_gunicorn("", PYTHONPATH=str(PROJECT), **environment)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
     assert message in done.stderr
 

@@ -18,7 +18,7 @@ import trustme
 
 from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
 from tests.lib.clients import ROW, check, post_case, read_answer
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, WAIT_S, Server, gunicorn_environment, wait_until
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, WAIT_S, Server, gunicorn_environment, run_gunicorn, wait_until
 
 CROSSED = [("flask", "uvicorn"), ("fastapi", "gevent")]
 Servers = dict[tuple[str, str], Server]
@@ -435,9 +435,7 @@ PRINTED = {
 def test_settings_reach_gunicorn(framework: str, wsgi_app: str) -> None:
     """Each setting of [server] is what gunicorn says it runs with."""
     settings = {f"SERVING_SERVER__{name.upper()}": text for name, (text, _) in PRINTED.items()}
-    command = [f"{BIN}/gunicorn", "-c", "gunicorn.conf.py", "--print-config"]
-    environment = os.environ | settings | {"SERVING_FRAMEWORK": framework}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_gunicorn("--print-config", SERVING_FRAMEWORK=framework, **settings)
     printed = {
         name.strip(): text.strip() for name, _, text in (line.partition("=") for line in done.stdout.splitlines())
     }

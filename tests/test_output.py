@@ -23,8 +23,9 @@ import pytest
 import app
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
-from tests.lib.load import Load
+from tests.lib.load import PAUSE_S, Load
 from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model, wait_until
+from tests.lib.sizes import TWINS, scale
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
 GUNICORN = f"{BIN}/gunicorn -c gunicorn.conf.py"
@@ -108,8 +109,9 @@ WAYS: dict[str, Callable[[Path], contextlib.AbstractContextManager[dict[str, Any
 def test_broken_log_costs_nothing(tmp_path: Path, way: str) -> None:
     """No request fails; HUP is taken, a broken one refused, a killed worker replaced; TERM drains as ever."""
     with ThreadPoolExecutor(2) as pool:  # two side by side, so that reloads have a core beside the load
-        checks = [pool.submit(check_combination, tmp_path / "-".join(pair), pair, WAYS[way]) for pair in COMBINATIONS]
-        for pair, check in zip(COMBINATIONS, checks, strict=True):
+        pairs = scale(TWINS, COMBINATIONS)
+        checks = [pool.submit(check_combination, tmp_path / "-".join(pair), pair, WAYS[way]) for pair in pairs]
+        for pair, check in zip(pairs, checks, strict=True):
             assert check.exception() is None, (pair, check.exception())
 
 
@@ -129,19 +131,20 @@ def check_combination(folder: Path, combination: tuple[str, str], break_log: Any
 
 
 def check_all_works(server: Server, file: Path) -> None:
-    with Load(server, post_case(ROW), clients=4, pause_s=0.02) as load:
-        load.wait_for(500)
+    requests = scale(200, 500)
+    with Load(server, post_case(ROW), clients=4, pause_s=2 * PAUSE_S) as load:
+        load.wait_for(requests)
         edit(file, ('"iris"', '"second"'))
         os.kill(server.process.pid, signal.SIGHUP)
         wait_for_model(server, "second")
         edit(file, ("name", "nmae"))
         os.kill(server.process.pid, signal.SIGHUP)
-        load.wait_for(500)
+        load.wait_for(requests)
         wait_for_model(server, "second")
         edit(file, ("nmae", "name"), ('"second"', '"third"'))
         os.kill(server.process.pid, signal.SIGHUP)
         wait_for_model(server, "third")
-        load.wait_for(500)
+        load.wait_for(requests)
     assert (load.failures, [*load.answers]) == ([], [200])
     assert server.exchange(b"nonsense\r\n\r\n").status == 400
     killed, *_ = server.wait_for_workers(2)

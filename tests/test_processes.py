@@ -15,7 +15,7 @@ from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
 from tests.lib.load import PAUSE_S, Load
 from tests.lib.servers import PROJECT, Server, gunicorn_environment, private_mb, wait_until
-from tests.lib.sizes import TWINS, each_combination, each_worker, size
+from tests.lib.sizes import TWINS, each_combination, each_worker, scale
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -31,8 +31,8 @@ def test_end_loses_nothing(serve: Callable[..., Server], combination: tuple[str,
         for keep_alive in (True, False)
     )
     with kept, closed:
-        kept.wait_for(size(300, 1000))
-        closed.wait_for(size(300, 1000))
+        kept.wait_for(scale(300, 1000))
+        closed.wait_for(scale(300, 1000))
         server.process.terminate()
         ready = wait_until(lambda: not_ready(server), "readiness to end")
         wait_until(lambda: kept.is_over and closed.is_over, "the clients' end")
@@ -54,7 +54,7 @@ def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], com
     workers = server.wait_for_workers(3)
     with Load(server, post_case(ROW), pause_s=PAUSE_S) as load:
         for pid in workers:
-            load.wait_for(size(300, 1000))
+            load.wait_for(scale(300, 1000))
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda pid=pid: pid not in server.worker_pids and len(server.worker_pids) == 3, "a new worker")
     assert len(load.failures) <= 16 * len(workers)
@@ -88,7 +88,7 @@ def test_other_master_keeps_the_address(
         ending, workers = (second, children_of(second)) if is_taken_back else (server.process.pid, server.worker_pids)
         os.kill(ending, signal.SIGTERM)
         wait_until(lambda: not alive([pid for pid in workers if pid != second]), "the workers' end")
-        load.wait_for(size(300, 1000))
+        load.wait_for(scale(300, 1000))
     assert (load.failures, [*load.answers]) == ([], [200])
     if not is_taken_back:
         os.kill(second, signal.SIGTERM)
@@ -179,7 +179,7 @@ def test_hanging_prediction_costs_a_worker(
 @each_worker()
 def test_recycled_workers_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """`max_requests` with jitter replaces workers under load, and every request is answered."""
-    requests = size(500, 5000)
+    requests = scale(500, 5000)
     recycling = {
         "SERVING_SERVER__MAX_REQUESTS": str(requests // 10),
         "SERVING_SERVER__MAX_REQUESTS_JITTER": str(requests // 50),

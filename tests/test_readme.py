@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import app
-from tests.lib.servers import BIN, COMBINATIONS, COMMANDS, PROJECT, SHIPPED_MODEL, Server, gunicorn_environment
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, gunicorn_environment
 
 README = (PROJECT / "README.md").read_text()
 SHIPPED = README.partition("## Serve your own model")[0]
@@ -98,7 +98,7 @@ def test_development_commands_are_tested() -> None:
 
     block = README.partition("## Develop")[2].partition("```console\n")[2].partition("```")[0]
     commands = {plain(line.removeprefix("$ ")) for line in block.splitlines()}
-    run = {plain(command) for command, _ in COMMANDS}
+    run = {plain(command) for command, _ in SERVE_COMMANDS}
     run |= {"flask --app app run --debug", "uvicorn app:app --reload"}
     assert {" ".join(command.split()) for command in commands} <= {" ".join(command.split()) for command in run}
 

@@ -25,18 +25,18 @@ from tests.lib.servers import (
     Server,
     gunicorn_environment,
     identity,
-    run,
+    run_gunicorn,
     wait_for_model,
     wait_until,
 )
-from tests.lib.sizes import each_combination, size
+from tests.lib.sizes import each_combination, scale
 
 
 @pytest.mark.alone
 @each_combination()
 def test_reloads_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """HUPs under load: every request is answered 200, and none waits for a second, on connections old and new."""
-    reloads, requests = size((3, 500), (10, 2000))
+    reloads, requests = scale((3, 500), (10, 2000))
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
     with Load(server, post_case(ROW)) as kept, Load(server, post_case(ROW), keep_alive=False) as closed:
         for _ in range(reloads):
@@ -65,7 +65,7 @@ def serving(model: dict[str, str]) -> dict[str, str]:
 @each_combination()
 def test_slow_load_stalls_nothing(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
     """While a model takes seconds to load, twice, requests are answered as ever; HUPs that come together are one."""
-    load_s, requests = size((2, 500), (6, 5000))
+    load_s, requests = scale((2, 500), (6, 5000))
     environment = gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false", LOAD_S=str(load_s))
     server = serve(**(environment | serving(save_slow(tmp_path / "slow.joblib"))))
     with Load(server, post_case(ROW)) as load:
@@ -80,7 +80,7 @@ def test_slow_load_stalls_nothing(serve: Callable[..., Server], tmp_path: Path, 
     assert server.reloads[1]["event"] == "reloaded"
     server.stop()
     assert (load.failures, [*load.answers]) == ([], [200])
-    assert load.count >= size(2000, 20_000)
+    assert load.count >= scale(2000, 20_000)
     assert took_s > 2 * load_s  # or nothing was slow
     assert max(load.took_s) < 1
 
@@ -245,7 +245,7 @@ def test_preloading_is_refused(serve: Callable[..., Server], project: Path) -> N
         file.write_text(text)
     assert server.reload()["event"] == "reloaded"
     assert server.post(ROW).status == 200
-    done = run("gunicorn -c gunicorn.conf.py --preload", **gunicorn_environment("flask", "gevent"))
+    done = run_gunicorn("--preload", **gunicorn_environment("flask", "gevent"))
     assert done.returncode == app.STARTUP_STATUS
     assert "leave it out" in done.stderr
 

@@ -13,7 +13,7 @@ import joblib
 import pytest
 
 import app
-from tests.lib.servers import PROJECT, run
+from tests.lib.servers import PROJECT, run, run_gunicorn
 
 CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("framework",): ("flask", "flask"),
@@ -329,7 +329,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistake_stops_gunicorn_before_it_listens(mistake: dict[str, str]) -> None:
     """One message, a status that is not zero, no traceback, and no socket."""
-    done = run(COMMANDS["gunicorn"], SERVING_SERVER__BIND="127.0.0.1:0", **mistake)
+    done = run_gunicorn("", SERVING_SERVER__BIND="127.0.0.1:0", **mistake)
     assert done.returncode != 0
     assert re.fullmatch(r"(Settings|Model)Error: [^\n]+\n", done.stderr)
     assert done.stdout == ""

@@ -28,11 +28,12 @@ import app
 from tests.lib.artifacts import choose, deploy, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, run, wait_until
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, run, run_gunicorn, wait_until
+from tests.lib.sizes import TWINS
 
-TWO = [COMBINATIONS[0], COMBINATIONS[3]]
-LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": "5", "PYTHONPATH": str(PROJECT)}
-LATE = "which takes longer than model.load_timeout_s = 5 s while"
+LIMIT_S = 3
+LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": str(LIMIT_S), "PYTHONPATH": str(PROJECT)}
+LATE = f"which takes longer than model.load_timeout_s = {LIMIT_S} s while"
 
 quiet = functools.partial(LGBMClassifier, n_estimators=20, verbosity=-1)
 BOOSTERS: dict[str, Callable[[], Any]] = {  # with as many threads as they take by themselves
@@ -122,9 +123,9 @@ def test_catboost_says_its_features(serve: Any, tmp_path: Path, named: bool, cla
 
 def start_and_check(options: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
     """Have gunicorn start, and have it check its configuration, and return how each ended."""
-    commands = [f"gunicorn -c gunicorn.conf.py {options} {option}" for option in ("", "--check-config")]
     with ThreadPoolExecutor() as pool:
-        return [*pool.map(lambda command: run(command, **environment), commands)]
+        checks = [f"{options} {option}" for option in ("", "--check-config")]
+        return [*pool.map(lambda check: run_gunicorn(check, **environment), checks)]
 
 
 ENDLESS = {
@@ -153,7 +154,7 @@ def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
         assert re.search(message, done.stderr)
 
 
-@pytest.mark.parametrize("combination", TWO, ids="-".join)
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_reload_ends_with_one_line(serve: Any, tmp_path: Path, combination: Any) -> None:
     """The same artifacts by HUP: one line, no process left behind, the old model goes on, and the next HUP is taken."""
     file = lay_out(tmp_path, *combination)
@@ -173,7 +174,7 @@ def test_reload_ends_with_one_line(serve: Any, tmp_path: Path, combination: Any)
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("combination", TWO, ids="-".join)
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_load_that_cannot_be_stopped_is_told(serve: Any, tmp_path: Path, combination: Any) -> None:
     """A model that never ends only where the master loads it is refused, and told as long as it goes on; workers that
     are killed meanwhile are replaced."""
@@ -205,7 +206,7 @@ def test_what_takes_long_is_told(tmp_path: Path) -> None:
     """While a model takes long, a line says every ten seconds what it does, for how long, and until when it may."""
     file = deploy(tmp_path, Endless("predict", "wait"))
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file, **LIMIT)
-    done = run("gunicorn -c gunicorn.conf.py", **environment | {"SERVING_MODEL__LOAD_TIMEOUT_S": "11"})
+    done = run_gunicorn("", **environment | {"SERVING_MODEL__LOAD_TIMEOUT_S": "11"})
     progress, _ = done.stderr.splitlines()
     assert re.search(r'"doing":"answering its example row","for_s":10\.\d,"limit_s":11\.0', progress)
     assert '"event":"model_takes_long","level":"warning"' in progress
@@ -242,7 +243,7 @@ def test_pipe_and_device_end_the_start(tmp_path: Path, make: Callable[[Path], No
     """A path that names a pipe or a device is refused at once."""
     make(tmp_path / "model.skops")
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_MODEL__PATH=str(tmp_path / "model.skops"))
-    done = run("gunicorn -c gunicorn.conf.py", **environment)
+    done = run_gunicorn("", **environment)
     assert done.returncode == app.STARTUP_STATUS
     assert re.fullmatch(r"ModelError: .*it is a pipe, a socket or a device, not a regular file\n", done.stderr)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from tests.lib import prefork
 from tests.lib.cases import Case
 from tests.lib.clients import Answer, post_case, read_answer
 
@@ -27,7 +28,7 @@ COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for wo
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 30.0
 SHIPPED_MODEL = {"SERVING_MODEL__PATH": str(PROJECT / "model/iris.skops")}
-COMMANDS = [
+SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
     ("uvicorn app:asgi --port 0", "fastapi"),
     ("uvicorn app:asgi --port 0", "flask"),
@@ -47,6 +48,18 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = WAIT_S
             raise AssertionError(f"waited {within_s} s for {what}")
         threading.Event().wait(0.01)
     return result
+
+
+def start(
+    command: list[str], cwd: Path, env: dict[str, str], stdout: Any, stderr: Any
+) -> subprocess.Popen[bytes] | prefork.Forked:
+    """Start a command in a process group of its own."""
+    if prefork.is_on and command[0] == "gunicorn":
+        out, err = (stream if isinstance(stream, int) else stream.fileno() for stream in (stdout, stderr))
+        return prefork.Forked(command, cwd, env, out, err)
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 class Server:
@@ -71,15 +84,7 @@ class Server:
         env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
         env["PATH"] = f"{BIN}:{env['PATH']}"
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env=env,
-                stdout=stream,
-                stderr=stderr or stream,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self.process = start(command, cwd, env, stream, stderr or stream)
 
     def wait(self) -> Self:
         """Return as soon as it answers. If it ends or takes too long, end it and raise AssertionError."""
@@ -187,6 +192,14 @@ def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command.split(), cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True, timeout=60
     )
+
+
+def run_gunicorn(options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run gunicorn with its configuration, which ends it, in the project."""
+    command = f"gunicorn -c gunicorn.conf.py {options}"
+    if prefork.is_on:
+        return prefork.run(command.split(), PROJECT, os.environ | environment, timeout=60)
+    return run(command, **environment)
 
 
 def find_free_port() -> int:

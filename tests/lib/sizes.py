@@ -11,7 +11,7 @@ TWINS = [("fastapi", "uvicorn"), ("flask", "gevent")]  # each framework on the w
 is_full = False  # set by --full, before tests are collected
 
 
-def size(usual: T, full: T) -> T:
+def scale(usual: T, full: T) -> T:
     """Return the value that fits the size of this run."""
     return full if is_full else usual
 
@@ -23,4 +23,4 @@ def each_combination() -> pytest.MarkDecorator:
 
 def each_worker() -> pytest.MarkDecorator:
     """Run a test whose subject is the worker with each of them; a full run crosses them with the frameworks."""
-    return pytest.mark.parametrize("combination", size(TWINS, COMBINATIONS), ids="-".join)
+    return pytest.mark.parametrize("combination", scale(TWINS, COMBINATIONS), ids="-".join)

@@ -1,0 +1,95 @@
+"""gunicorn started by a process that has imported its libraries already: a start costs a quarter of what it does else.
+
+It is the same command otherwise, with a session, an environment, a folder and an output of its own. What only a start
+by a shell can show (`2>&-`, `--daemon`, `make serve`) is always started by one, and with `--full` everything is.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+# Not gunicorn's own modules: they look at folder and environment when they are imported.
+LIBRARIES = """
+    a2wsgi fastapi flask gevent httptools jiter joblib pydantic_settings skops.io sklearn.ensemble sklearn.linear_model
+    sklearn.pipeline structlog threadpoolctl uvicorn.protocols.http.httptools_impl uvloop
+"""
+BIN = Path(sys.executable).parent
+is_on = False  # set before tests are collected, unless with --full
+
+
+class Forked:
+    """A command as a process: what the tests use of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], stdout: int, stderr: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES.split())
+        self.args = command
+        self._process = context.Process(target=become, args=(command, str(cwd), env, DupFd(stdout), DupFd(stderr)))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, sig: int) -> None:
+        os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(command: list[str], cwd: Path, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, and return how it ended and what it printed."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = Forked(command, cwd, env, out.fileno(), err.fileno())
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, status, out.read(), err.read())
+
+
+def become(command: list[str], cwd: str, env: dict[str, str], stdout: Any, stderr: Any) -> None:
+    """Turn this process into the one that the command would be."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for stream, descriptor in ((stdout, 1), (stderr, 2)):
+        os.dup2(stream.detach(), descriptor)
+    script = str(BIN / command[0])
+    sys.argv = [script, *command[1:]]
+    sys.path[:] = [str(BIN), *filter(None, env.get("PYTHONPATH", "").split(":")), *library_folders()]
+    runpy.run_path(script, run_name="__main__")
+
+
+def library_folders() -> list[str]:
+    """Return where Python looks for modules when nobody has added anything."""
+    return [folder for folder in sys.path if folder.startswith(sys.base_prefix) or folder.startswith(sys.prefix)]
