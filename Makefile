@@ -1,7 +1,9 @@
 # Python 3.11 or newer is all that must be there; each command does its own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-TOGETHER := --numprocesses 6 --dist loadgroup -m "not alone" # more processes than cores, for tests mostly wait
+# More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
+TOGETHER := --numprocesses 6 --dist loadgroup -m "not alone"
+test test-full: export OMP_WAIT_POLICY = passive
 
 .PHONY: serve test test-full lint bench bench-short soak
 

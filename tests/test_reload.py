@@ -29,7 +29,7 @@ from tests.lib.servers import (
     wait_for_model,
     wait_until,
 )
-from tests.lib.sizes import each_combination, scale
+from tests.lib.sizes import each_combination, each_worker, scale
 
 
 @pytest.mark.alone
@@ -62,7 +62,7 @@ def serving(model: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.alone
-@each_combination()
+@each_worker()
 def test_slow_load_stalls_nothing(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
     """While a model takes seconds to load, twice, requests are answered as ever; HUPs that come together are one."""
     load_s, requests = scale((2, 500), (6, 5000))
