@@ -155,7 +155,7 @@ def test_everything_changes_by_reload_alone(serve: Callable[..., Server], file: 
     choose(file, model)
     os.kill(server.process.pid, signal.SIGHUP)
     server.port = free_port
-    wait_until(server._answers, "the new address to answer")
+    server.wait()
     wait_until(lambda: len(server.worker_pids) == 3, "the old workers to end")
     after = identity(server)
     assert after["model_sha256"] == model["sha256"] != before["model_sha256"]
