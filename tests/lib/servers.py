@@ -114,8 +114,9 @@ class Server:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The log so far, a JSON object a line."""
-        return [json.loads(line) for line in self.text.splitlines()]
+        """The log so far, a JSON object a line; what is just being written is not there yet."""
+        whole, _, _ = self.text.rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     @property
     def worker_pids(self) -> list[int]:
