@@ -1,5 +1,6 @@
 """Which rows the contract takes, and who may send them."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,9 @@ def test_features_of_settings_are_held_to(
 
 
 def test_answer_to_many_bad_cells_is_bounded() -> None:
-    """At most 1000 bad cells are named, in little time, however many there are; what was sent is repeated once."""
+    """At most 1000 bad cells are named, in less time than it takes to write what was sent; that is repeated once."""
     contract = app.make_service(make_settings()).contract
-    started = time.process_time()
+    written_s = refused_s = 0.0
     payloads = (
         ([{}] * 10_000, 2 * 10**6),
         ({f"a{number}": 1 for number in range(200_000)}, 2 * 10**6),
@@ -82,11 +83,16 @@ def test_answer_to_many_bad_cells_is_bounded() -> None:
         ([{"a" * 8_000_000: 1}], 9 * 10**6),
     )
     for payload, most_bytes in payloads:
+        begun_s = time.process_time()
+        json.dumps(payload)
+        written_s += time.process_time() - begun_s
+        begun_s = time.process_time()
         with pytest.raises(app.Unprocessable) as caught:
             contract.parse_payload(payload)
         assert len(caught.value.detail) <= 1000
         assert len(app.Response.of(caught.value.detail, 422).pieces[0]) < most_bytes
-    assert time.process_time() - started < 5
+        refused_s += time.process_time() - begun_s
+    assert refused_s < written_s
 
 
 def test_missing_value_reaches_the_estimator_as_nan(forest: dict[str, str]) -> None:
