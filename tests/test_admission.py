@@ -1,13 +1,14 @@
 """Who may wait, and for how long: full queues, late answers, slow senders."""
 
 import collections
+import itertools
 import select
 import socket
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import app
 from tests.lib.artifacts import deploy
 from tests.lib.cases import QUERY, Case
 from tests.lib.clients import post_case, read_answer
-from tests.lib.estimators import Slow
+from tests.lib.estimators import Gated, Slow
 from tests.lib.load import Load
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
 
 HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
@@ -83,6 +84,7 @@ def test_late_jobs_are_not_predicted() -> None:
             job.result()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_overload_is_refused_and_forgotten(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
@@ -99,14 +101,14 @@ def test_overload_is_refused_and_forgotten(
     before_mb = resident_mb(worker)
     health_s: list[float] = []
     with Load(server, case, clients=100, pause_s=0.2) as load:  # up to 500 a second, of which it can do 50
-        end = time.monotonic() + 6
-        while time.monotonic() < end:
+        while load.answers[200] < 200 and not load.failures:
             health_s.append(time_of(server, Case("live", "GET", "/health/live")))
     assert load.failures == []
     assert load.answers.keys() <= {200, 429, 503}
-    assert load.answers[429] > load.answers[200] > 50
-    assert statistics.quantiles(load.took_by_status[200], n=100)[-1] < 2
-    assert statistics.median(health_s) < 0.5
+    assert load.answers[429] > load.answers[200] >= 200
+    took_s = load.took_by_status[200]
+    assert p99(took_s) < 2 + p99(health_s)  # which is what the way there and back takes, on cores that others use too
+    assert statistics.median(health_s) < min(0.5, statistics.median(took_s) / 2)
     assert resident_mb(worker) < before_mb + 100
     threading.Event().wait(1)
     assert statistics.median(time_of(server, case) for _ in range(10)) < 2 * alone_s
@@ -130,31 +132,52 @@ def test_refusals_say_when_to_come_back(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
-    file = deploy(tmp_path, Slow(0.48))
-    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1.2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
+    file, gate = deploy(tmp_path, Gated(0.3, tmp_path)), tmp_path / "open"
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "3", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
     environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": str(PROJECT)}
     server = serve(**gunicorn_environment(*combination, **environment, **limits))
-    case = post_case({"x0": 1.0})
-    with ThreadPoolExecutor(5) as pool:
-        futures = []
-        for _ in range(5):  # one is predicted, four wait
-            futures.append(pool.submit(headers_of, server, case))
-            threading.Event().wait(0.02)
-        refused, headers = headers_of(server, case)
-        assert (refused, headers["retry-after"]) == (429, "2")
-        assert server.get("/ping").status == 200
-        answers = [future.result() for future in futures]
-    assert [status for status, _ in answers] == [200, 200, 503, 503, 503]
-    assert all("retry-after" in headers for status, headers in answers if status == 503)
+    with ThreadPoolExecutor(6) as pool:
+        try:
+            futures = crowd(server, pool, tmp_path / "begun")
+            gate.touch()
+            assert sorted(future.result()[0] for future in futures) == [200] * 5 + [429]
+            gate.unlink()
+            answers = [future.result() for future in crowd(server, pool, tmp_path / "begun")]
+        finally:
+            gate.touch()
+    assert sorted(status for status, _ in answers) == [429] + [503] * 5
+    assert all("retry-after" in headers for _, headers in answers)
     server.stop()
+
+
+def crowd(server: Server, pool: ThreadPoolExecutor, begun: Path) -> list[Future[tuple[int, dict[str, str]]]]:
+    """Send a request that is predicted until a gate opens, four that wait, and the one too many, which is refused."""
+    futures = [pool.submit(headers_of, server, post_case({"x0": 666.0}))]
+    wait_until(begun.exists, "the call to begin")
+    begun.unlink()
+    futures += [pool.submit(headers_of, server, post_case({"x0": 1.0})) for _ in range(5)]
+    refused, headers = wait_until(lambda: [future.result() for future in futures if future.done()], "a refusal")[0]
+    assert (refused, headers["retry-after"]) == (429, "2")
+    assert server.get("/ping").status == 200
+    return futures
+
+
+@pytest.fixture(scope="module")
+def hurried_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+    """The four combinations, with a second for a body to come."""
+    limit = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1"}
+    with ThreadPoolExecutor() as pool:
+        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **limit)), COMBINATIONS)
+        return dict(zip(COMBINATIONS, running, strict=True))
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n[", b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n["])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_body_has_its_time(serve: Callable[..., Server], combination: tuple[str, str], framing: bytes) -> None:
+def test_body_has_its_time(
+    hurried_servers: dict[tuple[str, str], Server], combination: tuple[str, str], framing: bytes
+) -> None:
     """A body that trickles in, and would for minutes, is answered 408 when its time is over, however it is sent."""
-    server = serve(**gunicorn_environment(*combination, SERVING_LIMITS__REQUEST_TIMEOUT_S="1"))
-    with server.connect() as client:
+    with hurried_servers[combination].connect() as client:
         started = time.monotonic()  # before the server can begin to count
         client.sendall(HEAD + framing)
         blanks = 0
@@ -166,14 +189,15 @@ def test_body_has_its_time(serve: Callable[..., Server], combination: tuple[str,
     assert (answer.status, answer.headers["connection"]) == (408, "close")
     assert waited_s > 0.5
     assert blanks < 150
-    server.stop()
 
 
 class SlowSenders:
-    """Connections that send a byte every second of a request that never ends, half of them of its head."""
+    """Connections that send a byte every second of a request that never ends, half of them of its head; a tenth of them
+    sends at a time."""
 
     def __init__(self, server: Server, count: int) -> None:
-        self.server, self.count = server, count
+        self.server = server
+        self.clients = [self.connect(place) for place in range(count)]
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self.run)
 
@@ -183,36 +207,37 @@ class SlowSenders:
     def __exit__(self, *_: object) -> None:
         self.ending.set()
         self.thread.join()
-
-    def run(self) -> None:
-        clients: list[socket.socket] = []
-        while not self.ending.wait(1):
-            while len(clients) < self.count:
-                client = self.server.connect()
-                client.sendall(HEAD + (b"Content-Length: 1000\r\n\r\n" if len(clients) % 2 else b""))
-                clients.append(client)
-            for client in [*clients]:
-                try:
-                    client.sendall(b"x")
-                except OSError:
-                    client.close()
-                    clients.remove(client)
-        for client in clients:
+        for client in self.clients:
             client.close()
 
+    def connect(self, place: int) -> socket.socket:
+        client = self.server.connect()
+        client.sendall(HEAD + (b"Content-Length: 1000\r\n\r\n" if place // 10 % 2 else b""))
+        return client
 
+    def run(self) -> None:
+        turns = itertools.cycle(range(10))
+        while not self.ending.wait(0.1):
+            for place in range(next(turns), len(self.clients), 10):
+                try:
+                    self.clients[place].sendall(b"x")
+                except OSError:  # it has been cut off
+                    self.clients[place].close()
+                    self.clients[place] = self.connect(place)
+
+
+@pytest.mark.alone
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_slow_senders_hold_nobody_up(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """Beside 200 connections that send a byte a second, a normal client's p99 at most doubles."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
     case = Case("query", "GET", f"/predictions?{QUERY}")
-    ratios = []
-    for _ in range(5):
-        alone = p99_of(server, case)
+    at_most_doubled: list[bool] = []
+    while max(map(at_most_doubled.count, (True, False))) < 3:  # three of five rounds are what their median says
+        alone_s = p99_of(server, case)
         with SlowSenders(server, 200):
-            threading.Event().wait(1.5)
-            ratios.append(p99_of(server, case) / alone)
-    assert statistics.median(ratios) < 2
+            at_most_doubled.append(p99_of(server, case) < 2 * alone_s)
+    assert at_most_doubled.count(True) == 3
     server.stop()
 
 
@@ -220,4 +245,8 @@ def p99_of(server: Server, case: Case) -> float:
     with Load(server, case, clients=1) as load:
         load.wait_for(1000)
     assert (load.failures, [*load.answers]) == ([], [200])
-    return statistics.quantiles(load.took_s, n=100)[-1]
+    return p99(load.took_s)
+
+
+def p99(took_s: list[float]) -> float:
+    return statistics.quantiles(took_s, n=100)[-1]
