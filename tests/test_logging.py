@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
     return {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__FORMAT": "json"}
 
 
-def events_of(server: Server, request_id: str) -> list[dict[str, Any]]:
-    return wait_until(
-        lambda: [line for line in server.lines if line.get("request_id") == request_id], f"a line of {request_id}"
-    )
+def events_of(server: Server, request_id: str, count: int = 1) -> list[dict[str, Any]]:
+    """Wait until a request has so many lines, and give all that it has."""
+
+    def found() -> list[dict[str, Any]]:
+        return [line for line in server.lines if line.get("request_id") == request_id]
+
+    return wait_until(lambda: found() if len(found()) >= count else None, f"{count} lines of {request_id}")
 
 
 @each_combination
@@ -94,13 +98,24 @@ def test_request_cannot_forge_a_line(server: Server) -> None:
     assert not [line for line in server.lines if line["level"] == "critical" or line["event"] == "forged"]
 
 
+@pytest.fixture(scope="module")
+def worrying_servers(serve: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Server]:
+    """The four combinations around an estimator that warns, or is broken."""
+    environment = artifact(tmp_path_factory.mktemp("worrying"), estimators.Worrying())
+    with ThreadPoolExecutor() as pool:
+        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **environment)), COMBINATIONS)
+        return dict(zip(COMBINATIONS, running, strict=True))
+
+
 @each_combination
-def test_crash_is_one_line_with_its_traceback(serve: Start, tmp_path: Path, combination: tuple[str, str]) -> None:
+def test_crash_is_one_line_with_its_traceback(
+    worrying_servers: dict[tuple[str, str], Server], combination: tuple[str, str]
+) -> None:
     """A crash in the estimator is one error line with the traceback; the answer says nothing of it."""
-    server = serve(**gunicorn_environment(*combination, **artifact(tmp_path, estimators.Failing())))
+    server = worrying_servers[combination]
     answer = server.post({"x0": 123.456}, **{"X_Request_ID": "crash"})
     assert (answer.status, answer.json) == (500, {"detail": "internal error; the log has it under this X-Request-ID"})
-    crash, access = events_of(server, "crash")
+    crash, access = events_of(server, "crash", count=2)
     assert (crash["event"], crash["level"]) == ("request_failed", "error")
     assert crash["exception"].startswith("Traceback")
     assert crash["exception"].endswith("RuntimeError: the estimator is broken")
@@ -109,11 +124,13 @@ def test_crash_is_one_line_with_its_traceback(serve: Start, tmp_path: Path, comb
 
 
 @each_combination
-def test_warning_is_one_line_of_its_request(serve: Start, tmp_path: Path, combination: tuple[str, str]) -> None:
+def test_warning_is_one_line_of_its_request(
+    worrying_servers: dict[tuple[str, str], Server], combination: tuple[str, str]
+) -> None:
     """A Python warning raised inside a request is a log line with the request's id, on one line."""
-    server = serve(**gunicorn_environment(*combination, **artifact(tmp_path, estimators.Worrying())))
+    server = worrying_servers[combination]
     assert server.post({"x0": 1}, **{"X_Request_ID": "worry"}).status == 200
-    warning, _ = events_of(server, "worry")
+    warning, _ = events_of(server, "worry", count=2)
     assert (warning["logger"], warning["level"]) == ("py.warnings", "warning")
     assert "UserWarning: a matter of some concern" in warning["event"]
 

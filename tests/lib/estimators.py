@@ -47,11 +47,13 @@ class Fixed(RegressorMixin, BaseEstimator):
 
 
 class Worrying(Failing):
-    """Fitted, and given to warnings of whatever is not zero."""
+    """Fitted, given to warnings of whatever is not zero, and broken for what is over 100."""
 
     def predict(self, X: Any) -> Any:
         import warnings
 
+        if np.any(X > 100):
+            return super().predict(X)
         if np.any(X):
             warnings.warn("a matter of\n  some concern", UserWarning, stacklevel=1)
         return np.array(["a"] * len(X))
