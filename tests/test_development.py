@@ -22,6 +22,7 @@ def test_command_serves(serve: Start, command: str, framework: str) -> None:
     server = serve(command, SERVING_FRAMEWORK=framework)
     assert server.post(ROW).json["prediction"] == "setosa"
     assert server.post({}, X_Request_ID="bad").status == 422
+    wait_until(lambda: '"request_id":"bad"' in server.text, "the access line")
     server.stop(signal.SIGKILL)  # gunicorn's worker, without our configuration, may miss a TERM while it boots
     assert server.text.count('"request_id":"bad"') == 1
     assert server.text.count("POST") == 2

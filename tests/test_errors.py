@@ -356,7 +356,8 @@ def test_hostile_bodies_hold_nobody_up(
 ) -> None:
     """While such bodies come in a loop, another client's pings and predictions are answered, by the same worker."""
     file = deploy(tmp_path, make_named(NAMES))
-    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file))
+    environment = {"SERVING_SETTINGS": file, "SERVING_LIMITS__REQUEST_TIMEOUT_S": "60"}  # on a busy core, too
+    server = serve(**gunicorn_environment(*combination, **environment))
     workers = server.worker_pids
     ids = ("near-names", "long-text", "deep-lists", "many-names")
     loads = [Load(server, case, clients=1) for case in HOSTILE if case.id in ids]
