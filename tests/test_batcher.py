@@ -279,6 +279,7 @@ def test_call_far_longer_than_expected_moves_later_ones_out_of_the_loop(
     job = app.Job([{}] * n_rows, n_rows)
     assert batching.answer([job]) == []
     assert batching.is_costly([app.Job([{}], 1)]) is expected
+    assert (batching.seconds_for(1) >= took_s) is expected
 
 
 def test_call_that_was_disturbed_once_returns_to_the_loop(clock: Clock) -> None:
