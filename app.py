@@ -3061,7 +3061,7 @@ def golden_path(artifact: Path) -> Path:
 
 
 def running_versions() -> dict[str, str]:
-    """Give the versions on which an artifact's answers depend."""
+    """Give the versions of numpy and scikit-learn, on which an artifact's answers depend, and of Python."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return {"python": python, "numpy": np.__version__, "scikit-learn": sklearn.__version__}
 
@@ -3069,7 +3069,7 @@ def running_versions() -> dict[str, str]:
 def load_golden(settings: Settings) -> Golden | None:
     """Read the golden rows beside the artifact, if there are any. Raises `ModelError`.
 
-    Versions other than the running ones are logged, or refused with `model.strict_versions`.
+    Those of another numpy or scikit-learn are a warning, or refused with `model.strict_versions`.
     """
     path = golden_path(settings.model_path)
     place = settings.place("model", "strict_versions")
@@ -3089,7 +3089,7 @@ def load_golden(settings: Settings) -> Golden | None:
         what = f"in which {where}" if where else "which"
         raise ModelError(f"has {path.name} beside it, {what} should {_should(problem)}") from None
     running = running_versions()
-    if golden.versions != running:
+    if golden.versions | {"python": running["python"]} != running:
         if settings.model.strict_versions:
             raise ModelError(f"was made with {golden.versions}, but {running} run here, and {place} is true")
         log.warning("versions_differ", golden=golden.versions, running=running)
@@ -3996,6 +3996,12 @@ class Service:
         hashes = {"model_sha256": self.predictor.sha256, "settings_sha256": self.settings.sha256}
         return {"model": self.settings.model.name, **hashes}
 
+    def note_python(self) -> None:
+        """Log whether the golden rows are of another Python. Answers do not depend on it, so it is no warning."""
+        golden, running = self.golden and self.golden.versions.get("python"), running_versions()["python"]
+        if golden not in (None, running):
+            log.info("python_differs", golden=golden, running=running)
+
     async def respond(self, request: Request) -> Response:
         """Answer one request, good or bad, and log it."""
         started = time.perf_counter()
@@ -4668,6 +4674,7 @@ def load_service() -> Service:
         settings = load_settings()
         configure_logging(settings.logging)
         IN_USE.append(make_service(settings))
+        IN_USE[0].note_python()
     return IN_USE[0]
 
 

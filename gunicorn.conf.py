@@ -1640,6 +1640,7 @@ def announce() -> None:
     log.info("serving", **named, **service.identity)
     budget = {name: getattr(service.settings, name) for name in ("cores", "workers", "threads")}
     log.info("core_budget", **budget)
+    service.note_python()
 
 
 def final_options(config: Config) -> dict[str, Any]:

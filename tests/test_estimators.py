@@ -18,6 +18,7 @@ from sklearn.experimental import enable_halving_search_cv  # noqa: F401  # witho
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import euclidean_distances, linear_kernel
+from sklearn.naive_bayes import CategoricalNB
 from sklearn.utils import get_tags
 from sklearn.utils._test_common.instance_generator import _construct_instances
 from sklearn.utils.discovery import all_estimators
@@ -59,7 +60,8 @@ def make_rows(estimator: Any) -> Any:
         return euclidean_distances(X) if tags.positive_only else linear_kernel(X)
     if not tags.two_d_array:
         return X[:, 2:3]
-    return X.astype(int) if tags.categorical else X
+    # CategoricalNB has that tag from scikit-learn 1.7 on.
+    return X.astype(int) if tags.categorical or isinstance(estimator, CategoricalNB) else X
 
 
 def make_targets(estimator: Any) -> list[tuple[Any, bool]]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,14 +32,15 @@ from tests.lib.clients import ROW, post_case
 from tests.lib.pipelines import PENGUINS, fitted, rows_of
 from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, run_gunicorn
 
-GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())
+SHIPPED = json.loads((PROJECT / "model/iris.golden.json").read_text())
+GOLDEN = SHIPPED | {"versions": app.running_versions()}
 
 
 @pytest.fixture
 def iris(tmp_path: Path) -> Path:
-    """A copy of the shipped artifact and its golden rows."""
+    """A copy of the shipped artifact and its golden rows, as if these had been made here."""
     shutil.copy(PROJECT / "model/iris.skops", tmp_path)
-    shutil.copy(PROJECT / "model/iris.golden.json", tmp_path)
+    write(tmp_path / "iris.golden.json", GOLDEN)
     return tmp_path / "iris.skops"
 
 
@@ -56,7 +58,7 @@ def test_shipped_golden_rows_are_the_models_own() -> None:
     assert {prediction["prediction"] for prediction in GOLDEN["predictions"]} == {"setosa", "versicolor", "virginica"}
     assert all(map(app.agrees, answers, GOLDEN["predictions"]))
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (PROJECT / "requirements.txt").read_text(), re.MULTILINE))
-    assert {name: GOLDEN["versions"][name] for name in ("numpy", "scikit-learn")}.items() <= pinned.items()
+    assert {name: SHIPPED["versions"][name] for name in ("numpy", "scikit-learn")}.items() <= pinned.items()
 
 
 def test_golden_rows_are_reproduced_up_to_rounding(iris: Path) -> None:
@@ -104,17 +106,44 @@ def test_unreadable_golden_rows_are_refused(iris: Path, text: str) -> None:
         app.create_app(make_settings(model={"path": str(iris)}))
 
 
-def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Golden rows made with other versions are told in the log, and refused with `model.strict_versions`."""
-    versions = GOLDEN["versions"] | {"numpy": "1.0.0"}
+@pytest.mark.parametrize("name", ["numpy", "scikit-learn"])
+@pytest.mark.parametrize("python", ["2.7", app.running_versions()["python"]], ids=["other-python", "same-python"])
+def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[str], name: str, python: str) -> None:
+    """Golden rows of another numpy or scikit-learn are told in the log, and refused with `model.strict_versions`."""
+    versions = GOLDEN["versions"] | {name: "1.0.0", "python": python}
     assert call(start(iris, {"versions": versions}), post_case(ROW)).status == 200
     warning, *_ = map(json.loads, capsys.readouterr().err.splitlines())
     assert (warning["event"], warning["level"]) == ("versions_differ", "warning")
-    assert (warning["golden"]["numpy"], warning["running"]["numpy"]) == ("1.0.0", np.__version__)
+    assert (warning["golden"], warning["running"]) == (versions, app.running_versions())
     with pytest.raises(
         app.ModelError, match=r"was made with .*'1.0.0'.*, but .* run here, and .*strict_versions is true"
     ):
         start(iris, {"versions": versions}, strict_versions=True)
+
+
+@pytest.mark.parametrize(
+    "command", ["gunicorn -c gunicorn.conf.py", "uvicorn app:app --port 0", "flask --app app run --port 0"]
+)
+def test_another_python_is_no_warning(serve: Callable[..., Server], iris: Path, command: str) -> None:
+    """Answers do not depend on Python's version: golden rows of another are one line at info, whatever is strict."""
+    versions = GOLDEN["versions"] | {"python": "2.7"}
+    write(iris.parent / "iris.golden.json", GOLDEN | {"versions": versions})
+    framework = "flask" if "flask" in command else "fastapi"
+    environment = {"SERVING_MODEL__PATH": str(iris), "SERVING_MODEL__STRICT_VERSIONS": "true"}
+    server = serve(command, **gunicorn_environment(framework, "auto", **environment))
+    server.stop(signal.SIGTERM)
+    lines = [json.loads(line) for line in server.text.splitlines() if line.startswith("{")]
+    (line,) = (line for line in lines if line["event"] == "python_differs")
+    assert (line["level"], line["golden"], line["running"]) == ("info", "2.7", app.running_versions()["python"])
+    assert {line["level"] for line in lines} == {"info"}
+
+
+def test_check_says_nothing_of_another_python(iris: Path) -> None:
+    """`--check-config` has nothing to say where only Python is another."""
+    versions = GOLDEN["versions"] | {"python": "2.7"}
+    write(iris.parent / "iris.golden.json", GOLDEN | {"versions": versions})
+    done = run("gunicorn -c gunicorn.conf.py --check-config", SERVING_MODEL__PATH=str(iris))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_golden_rows_that_were_not_fetched_are_missed(iris: Path) -> None:
