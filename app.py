@@ -61,7 +61,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
 import jiter
 import joblib
 import numpy as np
-import sklearn
+import sklearn.utils
 import structlog
 import threadpoolctl  # type: ignore[import-untyped]
 from gunicorn.http.errors import ParseException
@@ -86,7 +86,6 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 from typing_extensions import TypedDict
 
@@ -1053,7 +1052,7 @@ def _given_width(estimator: Any) -> int | None:
     """Give the width of an estimator of one feature, which does not keep it."""
     if not isinstance(estimator, BaseEstimator):
         return None
-    tags = get_tags(estimator).input_tags
+    tags = sklearn.utils.get_tags(estimator).input_tags
     return 1 if tags.one_d_array and not tags.two_d_array and not tags.string else None
 
 
@@ -1238,7 +1237,7 @@ def _read_imputer(imputer: Any, width: int | None) -> Columns:
 
 def _read_plain(part: Any, width: int | None) -> Columns:
     """Read a part by its tags alone: scikit-learn's own take numbers, or texts; of others nothing is known."""
-    tags = get_tags(part).input_tags if isinstance(part, BaseEstimator) else None
+    tags = sklearn.utils.get_tags(part).input_tags if isinstance(part, BaseEstimator) else None
     if tags is not None and tags.string and not tags.two_d_array:
         return {0: Column(type="str", missing=False, is_text=True)}
     if tags is None or _is_opaque(part):
@@ -2041,7 +2040,7 @@ def _takes_all_cores(part: Any) -> bool:
 
 def kind_of(estimator: Any) -> str | None:
     """Name the kind of an estimator as scikit-learn does: "classifier", "regressor", "clusterer", …"""
-    return get_tags(estimator).estimator_type if isinstance(estimator, BaseEstimator) else None
+    return sklearn.utils.get_tags(estimator).estimator_type if isinstance(estimator, BaseEstimator) else None
 
 
 def _find_classes(estimator: Any) -> list[list[Any]]:
@@ -2070,7 +2069,8 @@ def _refuse_no_predictor(estimator: Any) -> None:
     try:
         check_is_fitted(estimator)
     except NotFittedError:
-        raise ModelError(f"holds a {kind} that is not fitted; fit it, then save it") from None
+        if hasattr(estimator, "__sklearn_tags__"):  # without which scikit-learn 1.6 takes anything for not fitted
+            raise ModelError(f"holds a {kind} that is not fitted; fit it, then save it") from None
     except (TypeError, AttributeError):
         pass  # something that predicts without having been fitted by scikit-learn's rules
 
@@ -2960,8 +2960,20 @@ def _refuse_untrusted(data: bytes, settings: Settings) -> None:
         raise ModelError(f"runs code when it is loaded; {hint}")
 
 
+OLDEST_SKLEARN = (1, 6)  # the first with `get_tags`
+
+
+def refuse_old_sklearn(version: str) -> None:
+    """Raise `StartupError` for a version of scikit-learn whose estimators are not read here."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_SKLEARN:
+        oldest = ".".join(map(str, OLDEST_SKLEARN))
+        hint = "pip install -r requirements.txt"
+        raise StartupError(f"scikit-learn is {version}, but {oldest} is the oldest that is supported; {hint}")
+
+
 def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
-    """Load what an artifact's bytes hold, which may run code that is inside. Raises `ModelError`."""
+    """Load what an artifact's bytes hold, which may run code that is inside. Raises `StartupError`."""
+    refuse_old_sklearn(sklearn.__version__)
     load, _ = FORMATS[path.suffix.lower()]
     return load(data, trusted_types)
 

@@ -15,6 +15,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+import sklearn
 import skops.io
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
@@ -246,3 +247,16 @@ def test_failure_while_loading_is_told(tmp_path: Path, trap: Any, message: str) 
     path = tmp_path / "model.pkl"
     path.write_bytes(trap if isinstance(trap, bytes) else pickle.dumps(trap))
     assert message in refusal_of(path)
+
+
+@pytest.mark.parametrize("version", ["1.5.2", "0.24.1", "1.5.dev0"])
+def test_old_scikit_learn_is_refused(version: str) -> None:
+    """A scikit-learn whose estimators are not read here is one line that says which is the oldest."""
+    with pytest.raises(app.StartupError, match=f"scikit-learn is {version}, but 1.6 is the oldest that is supported"):
+        app.refuse_old_sklearn(version)
+
+
+@pytest.mark.parametrize("version", ["1.6.0", "1.10.0", "2.0rc1", sklearn.__version__])
+def test_newer_scikit_learn_is_not_refused(version: str) -> None:
+    """Versions are compared as numbers."""
+    app.refuse_old_sklearn(version)
