@@ -1,49 +1,62 @@
 # Python 3.11 or newer is all that must be there; each command does its own set-up in .venv.
 PYTHON ?= python3
-BIN := .venv/bin
-# More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
-TOGETHER := --numprocesses 6 --dist loadgroup -m "not alone"
-test test-full: export OMP_WAIT_POLICY = passive
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHORT := $(patsubst %,tests/test_%.py,artifact contract predictor inputs parity)
 
-.PHONY: serve test test-full lint bench bench-short soak
+.PHONY: serve test test-short test-oldest lint bench bench-short soak
 
-serve: .venv/serve
+# An environment that has another Python than the one that is asked for is made anew.
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell { $(BIN)/python -V; } 2>/dev/null),$(shell $(PYTHON) -V))
+.PHONY: $(VENV)/serve
+CLEAR := --clear
+endif
+endif
+
+serve: $(VENV)/serve
 	$(BIN)/gunicorn -c gunicorn.conf.py
 
-test: .venv/test
-	$(BIN)/pytest $(TOGETHER)
-	$(BIN)/pytest -m alone
+test: $(VENV)/test
+	$(BIN)/pytest
 
-test-full: .venv/test
-	$(BIN)/pytest --full $(TOGETHER)
-	$(BIN)/pytest --full -m alone
+test-short: $(VENV)/test
+	$(BIN)/pytest $(SHORT)
 
-lint: .venv/test
+test-oldest:
+	$(MAKE) VENV=.venv-oldest .venv-oldest/oldest
+	.venv-oldest/bin/pytest tests/test_estimators.py
+
+lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app.py gunicorn.conf.py model bench tests/lib
+	$(BIN)/mypy app.py gunicorn.conf.py model bench
 
-soak: .venv/test
-	$(BIN)/python -m tests.soak
+soak: $(VENV)/test
+	PYTHONPATH=. $(BIN)/python tests/soak.py
 
-bench: .venv/bench
+bench: $(VENV)/bench
 	$(BIN)/python -m bench.run
 
-bench-short: .venv/bench
+bench-short: $(VENV)/bench
 	$(BIN)/python -m bench.run --short
 
-.venv/serve: requirements.txt
+$(VENV)/serve: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/test: .venv/serve requirements-onnx.txt requirements-pandas.txt bench/requirements.txt tests/requirements.txt
+$(VENV)/test: $(VENV)/serve requirements-onnx.txt requirements-pandas.txt bench/requirements.txt tests/requirements.txt
 	{ command -v curl && command -v wrk; } >/dev/null || { apt-get update -qq && apt-get install -qq --yes curl wrk; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-.venv/bench: .venv/serve requirements-onnx.txt bench/requirements.txt
+$(VENV)/bench: $(VENV)/serve requirements-onnx.txt bench/requirements.txt
 	-command -v wrk >/dev/null || { apt-get update -qq && apt-get install -qq --yes wrk; }
 	$(BIN)/pip install --quiet --requirement bench/requirements.txt
+	touch $@
+
+$(VENV)/oldest: $(VENV)/test tests/requirements-oldest.txt
+	$(BIN)/pip install --quiet --requirement tests/requirements-oldest.txt
 	touch $@
