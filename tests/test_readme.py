@@ -70,6 +70,17 @@ def test_feature_keys_are_listed() -> None:
         assert re.search(rf"#.*\b{name}\b", shipped)
 
 
+def test_versions_are_those_that_are_run() -> None:
+    """The Pythons are those of `.ci/run`; the oldest scikit-learn is what is tried, and refused below."""
+    (pythons,) = re.findall(r"^for version in (.*); do$", (PROJECT / ".ci/run").read_text(), re.MULTILINE)
+    (named,) = re.findall(r"run on Python (3\.[^(]*) \(", README)
+    assert re.findall(r"\b(3\.\d+)\.\d+\b", named) == pythons.split()
+    (oldest,) = re.findall(r"oldest scikit-learn that is supported is\s([\d.]+),", README)
+    assert f"scikit-learn=={oldest}\n" in (PROJECT / "tests/requirements-oldest.txt").read_text()
+    assert f"# {oldest} is the oldest scikit-learn that is supported." in (PROJECT / "requirements.txt").read_text()
+    assert oldest == ".".join(map(str, app.OLDEST_SKLEARN)) + ".0"
+
+
 def test_status_table_lists_every_error() -> None:
     """Every status that an operation can answer with is explained."""
     rows = re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE)
