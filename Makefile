@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SHORT := $(patsubst %,tests/test_%.py,artifact contract parity predictor)
+# More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
+TOGETHER := --numprocesses 6 --dist loadgroup -m "not alone"
+test test-full test-short test-oldest: export OMP_WAIT_POLICY = passive
 
-.PHONY: serve test test-short test-oldest lint bench bench-short soak
+.PHONY: serve test test-full test-short test-oldest lint bench bench-short soak
 
 # An environment that has another Python than the one that is asked for is made anew.
 ifneq ($(origin PYTHON),file)
@@ -18,23 +20,28 @@ serve: $(VENV)/serve
 	$(BIN)/gunicorn -c gunicorn.conf.py
 
 test: $(VENV)/test
-	$(BIN)/pytest
+	$(BIN)/pytest $(TOGETHER)
+	$(BIN)/pytest -m alone
+
+test-full: $(VENV)/test
+	$(BIN)/pytest --full $(TOGETHER)
+	$(BIN)/pytest --full -m alone
 
 test-short: $(VENV)/test
-	$(BIN)/pytest $(SHORT)
+	$(BIN)/pytest $(TOGETHER) $(patsubst %,tests/test_%.py,artifact contract development golden parity predictor)
 
 # But for iris, which a newer scikit-learn has saved.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/oldest
-	.venv-oldest/bin/pytest tests/test_estimators.py tests/test_inputs.py -k "not iris"
+	.venv-oldest/bin/pytest $(TOGETHER) tests/test_estimators.py tests/test_inputs.py -k "not iris"
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app.py gunicorn.conf.py model bench
+	$(BIN)/mypy app.py gunicorn.conf.py model bench tests/lib
 
 soak: $(VENV)/test
-	PYTHONPATH=. $(BIN)/python tests/soak.py
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/bench
 	$(BIN)/python -m bench.run

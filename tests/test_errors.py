@@ -25,7 +25,8 @@ from tests.lib.artifacts import deploy
 from tests.lib.cases import FLOWER, JSON, QUERY, Case, get, post
 from tests.lib.clients import post_case
 from tests.lib.load import Load
-from tests.lib.servers import COMBINATIONS, Server, gunicorn_environment
+from tests.lib.servers import Server, gunicorn_environment
+from tests.lib.sizes import each_worker, scale
 
 MOST_BYTES = app.MAX_DETAIL_BYTES + len('{"detail":[]}')
 LONG = 2_000_000
@@ -350,7 +351,7 @@ def test_long_rows_are_still_read_in_pieces(apps: dict[tuple[str, str], Any], de
     assert len(decoded) >= 10
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_hostile_bodies_hold_nobody_up(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
@@ -362,18 +363,18 @@ def test_hostile_bodies_hold_nobody_up(
     ids = ("near-names", "long-text", "deep-lists", "many-names")
     loads = [Load(server, case, clients=1) for case in HOSTILE if case.id in ids]
     with loads[0], loads[1], loads[2], loads[3]:
-        for _ in range(10):
+        for _ in range(scale(3, 10)):
             assert server.get("/ping").status == 200
             assert server.post(dict.fromkeys(NAMES, 0.5)).status == 200
         for load in loads:
-            load.wait_for(2)
+            load.wait_for(scale(1, 2))
     assert [load.failures for load in loads] == [[]] * 4
     assert [{*load.answers} for load in loads] == [{422}, {422}, {422}, {413}]
     assert server.worker_pids == workers
     server.stop()
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_client_that_never_reads_holds_no_answer(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """What is said of 8 MB fits in the kernel's buffers, so that a worker ends although nobody reads it."""
     server = serve(**gunicorn_environment(*combination))

@@ -12,10 +12,11 @@ import schemathesis
 from hypothesis import strategies
 
 from tests.lib.cases import BAD, GOOD
-from tests.lib.servers import COMBINATIONS, Server, gunicorn_environment
+from tests.lib.servers import Server, gunicorn_environment
+from tests.lib.sizes import TWINS, each_combination, scale
 
-N_BYTES = 1000  # requests of bytes to each combination
-N_CASES = 250  # requests of the document to each operation of each framework
+N_BYTES = scale(250, 1000)  # requests of bytes to each combination
+N_CASES = scale(50, 250)  # requests of the document to each operation of each framework
 SETTINGS = hypothesis.settings(
     deadline=None,
     derandomize=True,
@@ -39,7 +40,7 @@ def spoilt(draw: strategies.DrawFn) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_no_bytes_are_a_crash(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """Spoilt requests, and bytes that never were one, get an answer below 500 or the connection's end, in time."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__KEEPALIVE="1"))
@@ -64,7 +65,7 @@ def test_no_bytes_are_a_crash(serve: Callable[..., Server], combination: tuple[s
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("combination", [COMBINATIONS[0], COMBINATIONS[3]], ids="-".join)
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_document_is_kept_to(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """What schemathesis makes of `/openapi.json`, good and bad, is answered as the document says."""
     server = serve(**gunicorn_environment(*combination))

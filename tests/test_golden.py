@@ -142,7 +142,7 @@ def test_check_says_nothing_of_another_python(iris: Path) -> None:
     """`--check-config` has nothing to say where only Python is another."""
     versions = GOLDEN["versions"] | {"python": "2.7"}
     write(iris.parent / "iris.golden.json", GOLDEN | {"versions": versions})
-    done = run("gunicorn -c gunicorn.conf.py --check-config", SERVING_MODEL__PATH=str(iris))
+    done = run_gunicorn("--check-config", SERVING_MODEL__PATH=str(iris))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
