@@ -21,6 +21,7 @@ from tests.lib.clients import post_case, read_answer
 from tests.lib.estimators import Gated, Slow
 from tests.lib.load import Load
 from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.sizes import each_combination, each_worker
 
 HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
@@ -85,7 +86,7 @@ def test_late_jobs_are_not_predicted() -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_overload_is_refused_and_forgotten(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
@@ -127,7 +128,7 @@ def resident_mb(pid: int) -> float:
     return int(line.split()[1]) / 1000
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_refusals_say_when_to_come_back(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
@@ -172,7 +173,7 @@ def hurried_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Serve
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n[", b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n["])
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_body_has_its_time(
     hurried_servers: dict[tuple[str, str], Server], combination: tuple[str, str], framing: bytes
 ) -> None:
@@ -227,7 +228,7 @@ class SlowSenders:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_slow_senders_hold_nobody_up(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """Beside 200 connections that send a byte a second, a normal client's p99 at most doubles."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))

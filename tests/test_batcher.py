@@ -28,7 +28,8 @@ from tests.lib import estimators
 from tests.lib.apps import answers_of, call, call_asgi, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, Answer, post_case
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.servers import PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.sizes import each_combination
 
 N_CLIENTS = 64
 N_REQUESTS = 20  # of each client
@@ -227,7 +228,7 @@ def test_estimator_that_looks_at_the_whole_call_is_never_batched(
     assert [answer.json for answer in answers] == [{"prediction": 0.0}] * 3
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_slow_call_keeps_nothing_else_waiting(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
@@ -334,7 +335,7 @@ def agree(given: Any, expected: dict[str, Any]) -> bool:
     return app.agrees(given, expected)
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_every_client_gets_its_own_answers_under_load(
     servers: dict[tuple[str, str], Server], combination: tuple[str, str]
 ) -> None:

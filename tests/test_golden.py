@@ -30,7 +30,8 @@ from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
 from tests.lib.clients import ROW, post_case
 from tests.lib.pipelines import PENGUINS, fitted, rows_of
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, run_gunicorn
+from tests.lib.servers import PROJECT, Server, gunicorn_environment, run_gunicorn
+from tests.lib.sizes import each_combination
 
 SHIPPED = json.loads((PROJECT / "model/iris.golden.json").read_text())
 GOLDEN = SHIPPED | {"versions": app.running_versions()}
@@ -228,7 +229,7 @@ def test_answers_agree_up_to_rounding(answer: Any, golden: Any, scale: float, sa
     assert app.agrees(answer, golden, scale) is same
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, str]) -> None:
     """Golden rows that are not reproduced end gunicorn with one line and status 4, and it never listens."""
     golden = GOLDEN | {"predictions": changed(3, prediction="virginica")}
@@ -258,7 +259,7 @@ def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, messag
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_proving_leaves_no_threads_to_the_workers(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:

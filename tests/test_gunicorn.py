@@ -19,6 +19,7 @@ import trustme
 from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
 from tests.lib.clients import ROW, check, post_case, read_answer
 from tests.lib.servers import BIN, COMBINATIONS, PROJECT, WAIT_S, Server, gunicorn_environment, run_gunicorn, wait_until
+from tests.lib.sizes import each_combination, each_worker
 
 LONG = "600"  # seconds, for which `Server.stop` does not wait
 CROSSED = [("flask", "uvicorn"), ("fastapi", "gevent")]
@@ -355,7 +356,7 @@ def routes_servers(serve: Callable[..., Server], project: Path) -> dict[str, Ser
         return dict(zip(workers, pool.map(start, workers, interfaces), strict=True))
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_routes_of_a_user_work(serve: Callable[..., Server], project: Path, combination: tuple[str, str]) -> None:
     """A route added to the framework's object gets whole bodies, and its crash is one line with the traceback."""
     (project / "routes.py").write_text(ROUTES)
@@ -469,7 +470,7 @@ def test_settings_reach_gunicorn(framework: str, wsgi_app: str) -> None:
     assert {name: printed[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_tls(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
     """With certificate and key of [server], whose paths are relative to the settings file, it is HTTPS."""
     authority = trustme.CA()
@@ -504,7 +505,7 @@ def test_configuration_is_found_from_another_folder(serve: Callable[..., Server]
     assert server.post(ROW).json["prediction"] == "setosa"
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_stop_ends_every_process(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """TERM ends master and workers with status 0."""
     environment = {"SERVING_SERVER__WORKERS": "2", "SERVING_SERVER__GRACEFUL_TIMEOUT": LONG}

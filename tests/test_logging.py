@@ -21,8 +21,8 @@ from tests.lib.artifacts import deploy
 from tests.lib.cases import BAD, JSON, QUERY, Case
 from tests.lib.clients import ROW
 from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.sizes import each_combination
 
-each_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 Start = Callable[..., Server]
 
 
@@ -41,7 +41,7 @@ def events_of(server: Server, request_id: str, count: int = 1) -> list[dict[str,
     return wait_until(lambda: found() if len(found()) >= count else None, f"{count} lines of {request_id}")
 
 
-@each_combination
+@each_combination()
 def test_every_line_is_one_json_object(serve: Start, combination: tuple[str, str]) -> None:
     """Master, worker, server and app all write JSON lines with time, level, process and event, from start to stop."""
     server = serve(**gunicorn_environment(*combination))
@@ -56,7 +56,7 @@ def test_every_line_is_one_json_object(serve: Start, combination: tuple[str, str
     assert all(events.count(event) == 1 for event in set(events) - {"request"})
 
 
-@each_combination
+@each_combination()
 def test_request_has_one_access_line(servers: dict[tuple[str, str], Server], combination: tuple[str, str]) -> None:
     """A request is told once, with method, path, status, duration and rows, under its id."""
     server = servers[combination]
@@ -73,7 +73,7 @@ def test_request_has_one_access_line(servers: dict[tuple[str, str], Server], com
     assert 0 < line["duration_ms"] < 10_000
 
 
-@each_combination
+@each_combination()
 def test_feature_values_are_in_no_line(servers: dict[tuple[str, str], Server], combination: tuple[str, str]) -> None:
     """Neither good nor bad values, in a body or in a query, reach the log."""
     server = servers[combination]
@@ -107,7 +107,7 @@ def worrying_servers(serve: Start, tmp_path_factory: pytest.TempPathFactory) -> 
         return dict(zip(COMBINATIONS, running, strict=True))
 
 
-@each_combination
+@each_combination()
 def test_crash_is_one_line_with_its_traceback(
     worrying_servers: dict[tuple[str, str], Server], combination: tuple[str, str]
 ) -> None:
@@ -123,7 +123,7 @@ def test_crash_is_one_line_with_its_traceback(
     assert "123.456" not in server.text
 
 
-@each_combination
+@each_combination()
 def test_warning_is_one_line_of_its_request(
     worrying_servers: dict[tuple[str, str], Server], combination: tuple[str, str]
 ) -> None:

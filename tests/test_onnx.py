@@ -63,7 +63,8 @@ from model.describe import main
 from tests.lib.apps import answers_of, call, make_settings, serve_estimator
 from tests.lib.artifacts import save, to_graph
 from tests.lib.clients import post_case
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment
+from tests.lib.servers import PROJECT, Server, gunicorn_environment
+from tests.lib.sizes import each_combination, each_worker
 
 X, y = load_iris(return_X_y=True)
 NAMES = np.array(["setosa", "versicolor", "virginica"])[y]
@@ -821,7 +822,7 @@ def test_golden_rows_are_answered_under_the_right_names(tmp_path: Path) -> None:
         assert app.agrees(call(native, post_case(rows)).json, answers, 10.0, app.OF_FLOAT32)
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_file_is_served_by_each_worker(
     serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
 ) -> None:
@@ -840,7 +841,7 @@ def test_file_is_served_by_each_worker(
     assert "onnx_outputs_left_out" not in server.text
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_session_of_the_master_answers_in_a_worker(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
     """What gunicorn's master loaded is used after the fork, and started no thread for which a worker would wait."""
     server = serve(**gunicorn_environment(*combination, SERVING_MODEL__RUNTIME="onnx"))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import app
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, gunicorn_environment
+from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, gunicorn_environment
+from tests.lib.sizes import each_combination
 
 README = (PROJECT / "README.md").read_text()
 SHIPPED = README.partition("## Serve your own model")[0]
@@ -29,7 +30,7 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 @pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[str(number) for number in range(len(EXAMPLES))])
 def test_examples_give_what_is_shown(
     servers: dict[tuple[str, str], Server], combination: tuple[str, str], command: str, shown: str
@@ -173,7 +174,7 @@ def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_combination()
 def test_own_model_is_served_as_shown(
     serve: Callable[..., Server], penguins: Path, combination: tuple[str, str]
 ) -> None:

@@ -29,7 +29,7 @@ from tests.lib.artifacts import choose, deploy, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
 from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, run, run_gunicorn, wait_until
-from tests.lib.sizes import TWINS
+from tests.lib.sizes import TWINS, each_worker
 
 LIMIT_S = 3
 LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": str(LIMIT_S), "PYTHONPATH": str(PROJECT)}
@@ -73,7 +73,7 @@ def fit(make: Callable[[], Any], table: pd.DataFrame) -> Any:
 
 
 @pytest.mark.parametrize("name", BOOSTERS)
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@each_worker()
 def test_boosters_are_served(serve: Any, tmp_path: Path, table: pd.DataFrame, combination: Any, name: str) -> None:
     """LightGBM, XGBoost and CatBoost, with all their threads: at the start, by HUP, and one after the other."""
     first, second = name, [*BOOSTERS][[*BOOSTERS].index(name) - 1]
