@@ -483,7 +483,8 @@ def test_tls(serve: Callable[..., Server], tmp_path: Path, combination: tuple[st
     file.write_text(f'{model}[server]\ncertfile = "certificate.pem"\nkeyfile = "key.pem"\n')
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    environment = {"SERVING_SETTINGS": str(file), "SERVING_SERVER__GRACEFUL_TIMEOUT": LONG}
+    waits = {"SERVING_SERVER__GRACEFUL_TIMEOUT": LONG, "SERVING_SERVER__KEEPALIVE": LONG}
+    environment = {"SERVING_SETTINGS": str(file), **waits}
     server = serve(tls=context, **gunicorn_environment(*combination, **environment))
     assert server.post(ROW).json["prediction"] == "setosa"
     assert server.reload()["event"] == "reloaded"
