@@ -33,7 +33,7 @@ def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
 
 
 def events_of(server: Server, request_id: str, count: int = 1) -> list[dict[str, Any]]:
-    """Wait until a request has so many lines, and give all that it has."""
+    """Wait until a request has so many lines, and return all that it has."""
 
     def found() -> list[dict[str, Any]]:
         return [line for line in server.lines if line.get("request_id") == request_id]
