@@ -22,7 +22,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
-def hello(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeasuredServer]:
+def hello_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeasuredServer]:
     """A reference app, serving."""
     server = MeasuredServer(FLASK_HELLO, CORES, tmp_path_factory.mktemp("bench") / "log")
     yield server.wait()
@@ -33,29 +33,29 @@ def samples(*rates: float, p50_us: float = 100, p99_us: float = 200) -> list[Sam
     return [Sample(rate, p50_us, p99_us, 0) for rate in rates]
 
 
-def test_wrk_measures_a_reference_app(hello: MeasuredServer, tmp_path: Path) -> None:
+def test_wrk_measures_a_reference_app(hello_server: MeasuredServer, tmp_path: Path) -> None:
     """What wrk prints is read as rate and latency, without failures."""
     write_script("/predictions", 1, tmp_path / "script.lua")
-    hello.verify(rows=1)
-    sample = run_wrk(hello.url, tmp_path / "script.lua", connections=2)
+    hello_server.verify(rows=1)
+    sample = run_wrk(hello_server.url, tmp_path / "script.lua", connections=2)
     assert sample.n_failed == 0
     assert sample.requests_s > 10
     assert 0 < sample.p50_us <= sample.p99_us
 
 
-def test_refusals_are_failures(hello: MeasuredServer, tmp_path: Path) -> None:
+def test_refusals_are_failures(hello_server: MeasuredServer, tmp_path: Path) -> None:
     """A load whose answers are 404 has no rate, however fast they come."""
     write_script("/nowhere", 10, tmp_path / "script.lua")
-    sample = run_wrk(hello.url, tmp_path / "script.lua", connections=2)
+    sample = run_wrk(hello_server.url, tmp_path / "script.lua", connections=2)
     assert without_failures([sample, *samples(1)]) == f"{sample.n_failed} requests failed"
     assert sample.n_failed > 0
 
 
-def test_wrong_answers_end_the_bench(hello: MeasuredServer) -> None:
+def test_wrong_answers_end_the_bench(hello_server: MeasuredServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that should predict, and says hello, is not measured."""
-    hello.deployment = dataclasses.replace(FLASK_HELLO, is_hello=False)
+    monkeypatch.setattr(hello_server, "deployment", dataclasses.replace(FLASK_HELLO, is_hello=False))
     with pytest.raises(BenchError, match="Flask hello answered"):
-        hello.verify(rows=1)
+        hello_server.verify(rows=1)
 
 
 def test_service_that_does_not_start_says_why(tmp_path: Path) -> None:

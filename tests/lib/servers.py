@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
-WAIT_S = 30.0
+WAIT_S = 90.0
 SHIPPED_MODEL = {"SERVING_MODEL__PATH": str(PROJECT / "model/iris.skops")}
 SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
