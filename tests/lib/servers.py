@@ -27,6 +27,7 @@ BIN = Path(sys.executable).parent
 COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 90.0
+END_S = 25.0  # less than server.graceful_timeout, so that an end that is cut short by it fails
 SHIPPED_MODEL = {"SERVING_MODEL__PATH": str(PROJECT / "model/iris.skops")}
 SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
@@ -68,7 +69,7 @@ class Server:
     It starts at once. Its owner then waits for it, perhaps beside others.
     """
 
-    patience_s = WAIT_S  # for its start, each answer and its end
+    patience_s = WAIT_S  # for its start and each answer
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(sig)
         try:
-            return self.process.wait(self.patience_s)
+            return self.process.wait(END_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
