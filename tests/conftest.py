@@ -1,12 +1,9 @@
 """Fixtures that more than one file of tests uses: servers, settings files, a copy of what is deployed."""
 
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sklearn.datasets import load_iris
@@ -15,7 +12,7 @@ from sklearn.ensemble import RandomForestClassifier
 from tests.lib import prefork, sizes
 from tests.lib.artifacts import lay_out, load_shipped, save
 from tests.lib.clients import ROW
-from tests.lib.servers import COMBINATIONS, PROJECT, SHIPPED_MODEL, Server, find_free_port, gunicorn_environment
+from tests.lib.servers import COMBINATIONS, PROJECT, SHIPPED_MODEL, Server, Starter, find_free_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,32 +41,22 @@ def quick_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {f"SERVING_MODEL__{key.upper()}": text for key, text in save(load_shipped(), folder / "iris.joblib").items()}
 
 
-@pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory, quick_model: dict[str, str]) -> Iterator[Callable[..., Server]]:
-    """Start servers, of the quick model unless the environment names another; all are ended with the session."""
-    started: list[Server] = []
-    logs, numbers = tmp_path_factory.mktemp("servers"), itertools.count()
+def start_servers(tmp_path_factory: pytest.TempPathFactory, quick_model: dict[str, str]) -> Iterator[Starter]:
+    """Start servers, of the quick model unless the environment names another, and end them with who asked for them."""
+    starter = Starter(tmp_path_factory.mktemp("servers"), quick_model)
+    yield starter
+    starter.stop()
 
-    def start(
-        command: str = "gunicorn -c gunicorn.conf.py", cwd: Path = PROJECT, port: int | None = None, **more: Any
-    ) -> Server:
-        if not {"SERVING_SETTINGS", "SERVING_MODEL__PATH"} & more.keys():
-            more |= quick_model
-        server = Server(command.split(), logs / f"{next(numbers)}.log", cwd, port, **more).wait()
-        started.append(server)
-        return server
 
-    yield start
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(Server.stop, started))
+serve = pytest.fixture(start_servers)
+serve_module = pytest.fixture(start_servers, scope="module")
+serve_session = pytest.fixture(start_servers, scope="session")
 
 
 @pytest.fixture(scope="session")
-def servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+def servers(serve_session: Starter) -> dict[tuple[str, str], Server]:
     """The four combinations of framework and worker, run by gunicorn from the shipped settings."""
-    with ThreadPoolExecutor() as pool:
-        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair), **SHIPPED_MODEL), COMBINATIONS)
-        return dict(zip(COMBINATIONS, running, strict=True))
+    return serve_session.each(COMBINATIONS, **SHIPPED_MODEL)
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)

@@ -7,7 +7,6 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tests.lib.cases import QUERY, Case
 from tests.lib.clients import post_case, read_answer
 from tests.lib.estimators import Gated, Slow
 from tests.lib.load import Load
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, wait_until
 from tests.lib.sizes import each_combination, each_worker
 
 HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
@@ -87,9 +86,7 @@ def test_late_jobs_are_not_predicted() -> None:
 
 @pytest.mark.alone
 @each_worker()
-def test_overload_is_refused_and_forgotten(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_overload_is_refused_and_forgotten(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """At several times what a slow estimator can do, each answer is 200, 429 or 503, in time; health and memory are
     as ever; and a second later a request takes what it took before."""
     file = deploy(tmp_path, Slow(0.02))
@@ -129,9 +126,7 @@ def resident_mb(pid: int) -> float:
 
 
 @each_combination()
-def test_refusals_say_when_to_come_back(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_refusals_say_when_to_come_back(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
     file, gate = deploy(tmp_path, Gated(0.3, tmp_path)), tmp_path / "open"
     limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "3", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
@@ -164,12 +159,10 @@ def crowd(server: Server, pool: ThreadPoolExecutor, begun: Path) -> list[Future[
 
 
 @pytest.fixture(scope="module")
-def hurried_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+def hurried_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
     """The four combinations, with a second for a body to come."""
     limit = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1"}
-    with ThreadPoolExecutor() as pool:
-        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **limit)), COMBINATIONS)
-        return dict(zip(COMBINATIONS, running, strict=True))
+    return serve_module.each(COMBINATIONS, **limit)
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n[", b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n["])
@@ -229,7 +222,7 @@ class SlowSenders:
 
 @pytest.mark.alone
 @each_worker()
-def test_slow_senders_hold_nobody_up(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_slow_senders_hold_nobody_up(serve: Starter, combination: tuple[str, str]) -> None:
     """Beside 200 connections that send a byte a second, a normal client's p99 at most doubles."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
     case = Case("query", "GET", f"/predictions?{QUERY}")

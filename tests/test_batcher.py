@@ -8,7 +8,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tests.lib import estimators
 from tests.lib.apps import answers_of, call, call_asgi, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, Answer, post_case
-from tests.lib.servers import PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, wait_until
 from tests.lib.sizes import each_combination
 
 N_CLIENTS = 64
@@ -229,9 +229,7 @@ def test_estimator_that_looks_at_the_whole_call_is_never_batched(
 
 
 @each_combination()
-def test_slow_call_keeps_nothing_else_waiting(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_slow_call_keeps_nothing_else_waiting(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """Health checks that come after a call has begun are answered before it ends."""
     file = deploy(tmp_path, estimators.Gated(0.05, tmp_path))
     environment = {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__FORMAT": "json"}

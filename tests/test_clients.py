@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +31,7 @@ import app
 from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
 from tests.lib.cases import JSON, QUERY, Case
 from tests.lib.clients import ROW, Answer, post_case, read_answer
-from tests.lib.servers import COMBINATIONS, Server, gunicorn_environment, private_mb, run_gunicorn, wait_until
+from tests.lib.servers import COMBINATIONS, Server, Starter, gunicorn_environment, private_mb, run_gunicorn, wait_until
 from tests.lib.sizes import TWINS, each_combination, each_worker, scale
 
 HEARTBEAT_S, SEND_S = 2, 2
@@ -57,18 +57,10 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def serve_each(
-    serve: Callable[..., Server], pairs: list[tuple[str, str]], **environment: str
-) -> dict[tuple[str, str], Server]:
-    with ThreadPoolExecutor() as pool:
-        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **environment)), pairs)
-        return dict(zip(pairs, running, strict=True))
-
-
 @pytest.fixture(scope="module")
-def patient_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+def patient_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
     """Servers with short time-outs and no bound of requests."""
-    return serve_each(serve, scale(TWINS, COMBINATIONS), **PATIENT)
+    return serve_module.each(scale(TWINS, COMBINATIONS), **PATIENT)
 
 
 @pytest.fixture(params=scale(TWINS, COMBINATIONS), ids="-".join)
@@ -226,7 +218,7 @@ GET_LARGE = b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.fixture(scope="module", params=["uvicorn", "gevent"])
 def tls_server(
-    request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, serve_module: Starter, tmp_path_factory: pytest.TempPathFactory
 ) -> Server:
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
@@ -237,7 +229,7 @@ def tls_server(
     framework, interface = ("fastapi", "asgi") if request.param == "uvicorn" else ("flask", "wsgi")
     more = {"SERVING_SERVER__CERTFILE": str(folder / "both.pem"), "PYTHONPATH": str(folder)}
     command = f"gunicorn -c gunicorn.conf.py large:{interface}"
-    return serve(command, tls=context, **gunicorn_environment(framework, request.param, **PATIENT, **more))
+    return serve_module(command, tls=context, **gunicorn_environment(framework, request.param, **PATIENT, **more))
 
 
 def test_tls_clients_are_no_exception(tls_server: Server) -> None:
@@ -288,9 +280,7 @@ def test_slow_reader_gets_all(patient: Server) -> None:
 
 
 @each_worker()
-def test_end_does_not_wait_for_clients_that_do_not_read(
-    serve: Callable[..., Server], combination: tuple[str, str]
-) -> None:
+def test_end_does_not_wait_for_clients_that_do_not_read(serve: Starter, combination: tuple[str, str]) -> None:
     """TERM beside clients that read nothing takes about `server.send_timeout`, not `server.graceful_timeout`."""
     server = serve(**gunicorn_environment(*combination, **PATIENT))
     (pid,) = server.worker_pids
@@ -304,9 +294,9 @@ def test_end_does_not_wait_for_clients_that_do_not_read(
 
 
 @pytest.fixture(scope="module")
-def bounded_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+def bounded_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
     """The four combinations, with five requests for each connection."""
-    return serve_each(serve, COMBINATIONS, SERVING_SERVER__MAX_REQUESTS_PER_CONNECTION="5")
+    return serve_module.each(COMBINATIONS, SERVING_SERVER__MAX_REQUESTS_PER_CONNECTION="5")
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)
@@ -359,9 +349,9 @@ def grow_mb(pid: int, before_mb: float) -> float:
 
 
 @pytest.fixture(scope="module")
-def keyed_servers(serve: Callable[..., Server]) -> dict[tuple[str, str], Server]:
+def keyed_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
     """The four combinations, which ask for a key."""
-    return serve_each(serve, COMBINATIONS, SERVING_AUTH__API_KEYS='["one"]')
+    return serve_module.each(COMBINATIONS, SERVING_AUTH__API_KEYS='["one"]')
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)
@@ -428,9 +418,7 @@ asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
 
 
 @each_combination()
-def test_middleware_sees_a_refused_key(
-    serve: Callable[..., Server], project: Path, combination: tuple[str, str]
-) -> None:
+def test_middleware_sees_a_refused_key(serve: Starter, project: Path, combination: tuple[str, str]) -> None:
     """What a user adds to each answer, such as headers of CORS, is in the 401 too, which does not wait for the body."""
     (project / "marked.py").write_text(MARKED)
     interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
@@ -502,7 +490,7 @@ def test_expectation_of_an_old_client_is_ignored(patient: Server) -> None:
         assert client.makefile("rb").readline().split()[1] == b"200"
 
 
-def test_connections_that_are_reset_are_forgotten(serve: Callable[..., Server]) -> None:
+def test_connections_that_are_reset_are_forgotten(serve: Starter) -> None:
     """Under uvicorn a connection that is reset while it is idle takes no memory until `server.keepalive` is over."""
     keepalive = {"SERVING_SERVER__KEEPALIVE": "3600", "SERVING_LOGGING__ACCESS": "false"}
     server = serve(**gunicorn_environment("fastapi", "uvicorn", **keepalive))
@@ -522,7 +510,7 @@ def reset_many(server: Server, count: int) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
-def test_worker_may_have_many_files(serve: Callable[..., Server]) -> None:
+def test_worker_may_have_many_files(serve: Starter) -> None:
     """A worker raises the soft limit of open files, which is often 1024, to the hard one, or to 65 536."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))

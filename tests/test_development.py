@@ -5,19 +5,16 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.lib.clients import ROW
-from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, wait_until
-
-Start = Callable[..., Server]
+from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, wait_until
 
 
 @pytest.mark.parametrize(("command", "framework"), SERVE_COMMANDS)
-def test_command_serves(serve: Start, command: str, framework: str) -> None:
+def test_command_serves(serve: Starter, command: str, framework: str) -> None:
     """Good and bad requests are answered, and each has one access line."""
     server = serve(command, SERVING_FRAMEWORK=framework)
     assert server.post(ROW).json["prediction"] == "setosa"
@@ -36,7 +33,7 @@ def test_command_serves(serve: Start, command: str, framework: str) -> None:
         ("uvicorn app:asgi --reload --port {port}", "flask"),
     ],
 )
-def test_command_reloads(serve: Start, project: Path, free_port: int, command: str, framework: str) -> None:
+def test_command_reloads(serve: Starter, project: Path, free_port: int, command: str, framework: str) -> None:
     """A change of the source is served without a restart."""
     source = (project / "app.py").read_text()
     server = serve(command.format(port=free_port), project, free_port, SERVING_FRAMEWORK=framework)

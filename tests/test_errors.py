@@ -25,7 +25,7 @@ from tests.lib.artifacts import deploy
 from tests.lib.cases import FLOWER, JSON, QUERY, Case, get, post
 from tests.lib.clients import post_case
 from tests.lib.load import Load
-from tests.lib.servers import Server, gunicorn_environment
+from tests.lib.servers import Starter, gunicorn_environment
 from tests.lib.sizes import each_worker, scale
 
 MOST_BYTES = app.MAX_DETAIL_BYTES + len('{"detail":[]}')
@@ -352,9 +352,7 @@ def test_long_rows_are_still_read_in_pieces(apps: dict[tuple[str, str], Any], de
 
 
 @each_worker()
-def test_hostile_bodies_hold_nobody_up(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_hostile_bodies_hold_nobody_up(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """While such bodies come in a loop, another client's pings and predictions are answered, by the same worker."""
     file = deploy(tmp_path, make_named(NAMES))
     environment = {"SERVING_SETTINGS": file, "SERVING_LIMITS__REQUEST_TIMEOUT_S": "60"}  # on a busy core, too
@@ -375,7 +373,7 @@ def test_hostile_bodies_hold_nobody_up(
 
 
 @each_worker()
-def test_client_that_never_reads_holds_no_answer(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_client_that_never_reads_holds_no_answer(serve: Starter, combination: tuple[str, str]) -> None:
     """What is said of 8 MB fits in the kernel's buffers, so that a worker ends although nobody reads it."""
     server = serve(**gunicorn_environment(*combination))
     clients = [server.connect() for _ in range(10)]

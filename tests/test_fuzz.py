@@ -3,7 +3,6 @@
 import contextlib
 import re
 import socket
-from collections.abc import Callable
 
 import hypothesis
 import pytest
@@ -12,7 +11,7 @@ import schemathesis
 from hypothesis import strategies
 
 from tests.lib.cases import BAD, GOOD
-from tests.lib.servers import Server, gunicorn_environment
+from tests.lib.servers import Starter, gunicorn_environment
 from tests.lib.sizes import TWINS, each_combination, scale
 
 N_BYTES = scale(250, 1000)  # requests of bytes to each combination
@@ -41,7 +40,7 @@ def spoilt(draw: strategies.DrawFn) -> bytes:
 
 
 @each_combination()
-def test_no_bytes_are_a_crash(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_no_bytes_are_a_crash(serve: Starter, combination: tuple[str, str]) -> None:
     """Spoilt requests, and bytes that never were one, get an answer below 500 or the connection's end, in time."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__KEEPALIVE="1"))
     workers = server.worker_pids
@@ -66,7 +65,7 @@ def test_no_bytes_are_a_crash(serve: Callable[..., Server], combination: tuple[s
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("combination", TWINS, ids="-".join)
-def test_document_is_kept_to(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_document_is_kept_to(serve: Starter, combination: tuple[str, str]) -> None:
     """What schemathesis makes of `/openapi.json`, good and bad, is answered as the document says."""
     server = serve(**gunicorn_environment(*combination))
     url = f"http://127.0.0.1:{server.port}"

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
 from tests.lib.clients import ROW, post_case
 from tests.lib.pipelines import PENGUINS, fitted, rows_of
-from tests.lib.servers import PROJECT, Server, gunicorn_environment, run_gunicorn
+from tests.lib.servers import PROJECT, Starter, gunicorn_environment, run_gunicorn
 from tests.lib.sizes import each_combination
 
 SHIPPED = json.loads((PROJECT / "model/iris.golden.json").read_text())
@@ -125,7 +124,7 @@ def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     "command", ["gunicorn -c gunicorn.conf.py", "uvicorn app:app --port 0", "flask --app app run --port 0"]
 )
-def test_another_python_is_no_warning(serve: Callable[..., Server], iris: Path, command: str) -> None:
+def test_another_python_is_no_warning(serve: Starter, iris: Path, command: str) -> None:
     """Answers do not depend on Python's version: golden rows of another are one line at info, whatever is strict."""
     versions = GOLDEN["versions"] | {"python": "2.7"}
     write(iris.parent / "iris.golden.json", GOLDEN | {"versions": versions})
@@ -260,9 +259,7 @@ def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, messag
 
 
 @each_combination()
-def test_proving_leaves_no_threads_to_the_workers(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_proving_leaves_no_threads_to_the_workers(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """An estimator that computes in parallel is tried in a child of its own, so that forked workers can use it too."""
     X, y = load_iris(return_X_y=True)
     estimator = HistGradientBoostingClassifier(max_iter=20).fit(X, y)

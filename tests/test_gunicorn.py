@@ -9,7 +9,6 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,17 @@ import trustme
 
 from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
 from tests.lib.clients import ROW, check, post_case, read_answer
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, WAIT_S, Server, gunicorn_environment, run_gunicorn, wait_until
+from tests.lib.servers import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    WAIT_S,
+    Server,
+    Starter,
+    gunicorn_environment,
+    run_gunicorn,
+    wait_until,
+)
 from tests.lib.sizes import each_combination, each_worker
 
 LONG = "600"  # seconds, for which `Server.stop` does not wait
@@ -253,7 +262,7 @@ def test_half_closed_client_gets_its_answer(server: Server) -> None:
     assert answer.status == 200
 
 
-def test_idle_connection_ends(serve: Callable[..., Server]) -> None:
+def test_idle_connection_ends(serve: Starter) -> None:
     """A connection on which no request becomes whole ends after `server.keepalive`, the first time too."""
     for worker in ("uvicorn", "gevent"):
         server = serve(**gunicorn_environment("fastapi", worker, SERVING_SERVER__KEEPALIVE="1"))
@@ -343,21 +352,21 @@ wsgi = app.as_wsgi(native)
 
 
 @pytest.fixture(scope="module")
-def routes_servers(serve: Callable[..., Server], project: Path) -> dict[str, Server]:
+def routes_servers(serve_module: Starter, project: Path) -> dict[str, Server]:
     """FastAPI with a user's routes, by worker."""
     (project / "routes.py").write_text(ROUTES)
     workers, interfaces = ("uvicorn", "gevent"), ("asgi", "wsgi")
 
     def start(worker: str, interface: str) -> Server:
         command = f"gunicorn -c gunicorn.conf.py routes:{interface}"
-        return serve(command, project, **gunicorn_environment("fastapi", worker))
+        return serve_module(command, project, **gunicorn_environment("fastapi", worker))
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(workers, pool.map(start, workers, interfaces), strict=True))
 
 
 @each_combination()
-def test_routes_of_a_user_work(serve: Callable[..., Server], project: Path, combination: tuple[str, str]) -> None:
+def test_routes_of_a_user_work(serve: Starter, project: Path, combination: tuple[str, str]) -> None:
     """A route added to the framework's object gets whole bodies, and its crash is one line with the traceback."""
     (project / "routes.py").write_text(ROUTES)
     interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
@@ -420,7 +429,7 @@ wsgi = app.as_wsgi(native)
 
 
 @pytest.mark.parametrize("worker", ["uvicorn", "gevent"])
-def test_lifespan_runs(serve: Callable[..., Server], project: Path, worker: str) -> None:
+def test_lifespan_runs(serve: Starter, project: Path, worker: str) -> None:
     """An extended FastAPI gets its start-up event before the first request, its state, and its shut-down event."""
     (project / "extended.py").write_text(EXTENDED)
     interface = {"uvicorn": "asgi", "gevent": "wsgi"}[worker]
@@ -471,7 +480,7 @@ def test_settings_reach_gunicorn(framework: str, wsgi_app: str) -> None:
 
 
 @each_worker()
-def test_tls(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
+def test_tls(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """With certificate and key of [server], whose paths are relative to the settings file, it is HTTPS."""
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
@@ -499,7 +508,7 @@ def test_tls(serve: Callable[..., Server], tmp_path: Path, combination: tuple[st
         assert server.stop() == 0
 
 
-def test_configuration_is_found_from_another_folder(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_configuration_is_found_from_another_folder(serve: Starter, tmp_path: Path) -> None:
     """`-c` with a path works from anywhere: settings, model and code lie beside it."""
     command = f"gunicorn -c {PROJECT / 'gunicorn.conf.py'}"
     server = serve(command, tmp_path, **gunicorn_environment("flask", "gevent"))
@@ -507,7 +516,7 @@ def test_configuration_is_found_from_another_folder(serve: Callable[..., Server]
 
 
 @each_worker()
-def test_stop_ends_every_process(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_stop_ends_every_process(serve: Starter, combination: tuple[str, str]) -> None:
     """TERM ends master and workers with status 0."""
     environment = {"SERVING_SERVER__WORKERS": "2", "SERVING_SERVER__GRACEFUL_TIMEOUT": LONG}
     server = serve(**gunicorn_environment(*combination, **environment))

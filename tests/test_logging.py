@@ -7,8 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,8 @@ from tests.lib.apps import call, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.cases import BAD, JSON, QUERY, Case
 from tests.lib.clients import ROW
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, gunicorn_environment, wait_until
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, wait_until
 from tests.lib.sizes import each_combination
-
-Start = Callable[..., Server]
 
 
 def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
@@ -42,7 +38,7 @@ def events_of(server: Server, request_id: str, count: int = 1) -> list[dict[str,
 
 
 @each_combination()
-def test_every_line_is_one_json_object(serve: Start, combination: tuple[str, str]) -> None:
+def test_every_line_is_one_json_object(serve: Starter, combination: tuple[str, str]) -> None:
     """Master, worker, server and app all write JSON lines with time, level, process and event, from start to stop."""
     server = serve(**gunicorn_environment(*combination))
     for case in BAD[:10]:
@@ -99,12 +95,10 @@ def test_request_cannot_forge_a_line(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def worrying_servers(serve: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Server]:
+def worrying_servers(serve_module: Starter, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Server]:
     """The four combinations around an estimator that warns, or is broken."""
     environment = artifact(tmp_path_factory.mktemp("worrying"), estimators.Worrying())
-    with ThreadPoolExecutor() as pool:
-        running = pool.map(lambda pair: serve(**gunicorn_environment(*pair, **environment)), COMBINATIONS)
-        return dict(zip(COMBINATIONS, running, strict=True))
+    return serve_module.each(COMBINATIONS, **environment)
 
 
 @each_combination()
@@ -138,7 +132,7 @@ def test_warning_is_one_line_of_its_request(
 @pytest.mark.parametrize(
     ("name", "value", "seen"), [("ACCESS", "false", 0), ("LEVEL", "warning", 0), ("LEVEL", "info", 1)]
 )
-def test_access_lines_can_be_off(serve: Start, free_port: int, name: str, value: str, seen: int) -> None:
+def test_access_lines_can_be_off(serve: Starter, free_port: int, name: str, value: str, seen: int) -> None:
     """`logging.access = false`, or a level above info, silences the access line."""
     choice = {f"SERVING_LOGGING__{name}": value, "SERVING_SERVER__BIND": f"127.0.0.1:{free_port}"}
     server = serve(port=free_port, **gunicorn_environment("fastapi", "uvicorn", **choice))
@@ -147,7 +141,7 @@ def test_access_lines_can_be_off(serve: Start, free_port: int, name: str, value:
     assert server.text.count('"request_id":"quiet"') == seen
 
 
-def test_console_format_is_readable(serve: Start, tmp_path: Path) -> None:
+def test_console_format_is_readable(serve: Starter, tmp_path: Path) -> None:
     """`logging.format = "console"` writes lines for people, a crash with its traceback below."""
     environment = artifact(tmp_path, estimators.Failing()) | {"SERVING_LOGGING__FORMAT": "console"}
     server = serve(**gunicorn_environment("flask", "gevent", **environment))

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ from model.describe import main
 from tests.lib.apps import answers_of, call, make_settings, serve_estimator
 from tests.lib.artifacts import save, to_graph
 from tests.lib.clients import post_case
-from tests.lib.servers import PROJECT, Server, gunicorn_environment
+from tests.lib.servers import PROJECT, Starter, gunicorn_environment
 from tests.lib.sizes import each_combination, each_worker
 
 X, y = load_iris(return_X_y=True)
@@ -823,9 +822,7 @@ def test_golden_rows_are_answered_under_the_right_names(tmp_path: Path) -> None:
 
 
 @each_combination()
-def test_file_is_served_by_each_worker(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_file_is_served_by_each_worker(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """Columns of classes, and a graph for one row, are answered alike by real servers, and as in scikit-learn."""
     estimator = LogisticRegression(max_iter=1000).fit(X, NAMES)
     path = tmp_path / "model.onnx"
@@ -842,7 +839,7 @@ def test_file_is_served_by_each_worker(
 
 
 @each_worker()
-def test_session_of_the_master_answers_in_a_worker(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_session_of_the_master_answers_in_a_worker(serve: Starter, combination: tuple[str, str]) -> None:
     """What gunicorn's master loaded is used after the fork, and started no thread for which a worker would wait."""
     server = serve(**gunicorn_environment(*combination, SERVING_MODEL__RUNTIME="onnx"))
     assert server.post(GOLDEN).json[0]["prediction"] == "setosa"

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
 from tests.lib.load import PAUSE_S, Load
-from tests.lib.servers import PROJECT, Server, gunicorn_environment, private_mb, wait_until
+from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, private_mb, wait_until
 from tests.lib.sizes import TWINS, each_combination, each_worker, scale
 
 
@@ -23,7 +22,7 @@ def alive(pids: list[int]) -> list[int]:
 
 
 @each_combination()
-def test_end_loses_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
     kept, closed = (
@@ -48,7 +47,7 @@ def not_ready(server: Server) -> int:
 
 
 @each_combination()
-def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_killed_worker_loses_only_what_it_held(serve: Starter, combination: tuple[str, str]) -> None:
     """`kill -9` of each worker in turn: a client loses at most the request that was in flight there."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="3", SERVING_LOGGING__ACCESS="false"))
     workers = server.wait_for_workers(3)
@@ -63,7 +62,7 @@ def test_killed_worker_loses_only_what_it_held(serve: Callable[..., Server], com
 
 
 @each_worker()
-def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_orphans_end(serve: Starter, combination: tuple[str, str]) -> None:
     """Workers whose master is killed drain and end by themselves."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2"))
     workers = server.wait_for_workers(2)
@@ -74,9 +73,7 @@ def test_orphans_end(serve: Callable[..., Server], combination: tuple[str, str])
 
 @pytest.mark.parametrize("is_taken_back", [False, True], ids=["old-ends", "new-ends"])
 @each_worker()
-def test_other_master_keeps_the_address(
-    serve: Callable[..., Server], combination: tuple[str, str], is_taken_back: bool
-) -> None:
+def test_other_master_keeps_the_address(serve: Starter, combination: tuple[str, str], is_taken_back: bool) -> None:
     """After USR2 two masters have the same listeners; when either ends, the other goes on accepting."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
     server.process.send_signal(signal.SIGUSR2)
@@ -117,9 +114,7 @@ def both_ready(server: Server) -> bool:
 
 
 @pytest.mark.parametrize("combination", TWINS, ids="-".join)
-def test_worker_that_cannot_start_harms_nobody(
-    serve: Callable[..., Server], project: Path, combination: tuple[str, str]
-) -> None:
+def test_worker_that_cannot_start_harms_nobody(serve: Starter, project: Path, combination: tuple[str, str]) -> None:
     """While another serves, a worker that cannot start is tried again, later and later, and a reload is refused."""
     (project / "fragile.py").write_text(FRAGILE)
     broken = project / "fragile.broken"
@@ -140,7 +135,7 @@ def test_worker_that_cannot_start_harms_nobody(
     assert server.stop() == 0
 
 
-def test_worker_that_hangs_while_it_starts_is_replaced(serve: Callable[..., Server]) -> None:
+def test_worker_that_hangs_while_it_starts_is_replaced(serve: Starter) -> None:
     """One that gives no sign of life at all is ended: after `server.timeout`, and the time that a start may take."""
     server = serve(**gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__TIMEOUT="2"))
     os.kill(server.worker_pids[0], signal.SIGKILL)
@@ -154,7 +149,7 @@ def test_worker_that_hangs_while_it_starts_is_replaced(serve: Callable[..., Serv
 @pytest.mark.parametrize("call_s", [0.0, 0.02], ids=["quick", "costly"])
 @each_worker()
 def test_hanging_prediction_costs_a_worker(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str], call_s: float
+    serve: Starter, tmp_path: Path, combination: tuple[str, str], call_s: float
 ) -> None:
     """A predict that never ends is ended with its worker, and another serves.
 
@@ -177,7 +172,7 @@ def test_hanging_prediction_costs_a_worker(
 
 
 @each_worker()
-def test_recycled_workers_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_recycled_workers_lose_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """`max_requests` with jitter replaces workers under load, and every request is answered."""
     requests = scale(500, 5000)
     recycling = {
@@ -211,7 +206,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @each_worker()
 @pytest.mark.xdist_group("large_model")
-def test_workers_share_the_model(serve: Callable[..., Server], large_model: str, combination: tuple[str, str]) -> None:
+def test_workers_share_the_model(serve: Starter, large_model: str, combination: tuple[str, str]) -> None:
     """With a model of 100 MB each worker has no more than 25 MB of its own, also after a reload."""
     server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=large_model, SERVING_SERVER__WORKERS="2"))
     assert max(map(private_mb, used(server))) < 25

@@ -6,14 +6,13 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import app
-from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, gunicorn_environment
+from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, Starter, gunicorn_environment
 from tests.lib.sizes import each_combination
 
 README = (PROJECT / "README.md").read_text()
@@ -115,7 +114,7 @@ def test_development_commands_are_tested() -> None:
     assert {" ".join(command.split()) for command in commands} <= {" ".join(command.split()) for command in run}
 
 
-def test_make_serve_serves(serve: Callable[..., Server]) -> None:
+def test_make_serve_serves(serve: Starter) -> None:
     """`make serve` starts gunicorn with the shipped settings."""
     server = serve("make serve", **gunicorn_environment("fastapi", "auto"), **SHIPPED_MODEL)
     ready = server.get("/health/ready").json
@@ -175,9 +174,7 @@ def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @each_combination()
-def test_own_model_is_served_as_shown(
-    serve: Callable[..., Server], penguins: Path, combination: tuple[str, str]
-) -> None:
+def test_own_model_is_served_as_shown(serve: Starter, penguins: Path, combination: tuple[str, str]) -> None:
     """The transcript for a model of one's own holds: train, describe, paste, serve, predict."""
     _, _, _, _, (start, _), *requests = console_steps(OWN)
     server = serve(

@@ -23,6 +23,7 @@ from tests.lib.servers import (
     COMBINATIONS,
     PROJECT,
     Server,
+    Starter,
     gunicorn_environment,
     identity,
     run_gunicorn,
@@ -34,7 +35,7 @@ from tests.lib.sizes import each_combination, each_worker, scale
 
 @pytest.mark.alone
 @each_combination()
-def test_reloads_lose_nothing(serve: Callable[..., Server], combination: tuple[str, str]) -> None:
+def test_reloads_lose_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """HUPs under load: every request is answered 200, and none waits for a second, on connections old and new."""
     reloads, requests = scale((3, 500), (10, 2000))
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
@@ -63,7 +64,7 @@ def serving(model: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.alone
 @each_worker()
-def test_slow_load_stalls_nothing(serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]) -> None:
+def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """While a model takes seconds to load, twice, requests are answered as ever; HUPs that come together are one."""
     load_s, requests = scale((2, 500), (6, 5000))
     environment = gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false", LOAD_S=str(load_s))
@@ -115,9 +116,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @each_combination()
-def test_broken_reload_changes_nothing(
-    serve: Callable[..., Server], tmp_path: Path, combination: tuple[str, str]
-) -> None:
+def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """Whatever is wrong, one line says so, no request fails, and the next good HUP is taken."""
     file = lay_out(tmp_path, *combination)
     originals = {path: path.read_bytes() for path in file.parent.iterdir()}
@@ -145,7 +144,7 @@ def test_broken_reload_changes_nothing(
     assert server.stop() == 0
 
 
-def test_everything_changes_by_reload_alone(serve: Callable[..., Server], file: Path, free_port: int) -> None:
+def test_everything_changes_by_reload_alone(serve: Starter, file: Path, free_port: int) -> None:
     """Framework, worker class and count, address, model, level of the log: HUP is enough for all of them."""
     model = save_slow(file.parent / "other.joblib")
     server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
@@ -174,7 +173,7 @@ def first_line(server: Server) -> bytes:
         return client.recv(100)
 
 
-def test_dropped_address_is_drained(serve: Callable[..., Server], tmp_path: Path, free_port: int) -> None:
+def test_dropped_address_is_drained(serve: Starter, tmp_path: Path, free_port: int) -> None:
     """Clients of an address that goes get their answers until it refuses them; none gets a reset."""
     for combination in COMBINATIONS:
         file = lay_out(tmp_path, *combination)
@@ -190,7 +189,7 @@ def test_dropped_address_is_drained(serve: Callable[..., Server], tmp_path: Path
         assert server.stop() == 0
 
 
-def test_loopback_gives_way_to_all_interfaces(serve: Callable[..., Server], file: Path, free_port: int) -> None:
+def test_loopback_gives_way_to_all_interfaces(serve: Starter, file: Path, free_port: int) -> None:
     """The same port on all interfaces instead of one, and back: the kernel would have it in use."""
     edit(file, ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
     server = serve(SERVING_SETTINGS=str(file))
@@ -203,7 +202,7 @@ def test_loopback_gives_way_to_all_interfaces(serve: Callable[..., Server], file
     server.stop()
 
 
-def test_unix_sockets_leave_no_file(serve: Callable[..., Server], file: Path, tmp_path: Path) -> None:
+def test_unix_sockets_leave_no_file(serve: Starter, file: Path, tmp_path: Path) -> None:
     """A socket's file goes when its address does, and the last with the service, which leaves none in TMPDIR either."""
     places = [tmp_path / "one.sock", tmp_path / "two.sock"]
     edit(file, ('"127.0.0.1:0"', f'["127.0.0.1:0", "unix:{places[0]}"]'))
@@ -219,7 +218,7 @@ def test_unix_sockets_leave_no_file(serve: Callable[..., Server], file: Path, tm
     assert [*temporary.iterdir()] == []
 
 
-def test_deleted_socket_is_made_anew(serve: Callable[..., Server], file: Path, tmp_path: Path) -> None:
+def test_deleted_socket_is_made_anew(serve: Starter, file: Path, tmp_path: Path) -> None:
     """A unix socket whose file somebody has removed is there again after HUP, and its loss does not disturb the end."""
     place = tmp_path / "one.sock"
     edit(file, ('"127.0.0.1:0"', f'["127.0.0.1:0", "unix:{place}"]'))
@@ -233,7 +232,7 @@ def test_deleted_socket_is_made_anew(serve: Callable[..., Server], file: Path, t
     assert "Traceback" not in server.text
 
 
-def test_preloading_is_refused(serve: Callable[..., Server], project: Path) -> None:
+def test_preloading_is_refused(serve: Starter, project: Path) -> None:
     """`preload_app` would have the master predict: at the start it ends the service, later it is a reload refused."""
     file = project / "gunicorn.conf.py"
     text = file.read_text()
@@ -250,7 +249,7 @@ def test_preloading_is_refused(serve: Callable[..., Server], project: Path) -> N
     assert "leave it out" in done.stderr
 
 
-def test_model_with_threads_is_refused(serve: Callable[..., Server], file: Path) -> None:
+def test_model_with_threads_is_refused(serve: Starter, file: Path) -> None:
     """An artifact that starts threads when it is loaded is refused with the reason, for workers would lack them."""
     model = save(Threading(), file.parent / "threading.joblib")
     server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))

@@ -28,7 +28,17 @@ import app
 from tests.lib.artifacts import choose, deploy, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, gunicorn_environment, run, run_gunicorn, wait_until
+from tests.lib.servers import (
+    BIN,
+    COMBINATIONS,
+    PROJECT,
+    Server,
+    Starter,
+    gunicorn_environment,
+    run,
+    run_gunicorn,
+    wait_until,
+)
 from tests.lib.sizes import TWINS, each_worker
 
 LIMIT_S = 3
@@ -74,7 +84,7 @@ def fit(make: Callable[[], Any], table: pd.DataFrame) -> Any:
 
 @pytest.mark.parametrize("name", BOOSTERS)
 @each_worker()
-def test_boosters_are_served(serve: Any, tmp_path: Path, table: pd.DataFrame, combination: Any, name: str) -> None:
+def test_boosters_are_served(serve: Starter, tmp_path: Path, table: pd.DataFrame, combination: Any, name: str) -> None:
     """LightGBM, XGBoost and CatBoost, with all their threads: at the start, by HUP, and one after the other."""
     first, second = name, [*BOOSTERS][[*BOOSTERS].index(name) - 1]
     estimators = {booster: fit(BOOSTERS[booster], table) for booster in (first, second)}
@@ -93,7 +103,7 @@ def test_boosters_are_served(serve: Any, tmp_path: Path, table: pd.DataFrame, co
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_boosters_are_served_inside_others(serve: Any, tmp_path: Path, table: pd.DataFrame, name: str) -> None:
+def test_boosters_are_served_inside_others(serve: Starter, tmp_path: Path, table: pd.DataFrame, name: str) -> None:
     """A booster in a pipeline, behind a transformer of columns or in a vote is served from its first start."""
     estimator = fit(OTHERS[name], table)
     combination = COMBINATIONS[[*OTHERS].index(name) % len(COMBINATIONS)]
@@ -104,7 +114,7 @@ def test_boosters_are_served_inside_others(serve: Any, tmp_path: Path, table: pd
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_catboost_says_its_features(serve: Any, tmp_path: Path, named: bool, classes: int) -> None:
+def test_catboost_says_its_features(serve: Starter, tmp_path: Path, named: bool, classes: int) -> None:
     """Names and categories of a loaded CatBoost, which says that it has none, are known; alone it is served by them."""
     cells = np.array([["a", 1.0], ["b", 2.0], ["c", 3.0]] * 20, dtype=object)
     table = pd.DataFrame({"city": cells[:, 0], "age": cells[:, 1].astype(float)}) if named else cells
@@ -155,7 +165,7 @@ def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("combination", TWINS, ids="-".join)
-def test_reload_ends_with_one_line(serve: Any, tmp_path: Path, combination: Any) -> None:
+def test_reload_ends_with_one_line(serve: Starter, tmp_path: Path, combination: Any) -> None:
     """The same artifacts by HUP: one line, no process left behind, the old model goes on, and the next HUP is taken."""
     file = lay_out(tmp_path, *combination)
     server = serve(SERVING_SETTINGS=str(file), **LIMIT)
@@ -175,7 +185,7 @@ def test_reload_ends_with_one_line(serve: Any, tmp_path: Path, combination: Any)
 
 
 @pytest.mark.parametrize("combination", TWINS, ids="-".join)
-def test_load_that_cannot_be_stopped_is_told(serve: Any, tmp_path: Path, combination: Any) -> None:
+def test_load_that_cannot_be_stopped_is_told(serve: Starter, tmp_path: Path, combination: Any) -> None:
     """A model that never ends only where the master loads it is refused, and told as long as it goes on; workers that
     are killed meanwhile are replaced."""
     file = lay_out(tmp_path, *combination)
@@ -192,7 +202,7 @@ def test_load_that_cannot_be_stopped_is_told(serve: Any, tmp_path: Path, combina
     assert server.stop() == 0
 
 
-def test_model_with_threads_of_polars_is_served(serve: Any, tmp_path: Path) -> None:
+def test_model_with_threads_of_polars_is_served(serve: Starter, tmp_path: Path) -> None:
     """One that has polars compute only when it predicts is served, and each worker has threads of its own."""
     file = deploy(tmp_path, Table("predict"))
     server = serve(**gunicorn_environment("flask", "gevent", SERVING_SETTINGS=file, PYTHONPATH=str(PROJECT)))
@@ -312,7 +322,7 @@ def test_read_only_root_ends_the_start(option: str) -> None:
     assert "Listening" not in done.stderr
 
 
-def test_folder_that_vanishes_harms_nobody(serve: Any, tmp_path: Path) -> None:
+def test_folder_that_vanishes_harms_nobody(serve: Starter, tmp_path: Path) -> None:
     """Once the service has served, a worker for which there is nowhere to write is tried again until there is."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -353,7 +363,7 @@ def test_option_that_cannot_work_is_refused(given: str) -> None:
         assert re.fullmatch(f"StartupError: {re.escape(REFUSED[given])}.*\n", done.stderr)
 
 
-def test_option_that_cannot_work_is_refused_by_hup(serve: Any, project: Path) -> None:
+def test_option_that_cannot_work_is_refused_by_hup(serve: Starter, project: Path) -> None:
     """Such an option in gunicorn.conf.py is one line at HUP, and at a start."""
     file = project / "gunicorn.conf.py"
     text = file.read_text()

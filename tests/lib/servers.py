@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -170,6 +172,39 @@ class Server:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Starter:
+    """Starts servers, with an environment that a call may add to, and ends them all together."""
+
+    def __init__(self, logs: Path, environment: dict[str, str]) -> None:
+        self.logs, self.environment = logs, environment
+        self.started: list[Server] = []
+
+    def __call__(
+        self,
+        command: str = "gunicorn -c gunicorn.conf.py",
+        cwd: Path = PROJECT,
+        port: int | None = None,
+        **more: Any,
+    ) -> Server:
+        """Start a server, and return it as soon as it answers. One that names a model gets no other."""
+        if not {"SERVING_SETTINGS", "SERVING_MODEL__PATH"} & more.keys():
+            more |= self.environment
+        server = Server(command.split(), self.logs / f"{uuid.uuid4()}.log", cwd, port, **more)
+        self.started.append(server)
+        return server.wait()
+
+    def each(self, pairs: list[tuple[str, str]], **environment: Any) -> dict[tuple[str, str], Server]:
+        """Start a server for each framework with its worker, at the same time."""
+        with ThreadPoolExecutor() as pool:
+            variables: list[dict[str, Any]] = [gunicorn_environment(*pair, **environment) for pair in pairs]
+            running = pool.map(lambda more: self(**more), variables)
+            return dict(zip(pairs, running, strict=True))
+
+    def stop(self) -> None:
+        for server in self.started:
+            server.stop(signal.SIGKILL)
 
 
 def private_mb(pid: int) -> float:
