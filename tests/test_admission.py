@@ -125,7 +125,7 @@ def resident_mb(pid: int) -> float:
     return int(line.split()[1]) / 1000
 
 
-@each_combination()
+@each_worker()
 def test_refusals_say_when_to_come_back(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
     file, gate = deploy(tmp_path, Gated(0.3, tmp_path)), tmp_path / "open"

@@ -29,7 +29,7 @@ from tests.lib.apps import answers_of, call, call_asgi, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, Answer, post_case
 from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, wait_until
-from tests.lib.sizes import each_combination
+from tests.lib.sizes import each_worker
 
 N_CLIENTS = 64
 N_REQUESTS = 20  # of each client
@@ -228,7 +228,7 @@ def test_estimator_that_looks_at_the_whole_call_is_never_batched(
     assert [answer.json for answer in answers] == [{"prediction": 0.0}] * 3
 
 
-@each_combination()
+@each_worker()
 def test_slow_call_keeps_nothing_else_waiting(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """Health checks that come after a call has begun are answered before it ends."""
     file = deploy(tmp_path, estimators.Gated(0.05, tmp_path))
@@ -333,7 +333,7 @@ def agree(given: Any, expected: dict[str, Any]) -> bool:
     return app.agrees(given, expected)
 
 
-@each_combination()
+@each_worker()
 def test_every_client_gets_its_own_answers_under_load(
     servers: dict[tuple[str, str], Server], combination: tuple[str, str]
 ) -> None:

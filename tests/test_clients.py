@@ -296,10 +296,10 @@ def test_end_does_not_wait_for_clients_that_do_not_read(serve: Starter, combinat
 @pytest.fixture(scope="module")
 def bounded_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
     """The four combinations, with five requests for each connection."""
-    return serve_module.each(COMBINATIONS, SERVING_SERVER__MAX_REQUESTS_PER_CONNECTION="5")
+    return serve_module.each(scale(TWINS, COMBINATIONS), SERVING_SERVER__MAX_REQUESTS_PER_CONNECTION="5")
 
 
-@pytest.fixture(params=COMBINATIONS, ids="-".join)
+@pytest.fixture(params=scale(TWINS, COMBINATIONS), ids="-".join)
 def bounded(request: pytest.FixtureRequest, bounded_servers: dict[tuple[str, str], Server]) -> Server:
     return bounded_servers[request.param]
 

@@ -300,14 +300,14 @@ def test_disagreement_is_found_where_it_is_rare(tmp_path: Path, estimator: Any) 
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "skl2onnx"])
-def test_missing_package_is_named(package: str) -> None:
+def test_missing_package_is_named(quick_model: dict[str, str], package: str) -> None:
     """Without its packages nothing fails but what asks for them, and then the message names the file to install."""
     code = f"import sys; sys.modules[{package!r}] = None; import app; app.create_app()"
-    settings = {"SERVING_MODEL__RUNTIME": "onnx"}
+    settings = {"SERVING_MODEL__RUNTIME": "onnx"} | quick_model
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=settings, capture_output=True, text=True)
     assert f"needs {package} to run in ONNX Runtime" in done.stderr
     assert "pip install -r requirements-onnx.txt" in done.stderr
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env={}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=quick_model, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -14,14 +14,14 @@ from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
 from tests.lib.load import PAUSE_S, Load
 from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, private_mb, wait_until
-from tests.lib.sizes import TWINS, each_combination, each_worker, scale
+from tests.lib.sizes import TWINS, each_worker, scale
 
 
 def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-@each_combination()
+@each_worker()
 def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
@@ -46,7 +46,7 @@ def not_ready(server: Server) -> int:
     return status if status != 200 else 0
 
 
-@each_combination()
+@each_worker()
 def test_killed_worker_loses_only_what_it_held(serve: Starter, combination: tuple[str, str]) -> None:
     """`kill -9` of each worker in turn: a client loses at most the request that was in flight there."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="3", SERVING_LOGGING__ACCESS="false"))

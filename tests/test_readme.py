@@ -173,6 +173,7 @@ def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("penguins")
 @each_combination()
 def test_own_model_is_served_as_shown(serve: Starter, penguins: Path, combination: tuple[str, str]) -> None:
     """The transcript for a model of one's own holds: train, describe, paste, serve, predict."""

@@ -30,11 +30,11 @@ from tests.lib.servers import (
     wait_for_model,
     wait_until,
 )
-from tests.lib.sizes import each_combination, each_worker, scale
+from tests.lib.sizes import TWINS, each_worker, scale
 
 
 @pytest.mark.alone
-@each_combination()
+@each_worker()
 def test_reloads_lose_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """HUPs under load: every request is answered 200, and none waits for a second, on connections old and new."""
     reloads, requests = scale((3, 500), (10, 2000))
@@ -66,7 +66,7 @@ def serving(model: dict[str, str]) -> dict[str, str]:
 @each_worker()
 def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """While a model takes seconds to load, twice, requests are answered as ever; HUPs that come together are one."""
-    load_s, requests = scale((2, 500), (6, 5000))
+    load_s, requests = scale((1, 500), (6, 5000))
     environment = gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false", LOAD_S=str(load_s))
     server = serve(**(environment | serving(save_slow(tmp_path / "slow.joblib"))))
     with Load(server, post_case(ROW)) as load:
@@ -115,7 +115,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@each_combination()
+@each_worker()
 def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """Whatever is wrong, one line says so, no request fails, and the next good HUP is taken."""
     file = lay_out(tmp_path, *combination)
@@ -175,7 +175,7 @@ def first_line(server: Server) -> bytes:
 
 def test_dropped_address_is_drained(serve: Starter, tmp_path: Path, free_port: int) -> None:
     """Clients of an address that goes get their answers until it refuses them; none gets a reset."""
-    for combination in COMBINATIONS:
+    for combination in scale(TWINS, COMBINATIONS):
         file = lay_out(tmp_path, *combination)
         server = serve(SERVING_SETTINGS=str(file))
         edit(file, ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
