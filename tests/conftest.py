@@ -24,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     prefork.is_on = not sizes.is_full
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which then reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share servers in one process, which has them started once; let those that start any go first."""
     for item in items:
