@@ -112,7 +112,7 @@ class Load:
 def read_status(client: socket.socket) -> tuple[int, bool]:
     """Return the status of a whole answer with a Content-Length, and whether it ends the connection.
 
-    It costs a tenth of http.client's reading, so that a load leaves the processor to the server. Raises OSError if the
+    It costs less than http.client's reading, so that a load leaves the processor to the server. Raises OSError if the
     answer is cut short or longer than it says.
     """
     answer = client.recv(65_536)

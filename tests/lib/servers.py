@@ -128,8 +128,10 @@ class Server:
 
     def wait_for_workers(self, count: int) -> list[int]:
         """Wait until there are so many, and return their process ids."""
-        wait_until(lambda: len(self.worker_pids) == count, f"{count} workers")
-        return self.worker_pids
+        pids: list[int] = wait_until(
+            lambda: found if len(found := self.worker_pids) == count else None, f"{count} workers"
+        )
+        return pids
 
     @property
     def reloads(self) -> list[dict[str, Any]]:
@@ -250,7 +252,7 @@ def find_free_port() -> int:
 
 def identity(server: Server) -> dict[str, str]:
     """What `/health/ready` says, with the hash of the settings, which `Answer` leaves out."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready") as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health/ready", timeout=WAIT_S) as answer:
         told: dict[str, str] = json.load(answer)
     return told
 
