@@ -1534,6 +1534,18 @@ class Master(Arbiter):
         for pid in serving[: max(0, len(serving) - self.num_workers)]:
             self._retire(pid)
 
+    def spawn_worker(self) -> int:
+        """Fork a worker, for which signals wait until it has lost the master's handlers.
+
+        These would queue a signal where nobody reads it, and Python forgets in a child what came before its first step
+        (`PyOS_AfterFork_Child`); the service would wait `graceful_timeout` for the worker.
+        """
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, Worker.SIGNALS)
+        try:
+            return int(super().spawn_worker())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
     def _spawn(self, count: int) -> None:
         try:
             for _ in range(count):
@@ -1676,11 +1688,7 @@ def allow_files() -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Prepare a worker, and end it if it is told to stop while it boots.
-
-    Until it has handlers of its own, those of the master queue the signal in a copy of the queue that nobody reads,
-    and the service would wait `graceful_timeout` for the worker.
-    """
+    """Prepare a worker. A signal that came while it was forked, as `Master.spawn_worker` tells, ends it here."""
     worker.fate = server.fate
     server.leave_before()
     allow_files()
@@ -1688,9 +1696,7 @@ def post_fork(server: Any, worker: Any) -> None:
     os.utime(worker.tmp.fileno(), (latest, latest))  # as if it were its last sign of life
     for number in worker.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    while not server.SIG_QUEUE.empty():
-        if server.SIG_QUEUE.get_nowait() in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            sys.exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, worker.SIGNALS)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None
         server.process.terminate()
         ready = wait_until(lambda: not_ready(server), "readiness to end")
         wait_until(lambda: kept.is_over and closed.is_over, "the clients' end")
-    assert server.stop() == 0
+    assert server.end() == 0
     assert ready == 503
     for load in (kept, closed):
         assert (load.failures, [*load.answers]) == ([], [200])
@@ -132,6 +133,36 @@ def test_worker_that_cannot_start_harms_nobody(serve: Starter, project: Path, co
     assert re.findall(r'"retry_in_s":([\d.]+)', server.text)[:2] == ["2.0", "4.0"]
     broken.unlink()
     server.wait_for_workers(2)
+    assert server.stop() == 0
+
+
+HASTY = """
+spawn_worker = Master.spawn_worker
+
+
+def spawn_and_end(self):
+    pid = spawn_worker(self)
+    if self.n_ended < 4:
+        self.n_ended += 1
+        os.kill(pid, signal.SIGTERM)
+    return pid
+
+
+Master.spawn_worker, Master.n_ended = spawn_and_end, 0
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on one core, a child runs after its parent
+"""
+
+
+@each_worker()
+def test_worker_is_ended_at_its_first_step(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """A signal to a worker that has been forked, and has not run yet, ends it; one that misses it would stay."""
+    for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
+        shutil.copy(PROJECT / name, tmp_path)
+    with (tmp_path / "gunicorn.conf.py").open("a") as configuration:
+        configuration.write(HASTY)
+    server = serve(cwd=tmp_path, **gunicorn_environment(*combination, SERVING_SERVER__WORKERS="4"))
+    wait_until(lambda: server.text.count('"Booting worker') == 8, "the workers to be replaced")
+    server.wait_for_workers(4)
     assert server.stop() == 0
 
 

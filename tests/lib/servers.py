@@ -167,8 +167,13 @@ class Server:
         return self.send(post_case(payload, **headers))
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
+        """Send a signal that ends it, wait for its end, and return its status."""
         if self.process.poll() is None:
             self.process.send_signal(sig)
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for its end, and return its status; whatever it leaves behind is killed."""
         try:
             return self.process.wait(END_S)
         finally:
