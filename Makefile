@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
-TOGETHER := --numprocesses 6 --dist loadgroup -m "not alone"
+TOGETHER := --numprocesses 5 --dist loadgroup -m "not alone"
 test test-full test-short test-oldest: export OMP_WAIT_POLICY = passive
 
 .PHONY: serve test test-full test-short test-oldest lint bench bench-short soak
