@@ -304,7 +304,11 @@ def bounded(request: pytest.FixtureRequest, bounded_servers: dict[tuple[str, str
     return bounded_servers[request.param]
 
 
-@pytest.mark.parametrize("raw", [PING, post_case([ROW] * 2).raw(), PING + CHUNKED + b"2\r\n[]\r\n0\r\n\r\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [PING, post_case([ROW] * 2).raw(), PING + CHUNKED + b"2\r\n[]\r\n0\r\n\r\n"],
+    ids=["ping", "array", "ping-and-chunks"],
+)
 def test_connection_has_its_number_of_requests(bounded: Server, raw: bytes) -> None:
     """The fifth answer says `Connection: close`, and no answer is lost, though the client has sent more."""
     with bounded.connect() as client:
