@@ -10,7 +10,7 @@ from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 
 from tests.lib import prefork, sizes
-from tests.lib.artifacts import lay_out, load_shipped, save
+from tests.lib.artifacts import copy_project, lay_out, load_shipped, save, variables
 from tests.lib.clients import ROW
 from tests.lib.servers import COMBINATIONS, PROJECT, SHIPPED_MODEL, Server, Starter, find_free_port
 
@@ -39,7 +39,7 @@ def quick_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The shipped model as .joblib, which is loaded a second faster than .skops, in the settings' variables."""
     folder = tmp_path_factory.mktemp("quick")
     shutil.copy(PROJECT / "model/iris.golden.json", folder)
-    return {f"SERVING_MODEL__{key.upper()}": text for key, text in save(load_shipped(), folder / "iris.joblib").items()}
+    return variables(save(load_shipped(), folder / "iris.joblib"))
 
 
 def start_servers(tmp_path_factory: pytest.TempPathFactory, quick_model: dict[str, str]) -> Iterator[Starter]:
@@ -69,9 +69,7 @@ def server(request: pytest.FixtureRequest, servers: dict[tuple[str, str], Server
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is deployed, for tests that edit it."""
     target = tmp_path_factory.mktemp("project")
-    for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
-        shutil.copy(PROJECT / name, target / name)
-    shutil.copytree(PROJECT / "model", target / "model")
+    copy_project(target)
     return target
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tests.lib.artifacts import deploy
+from tests.lib.artifacts import copy_project, deploy
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
-from tests.lib.load import PAUSE_S, Load
+from tests.lib.load import PAUSE_S, Load, keeping_and_closing
 from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, private_mb, wait_until
 from tests.lib.sizes import TWINS, each_worker, scale
 
@@ -26,10 +25,7 @@ def alive(pids: list[int]) -> list[int]:
 def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
-    kept, closed = (
-        Load(server, post_case(ROW), clients=8, keep_alive=keep_alive, until_refused=True, pause_s=PAUSE_S)
-        for keep_alive in (True, False)
-    )
+    kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, until_refused=True, pause_s=PAUSE_S)
     with kept, closed:
         kept.wait_for(scale(300, 1000))
         closed.wait_for(scale(300, 1000))
@@ -156,8 +152,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on one core, a child 
 @each_worker()
 def test_worker_is_ended_at_its_first_step(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """A signal to a worker that has been forked, and has not run yet, ends it; one that misses it would stay."""
-    for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
-        shutil.copy(PROJECT / name, tmp_path)
+    copy_project(tmp_path)
     with (tmp_path / "gunicorn.conf.py").open("a") as configuration:
         configuration.write(HASTY)
     server = serve(cwd=tmp_path, **gunicorn_environment(*combination, SERVING_SERVER__WORKERS="4"))
@@ -214,9 +209,7 @@ def test_recycled_workers_lose_nothing(serve: Starter, combination: tuple[str, s
         *combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false", **recycling
     )
     server = serve(**environment)
-    kept, closed = (
-        Load(server, post_case(ROW), clients=8, keep_alive=keep_alive, pause_s=PAUSE_S) for keep_alive in (True, False)
-    )
+    kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, pause_s=PAUSE_S)
     with kept, closed:
         kept.wait_for(requests)
         closed.wait_for(requests)

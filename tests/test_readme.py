@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import app
+from tests.lib.artifacts import copy_project
 from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, Starter, gunicorn_environment
 from tests.lib.sizes import each_combination
 
@@ -157,9 +158,8 @@ def paste(tables: str, file: Path) -> None:
 def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is deployed, in which the model of the README was trained, described, and pasted in."""
     folder = tmp_path_factory.mktemp("own")
-    shutil.copytree(PROJECT / "model", folder / "model")
-    for name in ("app.py", "gunicorn.conf.py", "settings.toml", "requirements-pandas.txt"):
-        shutil.copy(PROJECT / name, folder)
+    copy_project(folder)
+    shutil.copy(PROJECT / "requirements-pandas.txt", folder)
     (folder / "penguins.py").write_text(OWN.partition("```python\n")[2].partition("```")[0])
     activate, *commands = console_steps(OWN)
     assert activate[0] == ". .venv/bin/activate"

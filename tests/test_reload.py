@@ -14,10 +14,10 @@ import pytest
 from sklearn.datasets import load_iris
 
 import app
-from tests.lib.artifacts import choose, edit, lay_out, save
+from tests.lib.artifacts import choose, edit, lay_out, save, variables
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import SlowToLoad, Threading
-from tests.lib.load import PAUSE_S, Load
+from tests.lib.load import PAUSE_S, Load, keeping_and_closing
 from tests.lib.servers import (
     BIN,
     COMBINATIONS,
@@ -39,7 +39,8 @@ def test_reloads_lose_nothing(serve: Starter, combination: tuple[str, str]) -> N
     """HUPs under load: every request is answered 200, and none waits for a second, on connections old and new."""
     reloads, requests = scale((3, 500), (10, 2000))
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
-    with Load(server, post_case(ROW)) as kept, Load(server, post_case(ROW), keep_alive=False) as closed:
+    kept, closed = keeping_and_closing(server, post_case(ROW))
+    with kept, closed:
         for _ in range(reloads):
             assert server.reload()["event"] == "reloaded"
             kept.wait_for(requests)
@@ -59,7 +60,7 @@ def save_slow(path: Path) -> dict[str, str]:
 
 def serving(model: dict[str, str]) -> dict[str, str]:
     """Return the environment of a server that takes a model of the tests' own code."""
-    return {f"SERVING_MODEL__{key.upper()}": value for key, value in model.items()} | {"PYTHONPATH": str(PROJECT)}
+    return variables(model) | {"PYTHONPATH": str(PROJECT)}
 
 
 @pytest.mark.alone

@@ -29,6 +29,18 @@ def save(estimator: Any, path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def variables(model: dict[str, str]) -> dict[str, str]:
+    """Return settings of [model] as the environment gives them."""
+    return {f"SERVING_MODEL__{key.upper()}": text for key, text in model.items()}
+
+
+def copy_project(folder: Path) -> None:
+    """Put what is deployed into a folder, to be edited there."""
+    for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
+        shutil.copy(PROJECT / name, folder)
+    shutil.copytree(PROJECT / "model", folder / "model")
+
+
 def to_graph(estimator: Any, floats: Any = DoubleTensorType, **options: Any) -> bytes:
     """Convert an estimator of numbers as its owner would, outside the service."""
     types = [("X", floats([None, estimator.n_features_in_]))]

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter, defaultdict
-from typing import Self
+from typing import Any, Self
 
 from tests.lib.cases import Case
 from tests.lib.servers import Server, wait_until
@@ -107,6 +107,11 @@ class Load:
         with contextlib.suppress(OSError):
             if client is not None:
                 client.close()
+
+
+def keeping_and_closing(server: Server, case: Case, **options: Any) -> tuple[Load, Load]:
+    """Return clients that keep their connections, and as many that close them after each answer."""
+    return Load(server, case, **options), Load(server, case, keep_alive=False, **options)
 
 
 def read_status(client: socket.socket) -> tuple[int, bool]:

@@ -10,7 +10,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -23,9 +22,9 @@ from typing import Any, Self
 from tests.lib import prefork
 from tests.lib.cases import Case
 from tests.lib.clients import Answer, post_case, read_answer
+from tests.lib.prefork import BIN
 
 PROJECT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 90.0
