@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
-TOGETHER := --numprocesses 5 --dist loadgroup -m "not alone"
+TOGETHER := --numprocesses 4 --dist loadgroup -m "not alone"
 test test-full test-short test-oldest: export OMP_WAIT_POLICY = passive
+# Compiled code is kept, whatever the machine's owner prefers: hundreds of processes import the same.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve test test-full test-short test-oldest lint bench bench-short soak
 

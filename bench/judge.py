@@ -66,6 +66,14 @@ class Result:
         return self.figure <= self.goal if self.at_most else self.figure >= self.goal
 
 
+def without_failures(samples: list[Sample]) -> Outcome:
+    """Return the samples, or what was wrong with the answers."""
+    n_failed = sum(sample.n_failed for sample in samples)
+    if n_failed or not all(sample.requests_s for sample in samples):
+        return f"{n_failed} requests failed" if n_failed else "no answer in a round"
+    return samples
+
+
 def rate_ratio(samples: Samples, others: Samples) -> float:
     """Return the median over rounds of one rate over the other in the same round."""
     return statistics.median(a.requests_s / b.requests_s for a, b in zip(samples, others, strict=True))

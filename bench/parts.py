@@ -4,6 +4,7 @@
 of one request are those of others, or a wait, which leave less of it in the processor's caches.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,13 +16,16 @@ from typing import Any, cast
 import app
 from bench.wrk import flowers, make_bodies
 
-LOOPS, LOOP_S = 350, 0.002  # so short that some are without a turn of another process
+LOOP_S = 0.002  # so short that some are without a turn of another process
 
 
 def main() -> None:
     """Time the parts, and print them as a table in Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m bench.parts", description=__doc__)
+    parser.add_argument("--loops", type=int, default=350, help="of each part; the fastest counts")
+    loops = parser.parse_args().loops
     with tempfile.TemporaryFile("w", buffering=1) as log, contextlib.redirect_stderr(log):
-        rows = [f"| {name} | {measure_us(call):.3g} |" for name, call in make_parts()]
+        rows = [f"| {name} | {measure_us(call, loops):.3g} |" for name, call in make_parts()]
     print("\n".join(["| part | µs |", "|---|---|", *rows]))
 
 
@@ -72,10 +76,10 @@ def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
     return lambda: app.run_now(endpoint.answer(app.asgi_request(scope, receive, batcher), receive, send))
 
 
-def measure_us(call: Callable[[], Any]) -> float:
+def measure_us(call: Callable[[], Any], loops: int) -> float:
     """Return the least time of a call over loops, when nothing disturbs it."""
     times_s = []
-    for _ in range(LOOPS):
+    for _ in range(loops):
         n_calls, begun_s = 0, time.perf_counter()
         while (spent_s := time.perf_counter() - begun_s) < LOOP_S:
             call()

@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.comparisons import SLOW_S, Panel, make_comparisons, make_panels
-from bench.judge import Comparison, Outcome, Result, Workload, judge, make_table
+from bench.judge import Comparison, Outcome, Result, Workload, judge, make_table, without_failures
 from bench.plot import plot
 from bench.servers import BenchError, Deployment, DidNotStartError, MeasuredServer, Models, service
 from bench.wrk import INSTALL, Sample, run_wrk, write_script
@@ -203,14 +203,6 @@ def workloads_of(comparisons: Sequence[Comparison]) -> list[Workload]:
     return list(
         dict.fromkeys(each for comparison in comparisons for each in (comparison.workload, comparison.against) if each)
     )
-
-
-def without_failures(samples: list[Sample]) -> Outcome:
-    """Return the samples, or what was wrong with the answers."""
-    n_failed = sum(sample.n_failed for sample in samples)
-    if n_failed or not all(sample.requests_s for sample in samples):
-        return f"{n_failed} requests failed" if n_failed else "no answer in a round"
-    return samples
 
 
 def main() -> int:

@@ -3,18 +3,26 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.judge import Comparison, Outcome, Workload, added_us, judge, make_table, rate_ratio, tail_ratio
-from bench.run import without_failures
+from bench.judge import (
+    Comparison,
+    Outcome,
+    Workload,
+    added_us,
+    judge,
+    make_table,
+    rate_ratio,
+    tail_ratio,
+    without_failures,
+)
 from bench.servers import GEVENT, BenchError, DidNotStartError, MeasuredServer, reference, service
 from bench.wrk import Sample, run_wrk, write_script
-from tests.lib.servers import BIN, PROJECT
+from tests.lib.servers import BIN, run
+from tests.lib.sizes import scale
 
 FLASK_HELLO = reference("Flask hello", "flask_hello", GEVENT)
 OURS, THEIRS = Workload(FLASK_HELLO), Workload(FLASK_HELLO, connections=1)
@@ -97,19 +105,17 @@ def test_table_says_what_falls_short() -> None:
 
 def test_missing_wrk_is_named() -> None:
     """Without wrk the bench ends with how to install it."""
-    command = [sys.executable, "-m", "bench.run", "--short"]
-    done = subprocess.run(command, cwd=PROJECT, env={"PATH": str(BIN)}, capture_output=True, text=True, timeout=60)
+    done = run("python -m bench.run --short", PATH=str(BIN))
     assert done.returncode == 1
     assert "apt-get install wrk" in done.stderr
 
 
 def test_parts_are_timed() -> None:
-    """Each part of a request has its time, and a call for a row takes longer than the estimator's share of it."""
-    command = [BIN / "python", "-m", "bench.parts"]
-    table = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    times_us = {name: float(time_us) for name, time_us in (line[2:-2].split(" | ") for line in table.splitlines()[2:])}
-    call_us, predict_us = (
-        next(us for name, us in times_us.items() if name.startswith(start)) for start in ("a call for 1", "`pre")
-    )
-    assert len(times_us) == 8
-    assert call_us > predict_us > 0
+    """Each part of a request has its time: what does more takes longer, and the estimator has its share of a call."""
+    table = run(f"python -m bench.parts --loops {scale(20, 350)}").stdout
+    times_us = [float(line[2:-2].split(" | ")[1]) for line in table.splitlines()[2:]]
+    request, logged_request, predict, call, call_64, *calls_1000 = times_us
+    assert 0 < request < logged_request < call_64
+    assert predict / 2 < call
+    assert len(calls_1000) == 3
+    assert request < min(calls_1000)

@@ -1,16 +1,14 @@
 """The commands of a developer, as real processes: each serves, and the reloading ones reload."""
 
 import http.client
-import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.lib.clients import ROW
-from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, wait_until
+from tests.lib.servers import SERVE_COMMANDS, Server, Starter, run, wait_until
 
 
 @pytest.mark.parametrize(("command", "framework"), SERVE_COMMANDS)
@@ -57,9 +55,7 @@ def ping(server: Server) -> bytes | None:
 
 def test_flask_lists_the_routes() -> None:
     """`flask routes` knows the operations."""
-    command = [f"{BIN}/flask", "--app", "app", "routes"]
-    environment = {"PATH": str(BIN), "SERVING_FRAMEWORK": "flask"}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    done = run("flask --app app routes", SERVING_FRAMEWORK="flask")
     routes = [tuple(re.split(r"  +", line.strip())) for line in done.stdout.splitlines() if "/" in line]
     assert ("predict_query", "GET, POST", "/predictions") in routes
     assert ("ready", "GET", "/health/ready") in routes
@@ -75,10 +71,7 @@ def test_flask_lists_the_routes() -> None:
 )
 def test_command_of_the_other_framework_says_so(command: str, framework: str, cure: str) -> None:
     """A command that cannot run the chosen framework's app ends with what would have been right."""
-    environment = os.environ | {"SERVING_FRAMEWORK": framework}
-    done = subprocess.run(
-        f"{BIN}/{command}".split(), cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = run(command, SERVING_FRAMEWORK=framework)
     assert done.returncode == 4
     assert f"SettingsError: environment: SERVING_FRAMEWORK is {framework!r}, but" in done.stderr
     assert cure in done.stderr

@@ -136,6 +136,10 @@ def json_case(id: str, payload: Any, status: int = 422) -> Case:
     return post(id, json.dumps(payload), status)
 
 
+def json_array(item: str, count: int) -> str:
+    return f"[{','.join([item] * count)}]"
+
+
 def header(id: str, name: str, value: str, status: int = 415) -> Case:
     return Case(id, "POST", "/predictions", ((name, value),) + (JSON if name != "Content-Type" else ()), b"{}", status)
 
@@ -157,11 +161,11 @@ HOSTILE = [
     json_case("empty-rows", [{}] * 10_000),
     json_case("rows-of-long-cells", [{"sepal_length": "x" * 1000, "text": "x" * 1000} for _ in range(4000)]),
     json_case("rows-of-names", [{f"n{number}": 1 for number in range(900)}] * 500),
-    json_case("rows-of-arrays", [[[1]] * 1000] * 1000),
-    json_case("long-integers", [{"sepal_length": 10**4000}] * 2000),
-    post("lists", f"[{','.join(['[]'] * (LONG // 3))}]", 413),
-    post("deep-lists", f"[{','.join([DEEP] * (LONG // 181))}]", 413),
-    post("deep-cell", f'{{"sepal_length":[{",".join([DEEP] * (LONG // 181))}]}}', 422),
+    post("rows-of-arrays", json_array(json_array("[1]", 1000), 1000), 422),
+    post("long-integers", json_array(f'{{"sepal_length":1{"0" * 4000}}}', 2000), 422),
+    post("lists", json_array("[]", LONG // 3), 413),
+    post("deep-lists", json_array(DEEP, LONG // 181), 413),
+    post("deep-cell", f'{{"sepal_length":{json_array(DEEP, LONG // 181)}}}', 422),
     TWICE,
     get("query-of-names", "&".join(f"n{number}" for number in range(1000, 2300)), 422),
     get("query-of-short-names", "&".join(map(quote, map(chr, range(0x4E00, 0x4E00 + 800)))), 422),

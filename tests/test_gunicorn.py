@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import ssl
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +17,13 @@ import trustme
 from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
 from tests.lib.clients import ROW, check, post_case, read_answer
 from tests.lib.servers import (
-    BIN,
     COMBINATIONS,
     PROJECT,
     WAIT_S,
     Server,
     Starter,
     gunicorn_environment,
+    run,
     run_gunicorn,
     wait_until,
 )
@@ -447,9 +446,8 @@ def test_failed_start_up_event_ends_the_service(project: Path, worker: str) -> N
     """What a start-up event raises stops the process, under both workers."""
     (project / "failing.py").write_text(EXTENDED.replace('print("event: started", flush=True)', "raise OSError('no')"))
     interface = {"uvicorn": "asgi", "gevent": "wsgi"}[worker]
-    command = [f"{BIN}/gunicorn", "-c", "gunicorn.conf.py", f"failing:{interface}"]
-    environment = os.environ | gunicorn_environment("fastapi", worker)
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=60)
+    command = f"gunicorn -c gunicorn.conf.py failing:{interface}"
+    done = run(command, project, **gunicorn_environment("fastapi", worker))
     assert done.returncode == 3
     assert "OSError: no" in done.stderr
 

@@ -4,8 +4,6 @@ import json
 import logging
 import random
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tests.lib.apps import call, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.cases import BAD, JSON, QUERY, Case
 from tests.lib.clients import ROW
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, wait_until
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, run, wait_until
 from tests.lib.sizes import each_combination
 
 
@@ -206,5 +204,5 @@ def test_request_ids_differ_whatever_is_seeded() -> None:
         random.seed(0)
         ids.add(app.make_request_id())
     code = "import app, os; os.fork() and os.wait(); print(app.make_request_id(), flush=True)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = run(["python", "-c", code])
     assert len(ids | set(done.stdout.split())) == 5

@@ -1,8 +1,6 @@
 """ONNX Runtime in scikit-learn's place: the same answers, or none."""
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ from model.describe import main
 from tests.lib.apps import answers_of, call, make_settings, serve_estimator
 from tests.lib.artifacts import save, to_graph
 from tests.lib.clients import post_case
-from tests.lib.servers import PROJECT, Starter, gunicorn_environment
+from tests.lib.servers import PROJECT, Starter, gunicorn_environment, run
 from tests.lib.sizes import each_combination, each_worker
 
 X, y = load_iris(return_X_y=True)
@@ -303,18 +301,17 @@ def test_disagreement_is_found_where_it_is_rare(tmp_path: Path, estimator: Any) 
 def test_missing_package_is_named(quick_model: dict[str, str], package: str) -> None:
     """Without its packages nothing fails but what asks for them, and then the message names the file to install."""
     code = f"import sys; sys.modules[{package!r}] = None; import app; app.create_app()"
-    settings = {"SERVING_MODEL__RUNTIME": "onnx"} | quick_model
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=settings, capture_output=True, text=True)
+    done = run(["python", "-c", code], SERVING_MODEL__RUNTIME="onnx", **quick_model)
     assert f"needs {package} to run in ONNX Runtime" in done.stderr
     assert "pip install -r requirements-onnx.txt" in done.stderr
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=quick_model, capture_output=True, text=True)
+    done = run(["python", "-c", code], **quick_model)
     assert done.returncode == 0, done.stderr
 
 
 def test_packages_are_imported_only_when_asked_for() -> None:
     """The other runtime does not pay for them."""
     code = "import sys, app; app.create_app(); print(sorted({'onnx', 'onnxruntime', 'skl2onnx'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env={}, capture_output=True, text=True)
+    done = run(["python", "-c", code])
     assert done.stdout == "[]\n", done.stderr
 
 

@@ -24,11 +24,11 @@ import app
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
 from tests.lib.load import PAUSE_S, Load
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model, wait_until
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model, wait_until
 from tests.lib.sizes import TWINS, scale
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
-GUNICORN = f"{BIN}/gunicorn -c gunicorn.conf.py"
+GUNICORN = "gunicorn -c gunicorn.conf.py"
 GRACEFUL_S = 30
 
 

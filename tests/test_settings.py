@@ -136,7 +136,7 @@ def test_auto_workers_count_the_cores_of_this_process() -> None:
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import app; print(app.Settings().workers)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    done = run(["python", "-c", code])
     assert done.stdout == "1\n"
     assert app.Settings().workers == joblib.cpu_count()
 

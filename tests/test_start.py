@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +243,7 @@ os.kill(child, signal.SIGKILL)
 
 def test_limit_holds_while_a_child_reports() -> None:
     """What a child notes of its progress does not shake the limit for a moment, or a good model would be refused."""
-    done = subprocess.run([sys.executable, "-c", REPORTING], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = run(["python", "-c", REPORTING])
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -1,7 +1,7 @@
-"""gunicorn started by a process that has imported its libraries already: a start costs a quarter of what it does else.
+"""Commands started by a process that has imported their libraries already: a start costs a fifth of what it does else.
 
-It is the same command otherwise, with a session, an environment, a folder and an output of its own. What only a start
-by a shell can show (`2>&-`, `--daemon`, `make serve`) is always started by one, and with `--full` everything is.
+They are the same otherwise, with a session, an environment, a folder and an output of their own. What only a start by a
+shell can show (`2>&-`, `make serve`) is always started by one, and with `--full` everything is.
 """
 
 import multiprocessing
@@ -17,11 +17,19 @@ from typing import Any
 
 # Not gunicorn's own modules: they look at folder and environment when they are imported.
 LIBRARIES = """
-    a2wsgi fastapi flask gevent httptools jiter joblib pydantic_settings skops.io sklearn.ensemble sklearn.linear_model
-    sklearn.pipeline structlog threadpoolctl uvicorn.protocols.http.httptools_impl uvloop
+    a2wsgi fastapi flask.cli gevent.monkey httptools jiter joblib pydantic_settings skops.io sklearn.ensemble
+    sklearn.linear_model sklearn.pipeline structlog threadpoolctl uvicorn.main uvicorn.protocols.http.httptools_impl
+    uvloop tests.lib.preloaded
 """
+PROGRAMS = {"flask", "gunicorn", "python", "uvicorn"}
+REPLACED = {"--daemon", "--debug", "--reload"}  # with these others are started in place of the first
 BIN = Path(sys.executable).parent
 is_on = False  # set before tests are collected, unless with --full
+
+
+def takes(command: list[str]) -> bool:
+    """Return whether a command is to be started in this way."""
+    return is_on and command[0] in PROGRAMS and not REPLACED & {*command}
 
 
 class Forked:
@@ -84,10 +92,17 @@ def become(command: list[str], cwd: str, env: dict[str, str], stdout: Any, stder
     os.environ.update(env)
     for stream, descriptor in ((stdout, 1), (stderr, 2)):
         os.dup2(stream.detach(), descriptor)
-    script = str(BIN / command[0])
-    sys.argv = [script, *command[1:]]
-    sys.path[:] = [str(BIN), *filter(None, env.get("PYTHONPATH", "").split(":")), *library_folders()]
-    runpy.run_path(script, run_name="__main__")
+    folders = [*filter(None, env.get("PYTHONPATH", "").split(":")), *library_folders()]
+    if command[:2] == ["python", "-m"]:
+        sys.argv[:], sys.path[:] = command[2:], [cwd, *folders]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    elif command[:2] == ["python", "-c"]:
+        sys.argv[:], sys.path[:] = command[1:2] + command[3:], ["", *folders]
+        exec(command[2], {"__name__": "__main__"})
+    else:
+        sys.argv[:] = command[1:] if command[0] == "python" else [str(BIN / command[0]), *command[1:]]
+        sys.path[:] = [str(Path(sys.argv[0]).absolute().parent), *folders]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def library_folders() -> list[str]:

@@ -56,7 +56,7 @@ def start(
     command: list[str], cwd: Path, env: dict[str, str], stdout: Any, stderr: Any
 ) -> subprocess.Popen[bytes] | prefork.Forked:
     """Start a command in a process group of its own."""
-    if prefork.is_on and command[0] == "gunicorn":
+    if prefork.takes(command):
         out, err = (stream if isinstance(stream, int) else stream.fileno() for stream in (stdout, stderr))
         return prefork.Forked(command, cwd, env, out, err)
     return subprocess.Popen(
@@ -229,20 +229,18 @@ def gunicorn_environment(framework: str, worker: str, **environment: str) -> dic
     }
 
 
-def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the installed ones to its end, in the project."""
-    command = f"{BIN}/{command}"
-    return subprocess.run(
-        command.split(), cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True, timeout=60
-    )
+def run(command: str | list[str], cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the installed ones to its end, and return how it ended and what it printed."""
+    program, *arguments = command.split() if isinstance(command, str) else command
+    env = os.environ | environment
+    if prefork.takes([program, *arguments]):
+        return prefork.run([program, *arguments], cwd, env, timeout=60)
+    return subprocess.run([BIN / program, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def run_gunicorn(options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run gunicorn with its configuration, which ends it, in the project."""
-    command = f"gunicorn -c gunicorn.conf.py {options}"
-    if prefork.is_on:
-        return prefork.run(command.split(), PROJECT, os.environ | environment, timeout=60)
-    return run(command, **environment)
+    return run(f"gunicorn -c gunicorn.conf.py {options}", PROJECT, **environment)
 
 
 def find_free_port() -> int:
