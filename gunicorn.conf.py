@@ -422,7 +422,7 @@ def check_app(uri: str, options: Mapping[str, Any]) -> None:
 
 
 def freeze() -> None:
-    """Keep the garbage collector from what is loaded, or it would write to all that workers share with the master."""
+    """Keep the garbage collector from what is there for good, which it would go through again and again, in vain."""
     gc.collect()
     gc.freeze()
 
@@ -458,11 +458,11 @@ def start() -> float:
 
 proving_s = 0.0
 if not app.IN_USE:  # else a reload runs this file again, with a service that is proven
+    freeze()  # the libraries, but no service, for a reload drops it
     try:
         proving_s = start()
     except app.StartupError as error:
         refuse_start(error)
-    freeze()
 settings = app.load_service().settings
 
 
@@ -1364,8 +1364,7 @@ class Master(Arbiter):
             reason = str(error) if type(error) is app.StartupError else f"{type(error).__name__}: {error}"
             log.error("reload_refused", reason=reason, serving=app.load_service().identity, exc_info=not is_ours)
         self.reloading = None
-        gc.unfreeze()  # or what is served no more would stay for ever, since it refers to itself
-        freeze()
+        gc.collect()  # what is served no more, which refers to itself; nothing of a service is frozen here
         if self.is_asked:
             self.wakeup()
 
@@ -1424,7 +1423,6 @@ class Master(Arbiter):
             self._configure()
             self.LISTENERS = self._listen()
             self.setup(self.app)
-            freeze()
             yield from self._start(new)
         except (Exception, GeneratorExit):
             self._restore(self.before, new)
@@ -1689,6 +1687,7 @@ def allow_files() -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """Prepare a worker. A signal that came while it was forked, as `Master.spawn_worker` tells, ends it here."""
+    gc.freeze()  # or the collector would write to all that is shared with the master
     worker.fate = server.fate
     server.leave_before()
     allow_files()
@@ -1707,7 +1706,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Spare the garbage collector what was loaded, which it would go through again and again and find in use."""
+    """Spare the garbage collector what the worker has loaded."""
     freeze()
     gc.set_threshold(GC_THRESHOLD)
 
