@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
 TOGETHER := --numprocesses 4 --dist loadgroup -m "not alone"
+ALONE = -m alone $(shell grep --files-with-matches pytest.mark.alone tests/test_*.py)
 test test-full test-short test-oldest: export OMP_WAIT_POLICY = passive
 # Compiled code is kept, whatever the machine's owner prefers: hundreds of processes import the same.
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,11 +24,11 @@ serve: $(VENV)/serve
 
 test: $(VENV)/test
 	$(BIN)/pytest $(TOGETHER)
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest $(ALONE)
 
 test-full: $(VENV)/test
 	$(BIN)/pytest --full $(TOGETHER)
-	$(BIN)/pytest --full -m alone
+	$(BIN)/pytest --full $(ALONE)
 
 test-short: $(VENV)/test
 	$(BIN)/pytest $(TOGETHER) $(patsubst %,tests/test_%.py,artifact contract development golden parity predictor)

@@ -1,5 +1,6 @@
 """Fixtures that more than one file of tests uses: servers, settings files, a copy of what is deployed."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,13 +26,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which then reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep tests that share servers in one process, which has them started once; let those that start any go first."""
+    if not sizes.is_full:
+        config.hook.pytest_deselected(items=sizes.take_turns(items))
     for item in items:
         names: list[str] = getattr(item, "fixturenames", [])
         if shared := [name for name in names if name.endswith(("servers", "_server"))]:
             item.add_marker(pytest.mark.xdist_group(shared[0]))
     items.sort(key=lambda item: "serve" not in getattr(item, "fixturenames", []))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported: it would go through it a hundred times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ def test_long_array_is_answered_as_its_rows_are(framework: str) -> None:
         assert app.agrees(answers[start : start + 3], few)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("decimals", [0, 1, 15])
 def test_long_array_costs_less_than_four_times_its_size(framework: str, decimals: int) -> None:
     """Neither the rows nor their answers are held as objects all at once: the app needs less than four bodies more."""

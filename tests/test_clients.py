@@ -181,6 +181,7 @@ FLOODS = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("kind", FLOODS)
 def test_floods_hold_nobody_up(patient: Server, kind: str) -> None:
     """While three clients never stop sending, others are answered, and the worker gives its signs of life."""
@@ -354,11 +355,11 @@ def grow_mb(pid: int, before_mb: float) -> float:
 
 @pytest.fixture(scope="module")
 def keyed_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
-    """The four combinations, which ask for a key."""
-    return serve_module.each(COMBINATIONS, SERVING_AUTH__API_KEYS='["one"]')
+    """Servers that ask for a key."""
+    return serve_module.each(scale(TWINS, COMBINATIONS), SERVING_AUTH__API_KEYS='["one"]')
 
 
-@pytest.fixture(params=COMBINATIONS, ids="-".join)
+@pytest.fixture(params=scale(TWINS, COMBINATIONS), ids="-".join)
 def keyed(request: pytest.FixtureRequest, keyed_servers: dict[tuple[str, str], Server]) -> Server:
     return keyed_servers[request.param]
 

@@ -79,6 +79,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return noted
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("model", "payload", "message"),
     [
@@ -296,6 +297,7 @@ def collections_noted() -> Iterator[list[int]]:
     gc.callbacks.remove(note)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("id", ["lists", "deep-lists", "deep-cell", "rows-of-arrays", "many-names"])
 def test_collector_keeps_from_a_long_body(
     apps: dict[tuple[str, str], Any], collections_noted: list[int], framework: str, id: str
@@ -365,7 +367,7 @@ def test_hostile_bodies_hold_nobody_up(serve: Starter, tmp_path: Path, combinati
     ids = ("near-names", "long-text", "deep-lists", "many-names")
     loads = [Load(server, case, clients=1) for case in HOSTILE if case.id in ids]
     with loads[0], loads[1], loads[2], loads[3]:
-        for _ in range(scale(3, 10)):
+        for _ in range(scale(2, 10)):
             assert server.get("/ping").status == 200
             assert server.post(dict.fromkeys(NAMES, 0.5)).status == 200
         for load in loads:

@@ -12,7 +12,7 @@ from hypothesis import strategies
 
 from tests.lib.cases import BAD, GOOD
 from tests.lib.servers import Starter, gunicorn_environment
-from tests.lib.sizes import TWINS, each_combination, scale
+from tests.lib.sizes import TWINS, each_worker, scale
 
 N_BYTES = scale(250, 1000)  # requests of bytes to each combination
 N_CASES = scale(50, 250)  # requests of the document to each operation of each framework
@@ -39,7 +39,7 @@ def spoilt(draw: strategies.DrawFn) -> bytes:
     return raw
 
 
-@each_combination()
+@each_worker()
 def test_no_bytes_are_a_crash(serve: Starter, combination: tuple[str, str]) -> None:
     """Spoilt requests, and bytes that never were one, get an answer below 500 or the connection's end, in time."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__KEEPALIVE="1"))

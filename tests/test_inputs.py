@@ -47,6 +47,7 @@ def contract_of(estimator: Any, **features: Any) -> app.Contract:
     return app.Contract(app.Predictor(estimator).inputs, make_settings(features=features))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_table_is_served_as_the_estimator_answers_it(tmp_path: Path, framework: str, name: str) -> None:
     """Every row of a real table, nulls and strings included, gets the estimator's own answer, and no warning."""
@@ -369,6 +370,7 @@ def penguins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return serve_estimator(path, fitted("boosting")[0], framework=request.param)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(("change", "kind", "message"), BAD_CELLS)
 def test_bad_cell_is_named_among_many(penguins: Any, change: dict[str, Any], kind: str, message: str) -> None:
     """In 10 000 rows one wrong string, category or number is named by its row and feature."""

@@ -24,7 +24,7 @@ import app
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
 from tests.lib.load import PAUSE_S, Load
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model, wait_until
+from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model, wait_until
 from tests.lib.sizes import TWINS, scale
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
@@ -81,7 +81,7 @@ def pipe_that_nobody_reads(tmp_path: Path, blocking: bool) -> Iterator[dict[str,
 @contextlib.contextmanager
 def file_that_reaches_its_limit(tmp_path: Path) -> Iterator[dict[str, Any]]:
     with (tmp_path / "log").open("wb") as stream:
-        yield {"stderr": stream, "shell": f"ulimit -f 8; exec {GUNICORN}"}
+        yield {"stderr": stream, "shell": f"ulimit -f 8; exec {BIN}/{GUNICORN}"}
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def full_device(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def closed_output(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    yield {"shell": f"exec {GUNICORN} 2>&- >&-"}
+    yield {"shell": f"exec {BIN}/{GUNICORN} 2>&- >&-"}
 
 
 WAYS: dict[str, Callable[[Path], contextlib.AbstractContextManager[dict[str, Any]]]] = {
@@ -133,7 +133,7 @@ def check_combination(folder: Path, combination: tuple[str, str], break_log: Any
 
 def check_all_works(server: Server, file: Path) -> None:
     requests = scale(200, 500)
-    with Load(server, post_case(ROW), clients=4, pause_s=2 * PAUSE_S) as load:
+    with Load(server, post_case(ROW), clients=2, pause_s=PAUSE_S) as load:
         load.wait_for(requests)
         edit(file, ('"iris"', '"second"'))
         os.kill(server.process.pid, signal.SIGHUP)
@@ -160,7 +160,7 @@ def check_all_works(server: Server, file: Path) -> None:
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 def test_broken_log_does_not_stop_a_check(quick_model: dict[str, str], name: str, redirection: str) -> None:
     """Without a log to write to, gunicorn's checks end with the status that they would have."""
-    command, environment = f"{GUNICORN} --{name} {redirection}", os.environ | quick_model
+    command, environment = f"{BIN}/{GUNICORN} --{name} {redirection}", os.environ | quick_model
     done = subprocess.run(command, shell=True, cwd=PROJECT, env=environment, stdout=subprocess.PIPE)
     assert done.returncode == 0
 

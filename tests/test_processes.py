@@ -68,6 +68,7 @@ def test_orphans_end(serve: Starter, combination: tuple[str, str]) -> None:
     wait_until(lambda: not alive(workers), "the workers to end")
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("is_taken_back", [False, True], ids=["old-ends", "new-ends"])
 @each_worker()
 def test_other_master_keeps_the_address(serve: Starter, combination: tuple[str, str], is_taken_back: bool) -> None:
@@ -172,6 +173,7 @@ def test_worker_that_hangs_while_it_starts_is_replaced(serve: Starter) -> None:
     assert server.stop() == 0
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("call_s", [0.0, 0.02], ids=["quick", "costly"])
 @each_worker()
 def test_hanging_prediction_costs_a_worker(

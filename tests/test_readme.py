@@ -14,7 +14,7 @@ import pytest
 import app
 from tests.lib.artifacts import copy_project
 from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, Starter, gunicorn_environment
-from tests.lib.sizes import each_combination
+from tests.lib.sizes import each_combination, each_worker
 
 README = (PROJECT / "README.md").read_text()
 SHIPPED = README.partition("## Serve your own model")[0]
@@ -174,7 +174,7 @@ def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.xdist_group("penguins")
-@each_combination()
+@each_worker()
 def test_own_model_is_served_as_shown(serve: Starter, penguins: Path, combination: tuple[str, str]) -> None:
     """The transcript for a model of one's own holds: train, describe, paste, serve, predict."""
     _, _, _, _, (start, _), *requests = console_steps(OWN)

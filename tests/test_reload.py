@@ -30,7 +30,7 @@ from tests.lib.servers import (
     wait_for_model,
     wait_until,
 )
-from tests.lib.sizes import TWINS, each_worker, scale
+from tests.lib.sizes import TWINS, each_worker, scale, share
 
 
 @pytest.mark.alone
@@ -67,7 +67,7 @@ def serving(model: dict[str, str]) -> dict[str, str]:
 @each_worker()
 def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """While a model takes seconds to load, twice, requests are answered as ever; HUPs that come together are one."""
-    load_s, requests = scale((1, 500), (6, 5000))
+    load_s, requests = scale((0.5, 500), (6, 5000))
     environment = gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false", LOAD_S=str(load_s))
     server = serve(**(environment | serving(save_slow(tmp_path / "slow.joblib"))))
     with Load(server, post_case(ROW)) as load:
@@ -123,7 +123,8 @@ def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combinati
     originals = {path: path.read_bytes() for path in file.parent.iterdir()}
     server = serve(SERVING_SETTINGS=str(file))
     before = identity(server)
-    for number, (name, (break_it, says)) in enumerate(BROKEN.items()):
+    cases = share([*BROKEN.items()], combination)
+    for number, (name, (break_it, says)) in enumerate(cases):
         with Load(server, post_case(ROW), clients=4, pause_s=PAUSE_S) as load:
             resource = break_it(file)
             line = server.reload()
@@ -141,7 +142,7 @@ def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combinati
         assert healed["event"] == "reloaded", name
         assert (load.failures, [*load.answers]) == ([], [200]), name
         before = wait_for_model(server, f"good-{number}")
-    assert len([line for line in server.lines if line["level"] in ("error", "critical")]) == len(BROKEN)
+    assert len([line for line in server.lines if line["level"] in ("error", "critical")]) == len(cases)
     assert server.stop() == 0
 
 

@@ -81,6 +81,7 @@ def fit(make: Callable[[], Any], table: pd.DataFrame) -> Any:
     return make().fit(table, (table["width"] > table["height"]).astype(int))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", BOOSTERS)
 @each_worker()
 def test_boosters_are_served(serve: Starter, tmp_path: Path, table: pd.DataFrame, combination: Any, name: str) -> None:

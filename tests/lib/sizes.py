@@ -1,12 +1,16 @@
 """How much the tests do: `make test` and `make test-full` run the same functions in two sizes."""
 
-from typing import TypeVar
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import pytest
 
 from tests.lib.servers import COMBINATIONS
 
 T = TypeVar("T")
+CROSSED = {"framework", "combination", "patient"}  # parameters that stand for who serves
 TWINS = [("fastapi", "uvicorn"), ("flask", "gevent")]  # each framework on the worker made for it
 is_full = False  # set by --full, before tests are collected
 
@@ -24,3 +28,22 @@ def each_combination() -> pytest.MarkDecorator:
 def each_worker() -> pytest.MarkDecorator:
     """Run a test whose subject is the worker with each of them; a full run crosses them with the frameworks."""
     return pytest.mark.parametrize("combination", scale(TWINS, COMBINATIONS), ids="-".join)
+
+
+def share(cases: Sequence[T], combination: tuple[str, str]) -> Sequence[T]:
+    """Return the cases that a combination takes in a loop: every other one, so that the twins have all of them."""
+    return scale(cases[COMBINATIONS.index(combination) % 2 :: 2], cases)
+
+
+def take_turns(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Leave each case of tests marked `in_turn` to one framework or combination, and return what is left out."""
+    groups: dict[Any, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("in_turn") and hasattr(item, "callspec"):
+            case = [id(value) for name, value in item.callspec.params.items() if name not in CROSSED]
+            groups[item.nodeid.partition("[")[0], *case].append(item)
+    for number, group in enumerate(groups.values()):
+        del group[number % len(group)]
+    left = [*itertools.chain(*groups.values())]
+    items[:] = [item for item in items if item not in left]
+    return left
