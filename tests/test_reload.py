@@ -67,7 +67,7 @@ def serving(model: dict[str, str]) -> dict[str, str]:
 @each_worker()
 def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """While a model takes seconds to load, twice, requests are answered as ever; HUPs that come together are one."""
-    load_s, requests = scale((0.5, 500), (6, 5000))
+    load_s, requests = scale((1, 500), (6, 5000))
     environment = gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false", LOAD_S=str(load_s))
     server = serve(**(environment | serving(save_slow(tmp_path / "slow.joblib"))))
     with Load(server, post_case(ROW)) as load:
