@@ -80,6 +80,7 @@ def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: t
         wait_until(lambda: len(server.reloads) == 2, "the second reload")
         load.wait_for(requests)
     assert server.reloads[1]["event"] == "reloaded"
+    assert [line["event"] for line in server.lines if line["event"] in ("reload_started", "reloaded")][-1] == "reloaded"
     server.stop()
     assert (load.failures, [*load.answers]) == ([], [200])
     assert load.count >= scale(2000, 20_000)
