@@ -244,6 +244,17 @@ def test_workers_share_the_model(serve: Starter, large_model: str, combination: 
     server.stop()
 
 
+@each_worker()
+def test_collector_writes_to_nothing_shared(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """A model of half a million lists, which the garbage collector would go through, is the master's and workers'."""
+    estimator = LogisticRegression().fit([[0.0, 0.0], [1.0, 1.0]], [0, 1])
+    estimator.ballast_ = [[0] for _ in range(500_000)]
+    file = deploy(tmp_path, estimator)
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, SERVING_SERVER__WORKERS="2"))
+    assert max(map(private_mb, used(server))) < 25
+    server.stop()
+
+
 def used(server: Server) -> list[int]:
     """Give the workers, after each has predicted."""
     workers = server.wait_for_workers(2)
