@@ -223,7 +223,7 @@ class SlowSenders:
 @pytest.mark.alone
 @each_worker()
 def test_slow_senders_hold_nobody_up(serve: Starter, combination: tuple[str, str]) -> None:
-    """Beside 200 connections that send a byte a second, a normal client's p99 at most doubles."""
+    """Beside 200 connections that send a byte a second, the p99 of a client that connects anew at most doubles."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
     case = Case("query", "GET", f"/predictions?{QUERY}")
     at_most_doubled: list[bool] = []
@@ -236,7 +236,7 @@ def test_slow_senders_hold_nobody_up(serve: Starter, combination: tuple[str, str
 
 
 def p99_of(server: Server, case: Case) -> float:
-    with Load(server, case, clients=1) as load:
+    with Load(server, case, clients=1, keep_alive=False) as load:
         load.wait_for(scale(500, 1000))
     assert (load.failures, [*load.answers]) == ([], [200])
     return p99(load.took_s)

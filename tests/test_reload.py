@@ -24,6 +24,7 @@ from tests.lib.servers import (
     PROJECT,
     Server,
     Starter,
+    find_free_port,
     gunicorn_environment,
     identity,
     run_gunicorn,
@@ -145,6 +146,41 @@ def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combinati
         assert (load.failures, [*load.answers]) == ([], [200]), name
         before = wait_for_model(server, f"good-{number}")
     assert len([line for line in server.lines if line["level"] in ("error", "critical")]) == len(cases)
+    assert server.stop() == 0
+
+
+FAILING = """
+import pathlib
+import app
+
+failing = pathlib.Path(__file__).with_suffix(".failing")
+if failing.exists():
+    if failing.read_text():
+        raise RuntimeError("cannot start now")
+    failing.write_text("after the trial")
+native = app.create_app()
+asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
+"""
+
+
+@each_worker()
+def test_reload_without_new_workers_is_put_back(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """Where new workers end before they are ready, after a good trial, the master too has what it had before."""
+    file = lay_out(tmp_path, *combination)
+    (tmp_path / "fails.py").write_text(FAILING)
+    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
+    command = f"gunicorn -c gunicorn.conf.py fails:{interface}"
+    server = serve(command, SERVING_SETTINGS=str(file), PYTHONPATH=str(tmp_path))
+    before = identity(server)
+    failing = tmp_path / "fails.failing"
+    failing.touch()
+    edit(file, ('"iris"', '"second"'), ("127.0.0.1:0", f"127.0.0.1:{find_free_port()}"))
+    os.kill(server.process.pid, signal.SIGHUP)
+    refusal = wait_until(lambda: re.search('.*"event":"reload_refused".*', server.text), "the refusal")
+    assert '"reason":"a new worker ended before it was ready; the log says why"' in refusal[0]
+    failing.unlink()
+    replace_worker(server)
+    assert [identity(server) for _ in range(10)] == [before] * 10
     assert server.stop() == 0
 
 
