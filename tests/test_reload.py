@@ -180,13 +180,14 @@ def test_reload_without_new_workers_is_put_back(serve: Starter, tmp_path: Path, 
     assert '"reason":"a new worker ended before it was ready; the log says why"' in refusal[0]
     failing.unlink()
     replace_worker(server)
+    replace_worker(server)
     assert [identity(server) for _ in range(10)] == [before] * 10
     assert server.stop() == 0
 
 
 def replace_worker(server: Server) -> None:
-    """Have one of two workers drain, and wait for the one that comes in its place."""
-    ending, _ = server.worker_pids
+    """Have the older of two workers drain, and wait for the one that comes in its place."""
+    ending, _ = server.wait_for_workers(2)
     os.kill(ending, signal.SIGTERM)
     wait_until(lambda: ending not in server.worker_pids and len(server.worker_pids) == 2, "a new worker")
 
