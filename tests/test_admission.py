@@ -20,7 +20,7 @@ from tests.lib.clients import post_case, read_answer
 from tests.lib.estimators import Gated, Slow
 from tests.lib.load import Load
 from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, wait_until
-from tests.lib.sizes import each_worker, scale
+from tests.lib.sizes import TWINS, each_worker, scale
 
 HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
@@ -160,9 +160,8 @@ def crowd(server: Server, pool: ThreadPoolExecutor, begun: Path) -> list[Future[
 
 @pytest.fixture(scope="module")
 def hurried_servers(serve_module: Starter) -> dict[tuple[str, str], Server]:
-    """The four combinations, with a second for a body to come."""
-    limit = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "1"}
-    return serve_module.each(COMBINATIONS, **limit)
+    """Servers that give a body a second to come."""
+    return serve_module.each(scale(TWINS, COMBINATIONS), SERVING_LIMITS__REQUEST_TIMEOUT_S="1")
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n[", b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n["])

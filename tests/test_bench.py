@@ -113,9 +113,12 @@ def test_missing_wrk_is_named() -> None:
 def test_parts_are_timed() -> None:
     """Each part of a request has its time: what does more takes longer, and the estimator has its share of a call."""
     table = run(f"python -m bench.parts --loops {scale(20, 350)}").stdout
-    times_us = [float(line[2:-2].split(" | ")[1]) for line in table.splitlines()[2:]]
-    request, logged_request, predict, call, call_64, *calls_1000 = times_us
-    assert 0 < request < logged_request < call_64
-    assert predict / 2 < call
-    assert len(calls_1000) == 3
-    assert request < min(calls_1000)
+    times_us = {name: float(time_us) for name, time_us in (line[2:-2].split(" | ") for line in table.splitlines()[2:])}
+
+    def of(start: str) -> float:
+        return next(us for name, us in times_us.items() if name.startswith(start))
+
+    assert len(times_us) == 8
+    assert 0 < of("a request without") < of("the same with") < of("a call for 64")
+    assert 0 < of("`pre") < 2 * of("a call for 1 row")
+    assert of("a request without") < min(of(f"1000 rows: {part}") for part in ("JSON", "`pre", "numbers"))

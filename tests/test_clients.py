@@ -31,7 +31,16 @@ import app
 from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
 from tests.lib.cases import JSON, QUERY, Case
 from tests.lib.clients import ROW, Answer, post_case, read_answer
-from tests.lib.servers import COMBINATIONS, Server, Starter, gunicorn_environment, private_mb, run_gunicorn, wait_until
+from tests.lib.servers import (
+    COMBINATIONS,
+    Server,
+    Starter,
+    gunicorn_environment,
+    gunicorn_with,
+    private_mb,
+    run_gunicorn,
+    wait_until,
+)
 from tests.lib.sizes import TWINS, each_combination, each_worker, scale
 
 HEARTBEAT_S, SEND_S = 2, 2
@@ -426,11 +435,8 @@ asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
 def test_middleware_sees_a_refused_key(serve: Starter, project: Path, combination: tuple[str, str]) -> None:
     """What a user adds to each answer, such as headers of CORS, is in the 401 too, which does not wait for the body."""
     (project / "marked.py").write_text(MARKED)
-    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
-    keys = {"SERVING_AUTH__API_KEYS": '["one"]'}
-    server = serve(
-        f"gunicorn -c gunicorn.conf.py marked:{interface}", project, **gunicorn_environment(*combination, **keys)
-    )
+    environment = gunicorn_environment(*combination, SERVING_AUTH__API_KEYS='["one"]')
+    server = serve(gunicorn_with("marked", combination[1]), project, **environment)
     with stall(server, POST % b"/predictions") as client:
         answer = read_answer(client)
     assert (answer.status, answer.headers["allow"], answer.headers["connection"]) == (401, "marked", "close")

@@ -23,6 +23,7 @@ from tests.lib.servers import (
     Server,
     Starter,
     gunicorn_environment,
+    gunicorn_with,
     run,
     run_gunicorn,
     wait_until,
@@ -368,8 +369,7 @@ def routes_servers(serve_module: Starter, project: Path) -> dict[str, Server]:
 def test_routes_of_a_user_work(serve: Starter, project: Path, combination: tuple[str, str]) -> None:
     """A route added to the framework's object gets whole bodies, and its crash is one line with the traceback."""
     (project / "routes.py").write_text(ROUTES)
-    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
-    server = serve(f"gunicorn -c gunicorn.conf.py routes:{interface}", project, **gunicorn_environment(*combination))
+    server = serve(gunicorn_with("routes", combination[1]), project, **gunicorn_environment(*combination))
     for chunked in (True, False):
         assert server.send(Case("length", "POST", "/length", (), bytes(100_000), chunked=chunked)).json == 100_000
     cut = server.send(Case("cut", "POST", "/length", (), b"[1,", cut=True))
@@ -431,9 +431,7 @@ wsgi = app.as_wsgi(native)
 def test_lifespan_runs(serve: Starter, project: Path, worker: str) -> None:
     """An extended FastAPI gets its start-up event before the first request, its state, and its shut-down event."""
     (project / "extended.py").write_text(EXTENDED)
-    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[worker]
-    command = f"gunicorn -c gunicorn.conf.py extended:{interface}"
-    server = serve(command, project, **gunicorn_environment("fastapi", worker))
+    server = serve(gunicorn_with("extended", worker), project, **gunicorn_environment("fastapi", worker))
     assert server.text.index("event: started") < server.text.index('"path":"/ping"')
     assert server.get("/colour").json == "violet"
     assert server.stop() == 0
@@ -445,9 +443,7 @@ def test_lifespan_runs(serve: Starter, project: Path, worker: str) -> None:
 def test_failed_start_up_event_ends_the_service(project: Path, worker: str) -> None:
     """What a start-up event raises stops the process, under both workers."""
     (project / "failing.py").write_text(EXTENDED.replace('print("event: started", flush=True)', "raise OSError('no')"))
-    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[worker]
-    command = f"gunicorn -c gunicorn.conf.py failing:{interface}"
-    done = run(command, project, **gunicorn_environment("fastapi", worker))
+    done = run(gunicorn_with("failing", worker), project, **gunicorn_environment("fastapi", worker))
     assert done.returncode == 3
     assert "OSError: no" in done.stderr
 

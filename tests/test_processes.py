@@ -13,7 +13,7 @@ from tests.lib.artifacts import copy_project, deploy
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
 from tests.lib.load import PAUSE_S, Load, keeping_and_closing
-from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, private_mb, wait_until
+from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, gunicorn_with, private_mb, wait_until
 from tests.lib.sizes import TWINS, each_worker, scale
 
 
@@ -51,8 +51,7 @@ def test_killed_worker_loses_only_what_it_held(serve: Starter, combination: tupl
     with Load(server, post_case(ROW), pause_s=PAUSE_S) as load:
         for pid in workers:
             load.wait_for(scale(300, 1000))
-            os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid: pid not in server.worker_pids and len(server.worker_pids) == 3, "a new worker")
+            server.replace(pid, signal.SIGKILL)
     assert len(load.failures) <= 16 * len(workers)
     assert [*load.answers] == [200]
     server.stop()
@@ -116,9 +115,8 @@ def test_worker_that_cannot_start_harms_nobody(serve: Starter, project: Path, co
     """While another serves, a worker that cannot start is tried again, later and later, and a reload is refused."""
     (project / "fragile.py").write_text(FRAGILE)
     broken = project / "fragile.broken"
-    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
     environment = gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2")
-    server = serve(f"gunicorn -c gunicorn.conf.py fragile:{interface}", project, **environment)
+    server = serve(gunicorn_with("fragile", combination[1]), project, **environment)
     workers = server.wait_for_workers(2)
     wait_until(lambda: len(server.get("/ping").body) and both_ready(server), "both to serve")
     broken.touch()

@@ -26,6 +26,7 @@ from tests.lib.servers import (
     Starter,
     find_free_port,
     gunicorn_environment,
+    gunicorn_with,
     identity,
     run_gunicorn,
     wait_for_model,
@@ -168,9 +169,7 @@ def test_reload_without_new_workers_is_put_back(serve: Starter, tmp_path: Path, 
     """Where new workers end before they are ready, after a good trial, the master too has what it had before."""
     file = lay_out(tmp_path, *combination)
     (tmp_path / "fails.py").write_text(FAILING)
-    interface = {"uvicorn": "asgi", "gevent": "wsgi"}[combination[1]]
-    command = f"gunicorn -c gunicorn.conf.py fails:{interface}"
-    server = serve(command, SERVING_SETTINGS=str(file), PYTHONPATH=str(tmp_path))
+    server = serve(gunicorn_with("fails", combination[1]), SERVING_SETTINGS=str(file), PYTHONPATH=str(tmp_path))
     before = identity(server)
     failing = tmp_path / "fails.failing"
     failing.touch()
@@ -187,9 +186,8 @@ def test_reload_without_new_workers_is_put_back(serve: Starter, tmp_path: Path, 
 
 def replace_worker(server: Server) -> None:
     """Have the older of two workers drain, and wait for the one that comes in its place."""
-    ending, _ = server.wait_for_workers(2)
-    os.kill(ending, signal.SIGTERM)
-    wait_until(lambda: ending not in server.worker_pids and len(server.worker_pids) == 2, "a new worker")
+    older, _ = server.wait_for_workers(2)
+    server.replace(older, signal.SIGTERM)
 
 
 def test_everything_changes_by_reload_alone(serve: Starter, file: Path, free_port: int) -> None:

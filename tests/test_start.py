@@ -196,8 +196,7 @@ def test_load_that_cannot_be_stopped_is_told(serve: Starter, tmp_path: Path, com
     file.write_text(good)
     assert "the model of an earlier reload is still being loaded" in server.reload()["reason"]
     killed, _ = server.wait_for_workers(2)
-    os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: killed not in server.worker_pids and len(server.worker_pids) == 2, "a new worker")
+    server.replace(killed, signal.SIGKILL)
     assert server.post(ROW).json["prediction"] == "setosa"
     assert server.stop() == 0
 

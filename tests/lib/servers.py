@@ -132,6 +132,12 @@ class Server:
         )
         return pids
 
+    def replace(self, pid: int, sig: int) -> None:
+        """End a worker with a signal, and wait until there are as many without it."""
+        count = len(self.worker_pids)
+        os.kill(pid, sig)
+        wait_until(lambda: pid not in self.worker_pids and len(self.worker_pids) == count, "a new worker")
+
     @property
     def reloads(self) -> list[dict[str, Any]]:
         """The lines with which reloads have ended, well or not."""
@@ -229,13 +235,18 @@ def gunicorn_environment(framework: str, worker: str, **environment: str) -> dic
     }
 
 
+def gunicorn_with(module: str, worker: str) -> str:
+    """Return the command that serves a user's module by the interface of a worker."""
+    return f"gunicorn -c gunicorn.conf.py {module}:{'asgi' if worker == 'uvicorn' else 'wsgi'}"
+
+
 def run(command: str | list[str], cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the installed ones to its end, and return how it ended and what it printed."""
-    program, *arguments = command.split() if isinstance(command, str) else command
+    words = command.split() if isinstance(command, str) else command
     env = os.environ | environment
-    if prefork.takes([program, *arguments]):
-        return prefork.run([program, *arguments], cwd, env, timeout=60)
-    return subprocess.run([BIN / program, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    if prefork.takes(words):
+        return prefork.run(words, cwd, env, timeout=60)
+    return subprocess.run([BIN / words[0], *words[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def run_gunicorn(options: str, **environment: str) -> subprocess.CompletedProcess[str]:
