@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import sklearn
 import threadpoolctl  # type: ignore[import-untyped]
+from lightgbm import LGBMClassifier
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from xgboost import XGBClassifier
 
 import app
 from tests.lib import estimators
@@ -400,8 +402,11 @@ def test_middleware_and_hooks_see_predictions() -> None:
 def test_threads_and_jobs_are_limited_to_the_share_of_a_worker() -> None:
     """OpenMP, BLAS and the estimator's own jobs have no more threads than a worker's share of the cores."""
     settings = make_settings(features={}, server={"workers": 1_000})
-    estimator = RandomForestClassifier(3, n_jobs=8).fit(np.arange(8.0).reshape(-1, 1), [0, 1] * 4)
-    service = app.Service(settings, app.Predictor(estimator))
+    busy = [
+        RandomForestClassifier(3, n_jobs=8),
+        LGBMClassifier(n_estimators=3, verbose=-1),  # whose n_jobs is None, which is every core to it
+        XGBClassifier(n_estimators=3),
+    ]
 
     def threads_of(service: app.Service) -> set[int]:
         service.render([{"x0": 1.0}])
@@ -409,10 +414,13 @@ def test_threads_and_jobs_are_limited_to_the_share_of_a_worker() -> None:
 
     before = threadpoolctl.threadpool_info()
     try:
-        for _ in range(2):  # threads, each of which OpenMP counts for itself
-            with ThreadPoolExecutor(1) as pool:
-                assert pool.submit(threads_of, service).result() == {1}
-        assert estimator.n_jobs == 1
+        for estimator in busy:
+            estimator.fit(np.arange(8.0).reshape(-1, 1), [0, 1] * 4)
+            service = app.Service(settings, app.Predictor(estimator))
+            for _ in range(2):  # threads, each of which OpenMP counts for itself
+                with ThreadPoolExecutor(1) as pool:
+                    assert pool.submit(threads_of, service).result() == {1}
+            assert estimator.n_jobs == 1
     finally:
         threadpoolctl.threadpool_limits({pool["prefix"]: pool["num_threads"] for pool in before})
 
