@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# More processes than cores, for tests mostly wait; so OpenMP's threads must not spin while they do.
+# Four processes on two cores, for tests also wait; so OpenMP's threads must not spin while they do.
 TOGETHER := --numprocesses 4 --dist loadgroup -m "not alone"
-ALONE = -m alone $(shell grep --files-with-matches pytest.mark.alone tests/test_*.py)
+ALONE = --numprocesses 1 -m alone $(shell grep --files-with-matches pytest.mark.alone tests/test_*.py)
 test test-full test-short test-oldest: export OMP_WAIT_POLICY = passive
 # Compiled code is kept, whatever the machine's owner prefers: hundreds of processes import the same.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,7 +33,7 @@ test-full: $(VENV)/test
 test-short: $(VENV)/test
 	$(BIN)/pytest $(TOGETHER) $(patsubst %,tests/test_%.py,artifact contract development golden parity predictor)
 
-# But for iris, which a newer scikit-learn has saved.
+# The sweep over scikit-learn's estimators, without iris, which a newer version has saved.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/oldest
 	.venv-oldest/bin/pytest $(TOGETHER) tests/test_estimators.py tests/test_inputs.py -k "not iris"

@@ -30,7 +30,8 @@ from bench.judge import Comparison, Outcome, Result, Workload, judge, make_table
 from bench.plot import plot
 from bench.servers import BenchError, Deployment, DidNotStartError, MeasuredServer, Models, service
 from bench.wrk import INSTALL, Sample, run_wrk, write_script
-from tests.lib.servers import PROJECT, private_mb
+from tests.lib.proc import private_mb
+from tests.lib.servers import PROJECT
 
 FOLDER = Path(__file__).parent
 LIBRARIES = ["gunicorn", "uvicorn", "gevent", "fastapi", "flask", "scikit-learn", "onnxruntime", "numpy"]

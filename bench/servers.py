@@ -20,6 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from bench.references import HELLO, IRIS_FEATURES
 from bench.wrk import flowers
 from tests.lib.clients import post_case
+from tests.lib.proc import cpu_ticks
 from tests.lib.servers import PROJECT, Server
 
 START_TIMEOUT_S = 120.0  # a thousand trees take their time, beside other servers that start on the same core
@@ -161,11 +162,7 @@ class MeasuredServer(Server):
 
     def settle(self) -> None:
         """Wait until the workers rest: what wrk left unanswered they still work on, at the cost of who is next."""
-        before, used = -2, self._used_ticks()
+        before, used = -2, sum(map(cpu_ticks, self.worker_pids))
         while used > before + 1:
             time.sleep(0.05)
-            before, used = used, self._used_ticks()
-
-    def _used_ticks(self) -> int:
-        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.worker_pids]
-        return sum(int(fields[11]) + int(fields[12]) for fields in stats)  # proc(5): utime and stime
+            before, used = used, sum(map(cpu_ticks, self.worker_pids))

@@ -60,7 +60,7 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
 
 
 def choose_settings(settings: app.Settings, path: Path, inputs: app.Inputs) -> app.Settings:
-    """Give the settings for an artifact: with the [features] in force where these are about it, and still fit it."""
+    """Return the settings for an artifact: with the [features] in force where these are about it, and still fit it."""
     own = settings.model_copy(update={"model": app.ModelSettings(path=str(path.absolute())), "features": {}})
     current = own.model_copy(update={"features": settings.features})
     if settings.model_path.absolute() != path.absolute():

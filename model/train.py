@@ -35,7 +35,7 @@ def train() -> LogisticRegression:
 
 
 def dump(estimator: LogisticRegression) -> bytes:
-    """Give the artifact; skops names its parts by memory address and time, so both are replaced by fixed ones."""
+    """Return the artifact; skops names its parts by memory address and time, so both are replaced by fixed ones."""
     source = zipfile.ZipFile(io.BytesIO(skops.io.dumps(estimator)))
     schema = source.read("schema.json").decode()
     addresses = dict.fromkeys(re.findall(r'"__id__": (\d+)', schema))
@@ -52,7 +52,7 @@ def dump(estimator: LogisticRegression) -> bytes:
 
 
 def golden_rows() -> list[dict[str, float]]:
-    """Give every tenth flower, of each species five."""
+    """Return every tenth flower, of each species five."""
     return [dict(zip(FEATURES, row, strict=True)) for row in load_iris().data[::10].tolist()]
 
 

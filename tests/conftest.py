@@ -1,4 +1,4 @@
-"""Fixtures that more than one file of tests uses: servers, settings files, a copy of what is deployed."""
+"""The option `--full`, which tests run beside which, and the fixtures that more than one file of tests uses."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ from sklearn.ensemble import RandomForestClassifier
 from tests.lib import prefork, sizes
 from tests.lib.artifacts import copy_project, lay_out, load_shipped, save, variables
 from tests.lib.clients import ROW
-from tests.lib.servers import COMBINATIONS, PROJECT, SHIPPED_MODEL, Server, Starter, find_free_port
+from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, find_free_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,7 +66,7 @@ serve_session = pytest.fixture(start_servers, scope="session")
 @pytest.fixture(scope="session")
 def servers(serve_session: Starter) -> dict[tuple[str, str], Server]:
     """The four combinations of framework and worker, run by gunicorn from the shipped settings."""
-    return serve_session.each(COMBINATIONS, **SHIPPED_MODEL)
+    return serve_session.each(COMBINATIONS, is_shipped=True)
 
 
 @pytest.fixture(params=COMBINATIONS, ids="-".join)

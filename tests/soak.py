@@ -6,7 +6,6 @@ Fails if a request is lost that no killed worker held, or if memory or open file
 import argparse
 import os
 import random
-import shutil
 import signal
 import statistics
 import sys
@@ -14,10 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.lib.artifacts import edit, lay_out
 from tests.lib.cases import BAD
 from tests.lib.clients import ROW, post_case
 from tests.lib.load import Load
-from tests.lib.servers import PROJECT, Server, private_mb, wait_until
+from tests.lib.proc import count_files, private_mb
+from tests.lib.servers import GUNICORN, PROJECT, Server
+from tests.lib.sizes import TWINS
 
 ROUND_S = 5.0
 GROWTH = 1.05  # of what there was in the first half, and
@@ -31,7 +33,7 @@ def main() -> None:
     minutes = parser.parse_args().minutes
     problems = [
         problem
-        for framework, worker in (("fastapi", "uvicorn"), ("flask", "gevent"))
+        for framework, worker in TWINS
         for is_troubled in (True, False)
         for problem in soak(framework, worker, is_troubled, minutes * 60 / 4)
     ]
@@ -39,44 +41,45 @@ def main() -> None:
 
 
 def soak(framework: str, worker: str, is_troubled: bool, seconds: float) -> list[str]:
-    """Run one service, and say what is wrong with it."""
-    folder = Path(tempfile.mkdtemp())
-    for name in ("iris.skops", "iris.golden.json"):
-        shutil.copy(PROJECT / "model" / name, folder)
-    file = folder / "settings.toml"
-    file.write_text(
-        f'framework = "{framework}"\n[server]\nworker_class = "{worker}"\nworkers = 2\nbind = "127.0.0.1:0"\n'
-        'keepalive = 1\n[model]\npath = "iris.skops"\n[logging]\naccess = false\n'
-    )
-    server = Server(["gunicorn", "-c", "gunicorn.conf.py"], folder / "log", PROJECT, SERVING_SETTINGS=str(file)).wait()
+    """Run one service, and return what is wrong with it."""
     samples: list[dict[str, float]] = []
     kills = 0
     random.seed(0)
-    with Load(server, post_case(ROW), clients=8) as load:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if is_troubled:
-                os.kill(random.choice(server.worker_pids), signal.SIGKILL)
-                kills += 1
-                reload(server, file)
-            for case in random.sample([case for case in BAD if not case.cut], 40):
-                server.send(case)
-            round_end = time.monotonic() + ROUND_S
-            wait_until(lambda round_end=round_end: time.monotonic() > round_end, "the round's end")
-            server.wait_for_workers(2)
-            samples.append(sample(server, is_troubled))
-    status = server.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        file = lay_out(Path(folder), framework, worker)
+        edit(file, ("[server]\n", "[server]\nkeepalive = 1\n"))
+        server = Server(GUNICORN.split(), Path(folder) / "log", PROJECT, SERVING_SETTINGS=str(file)).wait()
+        try:
+            with Load(server, post_case(ROW), clients=8) as load:
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    if is_troubled:
+                        os.kill(random.choice(server.worker_pids), signal.SIGKILL)
+                        kills += 1
+                        reload(server, file)
+                    samples.append(run_round(server, is_troubled))
+        finally:
+            status = server.stop()
     name = f"{framework} on {worker}, {'with reloads and kills' if is_troubled else 'left alone'}"
     print(f"{name}: {load.answers.total()} answers, {len(load.failures)} lost by {kills} kills; last {samples[-1]}")
     problems = [f"{name}: {problem}" for problem in growth(samples)]
     if len(load.failures) > 8 * kills or load.answers.keys() != {200} or status:
         problems.append(f"{name}: ended with {status}, answers {dict(load.answers)}, failures {load.failures[:5]}")
-    shutil.rmtree(folder)
     return problems
 
 
+def run_round(server: Server, is_troubled: bool) -> dict[str, float]:
+    """Send bad requests, wait until the round is over, and return memory and open files."""
+    end = time.monotonic() + ROUND_S
+    for case in random.sample([case for case in BAD if not case.cut], 40):
+        server.send(case)
+    time.sleep(max(0.0, end - time.monotonic()))
+    server.wait_for_workers(2)
+    return sample(server, is_troubled)
+
+
 def reload(server: Server, file: Path) -> None:
-    """Have a broken settings file refused, then a good one taken."""
+    """Check that a broken settings file is refused, and a good one taken."""
     good = file.read_text()
     for text, event in ((good + "[[", "reload_refused"), (good, "reloaded")):
         file.write_text(text)
@@ -85,18 +88,18 @@ def reload(server: Server, file: Path) -> None:
 
 
 def sample(server: Server, is_troubled: bool) -> dict[str, float]:
-    """Give memory and open files of the master, and of workers if they are old enough to tell."""
+    """Return memory and open files of the master, and of workers if they are old enough to tell."""
     pids = {"master": [server.process.pid], "workers": [] if is_troubled else server.worker_pids}
     figures: dict[str, float] = {}
     for name, group in pids.items():
         if group:
             figures[f"{name} MB"] = sum(map(private_mb, group))
-            figures[f"{name} files"] = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in group)
+            figures[f"{name} files"] = sum(map(count_files, group))
     return figures
 
 
 def growth(samples: list[dict[str, float]]) -> list[str]:
-    """Say which figures are higher at the end than half-way."""
+    """Return which figures are higher at the end than half-way."""
     third = len(samples) // 3
     problems = []
     for name in samples[0]:

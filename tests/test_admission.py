@@ -18,7 +18,8 @@ from tests.lib.artifacts import deploy
 from tests.lib.cases import QUERY, Case
 from tests.lib.clients import post_case, read_answer
 from tests.lib.estimators import Gated, Slow
-from tests.lib.load import Load
+from tests.lib.load import Load, keeping_and_closing
+from tests.lib.proc import resident_mb
 from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, wait_until
 from tests.lib.sizes import TWINS, each_worker, scale
 
@@ -26,7 +27,7 @@ HEAD = b"POST /predictions HTTP/1.1\r\nHost: test\r\nContent-Type: application/j
 
 
 def headers_of(server: Server, case: Case) -> tuple[int, dict[str, str]]:
-    """Send a case, and give the status and all headers."""
+    """Send a case, and return the status and all headers."""
     with server.connect() as client:
         client.sendall(case.raw())
         head = b""
@@ -106,9 +107,9 @@ def test_overload_is_refused_and_forgotten(serve: Starter, tmp_path: Path, combi
     assert load.answers[429] > load.answers[200] >= good
     took_s = load.took_by_status[200]
     assert p99(took_s) < 2 + p99(health_s)  # which is what the way there and back takes, on cores that others use too
-    assert statistics.median(health_s) < min(0.5, statistics.median(took_s) / 2)
+    assert statistics.median(health_s) < statistics.median(took_s) / 2
     assert resident_mb(worker) < before_mb + 100
-    threading.Event().wait(1)
+    time.sleep(1)
     assert statistics.median(time_of(server, case) for _ in range(10)) < 2 * alone_s
     assert server.worker_pids == [worker]
     server.stop()
@@ -120,30 +121,29 @@ def time_of(server: Server, case: Case) -> float:
     return time.perf_counter() - started
 
 
-def resident_mb(pid: int) -> float:
-    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1000
-
-
 @each_worker()
 def test_refusals_say_when_to_come_back(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """`Retry-After` of a 429 is what those that wait are expected to take; a 503 comes when the time is over."""
     file, gate = deploy(tmp_path, Gated(0.3, tmp_path)), tmp_path / "open"
-    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "3", "SERVING_LIMITS__MAX_QUEUED_ROWS": "4"}
-    environment = {"SERVING_SETTINGS": file, "SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": str(PROJECT)}
-    server = serve(**gunicorn_environment(*combination, **environment, **limits))
+    limits = {"SERVING_LIMITS__MAX_QUEUED_ROWS": "4", "SERVING_BATCHING__MAX_ROWS": "1"}
+    environment = gunicorn_environment(*combination, SERVING_SETTINGS=file, PYTHONPATH=str(PROJECT), **limits)
     with ThreadPoolExecutor(6) as pool:
+        hasty = serve(**environment, SERVING_LIMITS__REQUEST_TIMEOUT_S="3")
         try:
-            futures = crowd(server, pool, tmp_path / "begun")
-            gate.touch()
-            assert sorted(future.result()[0] for future in futures) == [200] * 5 + [429]
-            gate.unlink()
-            answers = [future.result() for future in crowd(server, pool, tmp_path / "begun")]
+            answers = [future.result() for future in crowd(hasty, pool, tmp_path / "begun")]
         finally:
             gate.touch()
-    assert sorted(status for status, _ in answers) == [429] + [503] * 5
-    assert all("retry-after" in headers for _, headers in answers)
-    server.stop()
+        assert sorted(status for status, _ in answers) == [429] + [503] * 5
+        assert all("retry-after" in headers for _, headers in answers)
+        hasty.stop()
+        gate.unlink()
+        patient = serve(**environment, SERVING_LIMITS__REQUEST_TIMEOUT_S="60")
+        try:
+            futures = crowd(patient, pool, tmp_path / "begun")
+        finally:
+            gate.touch()
+        assert sorted(future.result()[0] for future in futures) == [200] * 5 + [429]
+        patient.stop()
 
 
 def crowd(server: Server, pool: ThreadPoolExecutor, begun: Path) -> list[Future[tuple[int, dict[str, str]]]]:
@@ -222,7 +222,7 @@ class SlowSenders:
 @pytest.mark.alone
 @each_worker()
 def test_slow_senders_hold_nobody_up(serve: Starter, combination: tuple[str, str]) -> None:
-    """Beside 200 connections that send a byte a second, the p99 of a client that connects anew at most doubles."""
+    """Beside 200 connections that send a byte a second, p99 at most doubles, on connections old and new."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
     case = Case("query", "GET", f"/predictions?{QUERY}")
     at_most_doubled: list[bool] = []
@@ -235,10 +235,13 @@ def test_slow_senders_hold_nobody_up(serve: Starter, combination: tuple[str, str
 
 
 def p99_of(server: Server, case: Case) -> float:
-    with Load(server, case, clients=1, keep_alive=False) as load:
-        load.wait_for(scale(500, 1000))
-    assert (load.failures, [*load.answers]) == ([], [200])
-    return p99(load.took_s)
+    kept, closed = keeping_and_closing(server, case, clients=1)
+    with kept, closed:
+        kept.wait_for(scale(500, 1000))
+        closed.wait_for(scale(500, 1000))
+    for load in (kept, closed):
+        assert (load.failures, [*load.answers]) == ([], [200])
+    return max(p99(kept.took_s), p99(closed.took_s))
 
 
 def p99(took_s: list[float]) -> float:

@@ -91,7 +91,7 @@ def test_no_predictor_is_refused(tmp_path: Path, content: Any, suffix: str, mess
 
 
 def refusal_of(path: Path, sha256: str | None = None) -> str:
-    """Give the message with which a file is refused, though its hash is trusted."""
+    """Return the message with which a file is refused, though its hash is trusted."""
     trusted = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 is None else sha256
     with pytest.raises(app.ModelError) as caught:
         app.create_app(make_settings(model={"path": str(path), "sha256": trusted}, features={}))

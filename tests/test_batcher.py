@@ -30,6 +30,7 @@ from tests.lib import estimators
 from tests.lib.apps import answers_of, call, call_asgi, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, Answer, post_case
+from tests.lib.proc import count_files
 from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, wait_until
 from tests.lib.sizes import each_worker
 
@@ -38,7 +39,7 @@ N_REQUESTS = 20  # of each client
 
 
 def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, Any]:
-    """Give an estimator that notes its calls, and the app around it."""
+    """Return an estimator that notes its calls, and the app around it."""
     estimator = estimators.Noting()
     settings = make_settings(framework=framework, features={}, batching=batching)
     app.configure_logging(settings.logging)
@@ -198,12 +199,12 @@ def test_client_that_leaves_harms_nobody(server: Server) -> None:
     """Connections that end while their answers are made leave the worker as it was."""
     (pid,) = server.worker_pids
     server.post([ROW] * 3)
-    open_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    open_files = count_files(pid)
     for _ in range(50):
         with server.connect() as client:
             client.sendall(post_case(ROW).raw())
     assert server.post(ROW).json["prediction"] == "setosa"
-    wait_until(lambda: len(list(Path(f"/proc/{pid}/fd").iterdir())) <= open_files + 1, "closed connections")
+    wait_until(lambda: count_files(pid) <= open_files + 1, "closed connections")
     assert server.worker_pids == [pid]
     assert "Traceback" not in server.text
 
@@ -321,7 +322,7 @@ def test_estimates_return_to_what_calls_take(stall_s: float, call_s: float, row_
 
 
 def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
-    """Give rows all over the features, and the estimator's answers to them."""
+    """Return rows all over the features, and the estimator's answers to them."""
     X = np.random.default_rng(0).uniform(0, 8, (500, 4)).round(2)
     probabilities = [dict(zip(estimator.classes_, row, strict=True)) for row in estimator.predict_proba(X).tolist()]
     answers = [

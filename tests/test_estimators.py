@@ -44,7 +44,7 @@ LABELS = np.column_stack([SPECIES == 0, SPECIES == 1, FLOWERS[:, 0] > 5.8]).asty
 
 
 def construct(name: str) -> Iterator[Any]:
-    """Give scikit-learn's own test instances of a class, made to predict, and alike each time."""
+    """Return scikit-learn's own test instances of a class, made to predict, and alike each time."""
     kind, wanted = ESTIMATORS[name], {"random_state": 0, "novelty": True}
     frozen = [FrozenEstimator(LogisticRegression(max_iter=1000).fit(FLOWERS, SPECIES))]
     for estimator in frozen if kind is FrozenEstimator else _construct_instances(kind):
@@ -53,7 +53,7 @@ def construct(name: str) -> Iterator[Any]:
 
 
 def make_rows(estimator: Any) -> Any:
-    """Give rows of the kind that the estimator's tags ask for."""
+    """Return rows of the kind that the estimator's tags ask for."""
     tags = get_tags(estimator).input_tags
     X = PATIENTS if is_regressor(estimator) else FLOWERS
     if tags.pairwise:
@@ -65,7 +65,7 @@ def make_rows(estimator: Any) -> Any:
 
 
 def make_targets(estimator: Any) -> list[tuple[Any, bool]]:
-    """Give targets of every kind, each with whether the estimator's tags say that it takes it."""
+    """Return targets of every kind, each with whether the estimator's tags say that it takes it."""
     tags = get_tags(estimator)
     one, several = tags.target_tags.single_output, tags.target_tags.multi_output
     if is_regressor(estimator):
@@ -84,7 +84,7 @@ def make_targets(estimator: Any) -> list[tuple[Any, bool]]:
 
 
 def fit_all(name: str) -> Iterator[tuple[Any, Any]]:
-    """Give each instance of a class as fitted on each target that it takes, with its rows.
+    """Return each instance of a class as fitted on each target that it takes, with its rows.
 
     One that refuses a target is left out, unless its tags say that it takes it.
     """
@@ -103,7 +103,7 @@ def fit_all(name: str) -> Iterator[tuple[Any, Any]]:
 
 
 def expect(estimator: Any, X: Any) -> list[dict[str, Any]]:
-    """Give what the estimator itself says of each row, by the path of each value in the answer."""
+    """Return what the estimator itself says of each row, by the path of each value in the answer."""
     y = np.reshape(estimator.predict(X), (len(X), -1))
     several = y.shape[1] > 1
     columns = {f"prediction.y{output}" if several else "prediction": y[:, output] for output in range(y.shape[1])}
@@ -130,7 +130,7 @@ def ask_scores(estimator: Any, X: Any) -> tuple[str, Any]:
 
 
 def expect_by_output(classes: list[Any], scores: list[Any]) -> dict[str, Any]:
-    """Give the probability that each label is there, or where outputs have more classes those of each."""
+    """Return the probability that each label is there, or where outputs have more classes those of each."""
     if all(set(labels) == {0, 1} for labels in classes):
         return {f"probabilities.y{output}": columns[:, 1] for output, columns in enumerate(scores)}
     return {
@@ -141,7 +141,7 @@ def expect_by_output(classes: list[Any], scores: list[Any]) -> dict[str, Any]:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Give the values in an answer by their paths."""
+    """Return the values in an answer by their paths."""
     if not isinstance(value, dict):
         return {path: value}
     inner = [flatten(item, f"{path}.{name}" if path else name) for name, item in value.items()]

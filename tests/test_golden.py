@@ -68,7 +68,7 @@ def test_golden_rows_are_reproduced_up_to_rounding(iris: Path) -> None:
 
 
 def changed(index: int, **change: Any) -> list[Any]:
-    """Give the golden predictions with one changed, and a later one too."""
+    """Return the golden predictions with one changed, and a later one too."""
     return [
         prediction | change if row in (index, 13) else prediction
         for row, prediction in enumerate(GOLDEN["predictions"])
@@ -336,7 +336,7 @@ def test_description_shows_what_the_estimator_says(tmp_path: Path) -> None:
 
 
 def described(tmp_path: Path, estimator: Any, rows: Any = None) -> tuple[dict[str, Any], str]:
-    """Give the features that are printed for an estimator, and all that is printed."""
+    """Return the features that are printed for an estimator, and all that is printed."""
     path = tmp_path / "model.joblib"
     save(estimator, path)
     golden = [] if rows is None else ["--golden", write(tmp_path / "rows.json", rows)]

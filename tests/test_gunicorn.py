@@ -16,6 +16,7 @@ import trustme
 
 from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
 from tests.lib.clients import ROW, check, post_case, read_answer
+from tests.lib.proc import count_files, count_threads, cpu_ticks, is_alive, resident_mb
 from tests.lib.servers import (
     COMBINATIONS,
     PROJECT,
@@ -215,44 +216,39 @@ def test_malformed_chunk_is_a_bad_request(server: Server) -> None:
 def test_client_that_leaves_pins_nothing(server: Server, framing: bytes, reset: bool) -> None:
     """Bodies cut short by clients that are gone leave no connection and no busy processor behind."""
     (pid,) = server.worker_pids
-    before = len(os.listdir(f"/proc/{pid}/fd"))
+    before = count_files(pid)
     for _ in range(20):
         client = server.connect()
         client.sendall(HEAD + framing)
         if reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
-    wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before, "the connections to be gone")
+    wait_until(lambda: count_files(pid) <= before, "the connections to be gone")
     assert busy_share(pid) < 0.5
     assert server.get("/ping").status == 200
 
 
 def busy_share(pid: int) -> float:
     """Measure the processor time that a process takes while this one is busy, as a share of what this one gets."""
-
-    def spent_s() -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    before_s, begun_s = spent_s(), time.process_time()
+    before, begun_s = cpu_ticks(pid), time.process_time()
     while (own_s := time.process_time() - begun_s) < 0.3:
         pass
-    return (spent_s() - before_s) / own_s
+    return (cpu_ticks(pid) - before) / os.sysconf("SC_CLK_TCK") / own_s
 
 
 def test_client_that_leaves_before_its_answer_leaves_nothing(server: Server) -> None:
     """Whole requests whose clients do not stay for the answer leave no connection and no thread behind."""
     (pid,) = server.worker_pids
     server.post([ROW] * 100)
-    before, threads = len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+    before, threads = count_files(pid), count_threads(pid)
     body = Case("left", "POST", "/predictions", JSON, b"[" + b",".join([b"{}"] * 1000) + b"]").raw()
     for _ in range(20):
         client = server.connect()
         client.sendall(body)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
-    wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before, "the connections to be gone")
-    assert len(os.listdir(f"/proc/{pid}/task")) <= threads + 10  # a2wsgi's pool grows to its ten
+    wait_until(lambda: count_files(pid) <= before, "the connections to be gone")
+    assert count_threads(pid) <= threads + 10  # a2wsgi's pool grows to its ten
     assert server.post(ROW).status == 200
 
 
@@ -355,14 +351,13 @@ wsgi = app.as_wsgi(native)
 def routes_servers(serve_module: Starter, project: Path) -> dict[str, Server]:
     """FastAPI with a user's routes, by worker."""
     (project / "routes.py").write_text(ROUTES)
-    workers, interfaces = ("uvicorn", "gevent"), ("asgi", "wsgi")
+    workers = ("uvicorn", "gevent")
 
-    def start(worker: str, interface: str) -> Server:
-        command = f"gunicorn -c gunicorn.conf.py routes:{interface}"
-        return serve_module(command, project, **gunicorn_environment("fastapi", worker))
+    def start(worker: str) -> Server:
+        return serve_module(gunicorn_with("routes", worker), project, **gunicorn_environment("fastapi", worker))
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(workers, pool.map(start, workers, interfaces), strict=True))
+        return dict(zip(workers, pool.map(start, workers), strict=True))
 
 
 @each_combination()
@@ -505,7 +500,7 @@ def test_tls(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> No
 def test_configuration_is_found_from_another_folder(serve: Starter, tmp_path: Path) -> None:
     """`-c` with a path works from anywhere: settings, model and code lie beside it."""
     command = f"gunicorn -c {PROJECT / 'gunicorn.conf.py'}"
-    server = serve(command, tmp_path, **gunicorn_environment("flask", "gevent"))
+    server = serve(command, tmp_path, is_shipped=True, **gunicorn_environment("flask", "gevent"))
     assert server.post(ROW).json["prediction"] == "setosa"
 
 
@@ -516,7 +511,7 @@ def test_stop_ends_every_process(serve: Starter, combination: tuple[str, str]) -
     server = serve(**gunicorn_environment(*combination, **environment))
     pids = server.wait_for_workers(2)
     assert server.stop(signal.SIGTERM) == 0  # no worker missed the signal while it booted
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in pids if is_alive(pid)]
 
 
 def test_field_that_is_too_long_is_refused_before_the_head_ends(servers: dict[tuple[str, str], Server]) -> None:
@@ -543,6 +538,5 @@ def test_stream_waits_for_a_client_that_does_not_read(routes_servers: dict[str, 
         client.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
         client.recv(1000)
         wait_until(lambda: server.get("/pieces").json == server.get("/pieces").json, "a route that waits, or is done")
-        peaks_kb = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert int(peaks_kb[0]) < 400_000
+    assert resident_mb(pid, at_most=True) < 400
     assert server.get("/ping").status == 200

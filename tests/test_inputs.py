@@ -363,11 +363,16 @@ BAD_CELLS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["fastapi", "flask"])
-def penguins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The app around the boosted trees."""
+@pytest.fixture(scope="module")
+def penguins_apps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The apps around the boosted trees, by framework."""
     path = tmp_path_factory.mktemp("penguins") / "model.joblib"
-    return serve_estimator(path, fitted("boosting")[0], framework=request.param)
+    return {name: serve_estimator(path, fitted("boosting")[0], framework=name) for name in app.FRAMEWORKS}
+
+
+@pytest.fixture
+def penguins(penguins_apps: dict[str, Any], framework: str) -> Any:
+    return penguins_apps[framework]
 
 
 @pytest.mark.in_turn

@@ -21,7 +21,7 @@ from tests.lib.sizes import each_combination
 
 
 def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
-    """Save a fake estimator, and give the settings that serve it."""
+    """Save a fake estimator, and return the settings that serve it."""
     file = deploy(tmp_path, estimator)
     return {"SERVING_SETTINGS": file, "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__FORMAT": "json"}
 

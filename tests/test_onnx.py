@@ -72,7 +72,7 @@ ONNX = {"model": {"runtime": "onnx"}}
 
 
 def prove(path: Path, estimator: Any, features: Any = None, row: Any = None) -> app.Service:
-    """Give the service of an estimator in ONNX Runtime, proven with a golden row if there is one."""
+    """Return the service of an estimator in ONNX Runtime, proven with a golden row if there is one."""
     model = save(estimator, path) | {"runtime": "onnx"}
     service = app.make_service(make_settings(model=model, features=features or {}))
     if row is not None:
@@ -384,7 +384,7 @@ def test_graph_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def prove_graph(path: Path, graph: bytes) -> app.Service:
-    """Give the service of an .onnx file, proven."""
+    """Return the service of an .onnx file, proven."""
     path.write_bytes(graph)
     settings = make_settings(model={"path": str(path), "sha256": ""}, features={}, logging={"format": "json"})
     app.configure_logging(settings.logging)

@@ -23,12 +23,11 @@ import pytest
 import app
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
-from tests.lib.load import PAUSE_S, Load
-from tests.lib.servers import BIN, COMBINATIONS, PROJECT, Server, find_free_port, wait_for_model
+from tests.lib.load import Load, pause_s
+from tests.lib.servers import BIN, COMBINATIONS, GUNICORN, PROJECT, Server, find_free_port, wait_for_model
 from tests.lib.sizes import TWINS, scale
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
-GUNICORN = "gunicorn -c gunicorn.conf.py"
 GRACEFUL_S = 30
 
 
@@ -133,7 +132,7 @@ def check_combination(folder: Path, combination: tuple[str, str], break_log: Any
 
 def check_all_works(server: Server, file: Path) -> None:
     requests = scale(200, 500)
-    with Load(server, post_case(ROW), clients=2, pause_s=PAUSE_S) as load:
+    with Load(server, post_case(ROW), clients=2, pause_s=pause_s()) as load:
         load.wait_for(requests)
         edit(file, ('"iris"', '"second"'))
         os.kill(server.process.pid, signal.SIGHUP)

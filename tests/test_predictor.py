@@ -82,7 +82,7 @@ def test_crash_answers_500_without_internals(tmp_path: Path, framework: str) -> 
 
 
 def answer_of(estimator: Any, X: Any, **model: Any) -> dict[str, Any]:
-    """Give what the predictor says of the first row."""
+    """Return what the predictor says of the first row."""
     return answers_of(app.Predictor(estimator, **model), X)[0]
 
 

@@ -12,20 +12,21 @@ from sklearn.linear_model import LogisticRegression
 from tests.lib.artifacts import copy_project, deploy
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
-from tests.lib.load import PAUSE_S, Load, keeping_and_closing
-from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, gunicorn_with, private_mb, wait_until
+from tests.lib.load import Load, keeping_and_closing, pause_s
+from tests.lib.proc import children_of, is_alive, private_mb
+from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, gunicorn_with, wait_until
 from tests.lib.sizes import TWINS, each_worker, scale
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    return [pid for pid in pids if is_alive(pid)]
 
 
 @each_worker()
 def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """TERM under load: all that is sent before connections are refused is answered; readiness says 503 meanwhile."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
-    kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, until_refused=True, pause_s=PAUSE_S)
+    kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, until_refused=True, pause_s=pause_s())
     with kept, closed:
         kept.wait_for(scale(300, 1000))
         closed.wait_for(scale(300, 1000))
@@ -48,7 +49,7 @@ def test_killed_worker_loses_only_what_it_held(serve: Starter, combination: tupl
     """`kill -9` of each worker in turn: a client loses at most the request that was in flight there."""
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="3", SERVING_LOGGING__ACCESS="false"))
     workers = server.wait_for_workers(3)
-    with Load(server, post_case(ROW), pause_s=PAUSE_S) as load:
+    with Load(server, post_case(ROW), pause_s=pause_s()) as load:
         for pid in workers:
             load.wait_for(scale(300, 1000))
             server.replace(pid, signal.SIGKILL)
@@ -73,11 +74,12 @@ def test_orphans_end(serve: Starter, combination: tuple[str, str]) -> None:
 def test_other_master_keeps_the_address(serve: Starter, combination: tuple[str, str], is_taken_back: bool) -> None:
     """After USR2 two masters have the same listeners; when either ends, the other goes on accepting."""
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
+    workers = server.worker_pids
     server.process.send_signal(signal.SIGUSR2)
     wait_until(lambda: server.text.count("Listening at") == 2, "the second master")
-    second = max(server.worker_pids)
+    (second,) = {*server.worker_pids} - {*workers}
     wait_until(lambda: children_of(second), "its worker")
-    with Load(server, post_case(ROW), clients=8, keep_alive=False, pause_s=PAUSE_S) as load:
+    with Load(server, post_case(ROW), clients=8, keep_alive=False, pause_s=pause_s()) as load:
         load.wait_for(200)
         ending, workers = (second, children_of(second)) if is_taken_back else (server.process.pid, server.worker_pids)
         os.kill(ending, signal.SIGTERM)
@@ -88,10 +90,6 @@ def test_other_master_keeps_the_address(serve: Starter, combination: tuple[str, 
         os.kill(second, signal.SIGTERM)
         wait_until(lambda: not alive([second]), "the second master's end")
     server.stop()
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 FRAGILE = """
@@ -193,7 +191,8 @@ def test_hanging_prediction_costs_a_worker(
             assert (answers[0].split()[1], answers[1]) == (b"503", 503)
             assert server.get("/ping").status == 200
         wait_until(lambda: not alive([worker]), "the worker to end")
-    assert wait_until(lambda: server.post({"x0": 1.0}), "an answer").json == {"prediction": 0.0}
+    wait_until(lambda: server.post({"x0": 1.0}).status == 200, "an answer")
+    assert server.post({"x0": 1.0}).json == {"prediction": 0.0}
     assert server.stop() == 0
 
 
@@ -209,7 +208,7 @@ def test_recycled_workers_lose_nothing(serve: Starter, combination: tuple[str, s
         *combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false", **recycling
     )
     server = serve(**environment)
-    kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, pause_s=PAUSE_S)
+    kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, pause_s=pause_s())
     with kept, closed:
         kept.wait_for(requests)
         closed.wait_for(requests)
@@ -244,7 +243,7 @@ def test_workers_share_the_model(serve: Starter, large_model: str, combination: 
 
 @each_worker()
 def test_collector_writes_to_nothing_shared(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
-    """A model of half a million lists, which the garbage collector would go through, is the master's and workers'."""
+    """The garbage collector of a worker copies nothing of a model of half a million lists."""
     estimator = LogisticRegression().fit([[0.0, 0.0], [1.0, 1.0]], [0, 1])
     estimator.ballast_ = [[0] for _ in range(500_000)]
     file = deploy(tmp_path, estimator)
@@ -254,7 +253,7 @@ def test_collector_writes_to_nothing_shared(serve: Starter, tmp_path: Path, comb
 
 
 def used(server: Server) -> list[int]:
-    """Give the workers, after each has predicted."""
+    """Return the workers, after each has predicted."""
     workers = server.wait_for_workers(2)
     for _ in range(50):
         assert server.post([{"x0": 0.5, "x1": 1.5}] * 100).status == 200

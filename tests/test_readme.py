@@ -13,7 +13,7 @@ import pytest
 
 import app
 from tests.lib.artifacts import copy_project
-from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, SHIPPED_MODEL, Server, Starter, gunicorn_environment
+from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment
 from tests.lib.sizes import each_combination, each_worker
 
 README = (PROJECT / "README.md").read_text()
@@ -117,7 +117,7 @@ def test_development_commands_are_tested() -> None:
 
 def test_make_serve_serves(serve: Starter) -> None:
     """`make serve` starts gunicorn with the shipped settings."""
-    server = serve("make serve", **gunicorn_environment("fastapi", "auto"), **SHIPPED_MODEL)
+    server = serve("make serve", is_shipped=True, **gunicorn_environment("fastapi", "auto"))
     ready = server.get("/health/ready").json
     assert ready | {"settings_sha256": ""} == shown_ready() | {"settings_sha256": ""}
     server.stop(signal.SIGTERM)
@@ -137,7 +137,7 @@ HASH = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 def console_steps(text: str) -> list[tuple[str, str]]:
-    """Give the commands of a console block, each with what stands below it."""
+    """Return the commands of a console block, each with what stands below it."""
     block = text.partition("```console\n")[2].partition("```")[0]
     return [
         (command, shown.strip()) for command, shown in re.findall(r"^\$ (.*)\n((?:[^$\n].*\n|\n(?!\$))*)", block, re.M)
@@ -178,9 +178,7 @@ def penguins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_own_model_is_served_as_shown(serve: Starter, penguins: Path, combination: tuple[str, str]) -> None:
     """The transcript for a model of one's own holds: train, describe, paste, serve, predict."""
     _, _, _, _, (start, _), *requests = console_steps(OWN)
-    server = serve(
-        start, penguins, **gunicorn_environment(*combination, SERVING_SETTINGS=str(penguins / "settings.toml"))
-    )
+    server = serve(start, penguins, is_shipped=True, **gunicorn_environment(*combination))
     assert len(requests) == 2
     for command, shown in requests:
         command = command.replace("localhost:8000", f"127.0.0.1:{server.port}")

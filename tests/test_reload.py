@@ -17,7 +17,7 @@ import app
 from tests.lib.artifacts import choose, edit, lay_out, save, variables
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import SlowToLoad, Threading
-from tests.lib.load import PAUSE_S, Load, keeping_and_closing
+from tests.lib.load import Load, keeping_and_closing, pause_s
 from tests.lib.servers import (
     BIN,
     COMBINATIONS,
@@ -80,7 +80,7 @@ def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: t
             os.kill(server.process.pid, signal.SIGHUP)
             load.wait_for(requests // 5)
         wait_until(lambda: len(server.reloads) == 2, "the second reload")
-        load.wait_for(requests)
+        load.wait_for(scale(2000, 20_000) - load.count)
     assert server.reloads[1]["event"] == "reloaded"
     assert [line["event"] for line in server.lines if line["event"] in ("reload_started", "reloaded")][-1] == "reloaded"
     server.stop()
@@ -128,7 +128,7 @@ def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combinati
     before = identity(server)
     cases = share([*BROKEN.items()], combination)
     for number, (name, (break_it, says)) in enumerate(cases):
-        with Load(server, post_case(ROW), clients=4, pause_s=PAUSE_S) as load:
+        with Load(server, post_case(ROW), clients=4, pause_s=pause_s()) as load:
             resource = break_it(file)
             line = server.reload()
             load.wait_for(200)
@@ -185,7 +185,7 @@ def test_reload_without_new_workers_is_put_back(serve: Starter, tmp_path: Path, 
 
 
 def replace_worker(server: Server) -> None:
-    """Have the older of two workers drain, and wait for the one that comes in its place."""
+    """Drain the older of two workers, and wait for the one in its place."""
     older, _ = server.wait_for_workers(2)
     server.replace(older, signal.SIGTERM)
 
@@ -225,7 +225,7 @@ def test_dropped_address_is_drained(serve: Starter, tmp_path: Path, free_port: i
         file = lay_out(tmp_path, *combination)
         server = serve(SERVING_SETTINGS=str(file))
         edit(file, ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
-        with Load(server, post_case(ROW), keep_alive=False, until_refused=True, pause_s=PAUSE_S) as load:
+        with Load(server, post_case(ROW), keep_alive=False, until_refused=True, pause_s=pause_s()) as load:
             load.wait_for(500)
             server.reload()
             wait_until(lambda load=load: load.is_over, "the old address to refuse connections")
@@ -239,7 +239,7 @@ def test_loopback_gives_way_to_all_interfaces(serve: Starter, file: Path, free_p
     """The same port on all interfaces instead of one, and back: the kernel would have it in use."""
     edit(file, ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
     server = serve(SERVING_SETTINGS=str(file))
-    with Load(server, post_case(ROW), pause_s=PAUSE_S) as load:
+    with Load(server, post_case(ROW), pause_s=pause_s()) as load:
         for address in ("0.0.0.0", "127.0.0.1"):
             file.write_text(file.read_text().replace("0.0.0.0", "127.0.0.1").replace("127.0.0.1", address))
             assert server.reload()["event"] == "reloaded"

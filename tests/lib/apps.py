@@ -16,7 +16,7 @@ from tests.lib.servers import PROJECT
 
 
 def make_settings(**changes: Any) -> app.Settings:
-    """Give the shipped settings with some sections' keys, or all of [features], changed."""
+    """Return the shipped settings with some sections' keys, or all of [features], changed."""
     settings = app.load_settings(PROJECT / "settings.toml")
     values = settings.model_dump()
     for key, value in changes.items():
@@ -25,7 +25,7 @@ def make_settings(**changes: Any) -> app.Settings:
 
 
 def answers_of(predictor: app.Predictor, X: Any) -> list[dict[str, Any]]:
-    """Give what a predictor says of each row of X."""
+    """Return what a predictor says of each row of X."""
     return [json.loads(answer) for answer in predictor.predict(X).render()]
 
 

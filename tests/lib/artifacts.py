@@ -17,7 +17,7 @@ from tests.lib.servers import PROJECT
 
 
 def save(estimator: Any, path: Path) -> dict[str, str]:
-    """Save an estimator as its suffix says, and give the settings of [model] that trust it."""
+    """Save an estimator as its suffix says, and return the settings of [model] that trust it."""
     if path.suffix == ".skops":
         skops.io.dump(estimator, path)
     elif path.suffix == ".joblib":
@@ -50,7 +50,7 @@ def to_graph(estimator: Any, floats: Any = DoubleTensorType, **options: Any) -> 
 
 
 def deploy(folder: Path, estimator: Any, features: str = "") -> str:
-    """Save an estimator as `model.joblib` beside a settings file that serves it, and give that file's path."""
+    """Save an estimator as `model.joblib` beside a settings file that serves it, and return that file's path."""
     model = save(estimator, folder / "model.joblib")
     file = folder / "settings.toml"
     file.write_text(f'[model]\npath = "model.joblib"\nsha256 = "{model["sha256"]}"\n[features]\n{features}')
@@ -87,7 +87,7 @@ def load_shipped() -> Any:
 
 
 def choose(file: Path, model: dict[str, str]) -> None:
-    """Have a settings file name another artifact, with its hash."""
+    """Make a settings file name another artifact, with its hash."""
     text = re.sub(r'^path = ".*"$', f'path = "{model["path"]}"', file.read_text(), flags=re.MULTILINE)
     file.write_text(re.sub(r'^sha256 = ".*"$', f'sha256 = "{model["sha256"]}"', text, flags=re.MULTILINE))
 

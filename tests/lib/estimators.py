@@ -16,8 +16,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
 
-def take(seconds: float) -> None:
-    """Take time as native code does, which lets other threads run and no greenlets, but no processor."""
+def sleep_in_c(seconds: float) -> None:
+    """Sleep as native code may: other threads run meanwhile, greenlets do not."""
     ctypes.CDLL(None).usleep(int(seconds * 1e6))
 
 
@@ -105,7 +105,7 @@ def as_words(table: Any) -> Any:
 
 
 def worded() -> Any:
-    """Give a pipeline to which 1 is another category than 1.0, as only its function knows."""
+    """Return a pipeline to which 1 is another category than 1.0, as only its function knows."""
     return make_pipeline(FunctionTransformer(as_words), OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
 
 
@@ -174,9 +174,9 @@ class Gated(Slow):
     def predict(self, X: Any) -> Any:
         if 666 in X:
             (self.folder / "begun").touch()
-        take(self.seconds)
+        sleep_in_c(self.seconds)
         while 666 in X and not (self.folder / "open").exists():
-            take(self.seconds)
+            sleep_in_c(self.seconds)
         return np.ravel(X)
 
 

@@ -11,11 +11,16 @@ from typing import Any, Self
 
 from tests.lib.cases import Case
 from tests.lib.servers import Server, wait_until
+from tests.lib.sizes import scale
 
 TIMEOUT_S = 20.0
-PAUSE_S = 0.01  # between two requests of a client, where losses are the subject, and not how much is borne
 HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r]*\r\n(?:.*\r\n)?content-length: (\d+)\r\n", re.IGNORECASE | re.DOTALL)
 CLOSES = re.compile(rb"\r\nconnection: close\r\n", re.IGNORECASE)
+
+
+def pause_s() -> float:
+    """Return how long a client waits between two requests where a test is about losses, and not about speed."""
+    return scale(0.01, 0.0)
 
 
 class Load:

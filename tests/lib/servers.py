@@ -10,7 +10,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 import time
 import urllib.request
 import uuid
@@ -23,13 +22,14 @@ from tests.lib import prefork
 from tests.lib.cases import Case
 from tests.lib.clients import Answer, post_case, read_answer
 from tests.lib.prefork import BIN
+from tests.lib.proc import children_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 90.0
 END_S = 25.0  # less than server.graceful_timeout, so that an end that is cut short by it fails
-SHIPPED_MODEL = {"SERVING_MODEL__PATH": str(PROJECT / "model/iris.skops")}
+GUNICORN = "gunicorn -c gunicorn.conf.py"
 SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
     ("uvicorn app:asgi --port 0", "fastapi"),
@@ -48,7 +48,7 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = WAIT_S
     while not (result := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {within_s} s for {what}")
-        threading.Event().wait(0.01)
+        time.sleep(0.01)
     return result
 
 
@@ -71,6 +71,7 @@ class Server:
     """
 
     patience_s = WAIT_S  # for its start and each answer
+    has_ended = False
 
     def __init__(
         self,
@@ -122,8 +123,7 @@ class Server:
 
     @property
     def worker_pids(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
+        return children_of(self.process.pid)
 
     def wait_for_workers(self, count: int) -> list[int]:
         """Wait until there are so many, and return their process ids."""
@@ -179,15 +179,18 @@ class Server:
 
     def end(self) -> int:
         """Wait for its end, and return its status; whatever it leaves behind is killed."""
-        try:
-            return self.process.wait(END_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        if not self.has_ended:  # or its process group may be another's by now
+            try:
+                self.process.wait(END_S)
+            finally:
+                self.has_ended = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
 
 class Starter:
-    """Starts servers, with an environment that a call may add to, and ends them all together."""
+    """Starts servers, with an environment that a call may add to, and ends them all, whatever comes of one."""
 
     def __init__(self, logs: Path, environment: dict[str, str]) -> None:
         self.logs, self.environment = logs, environment
@@ -195,15 +198,21 @@ class Starter:
 
     def __call__(
         self,
-        command: str = "gunicorn -c gunicorn.conf.py",
+        command: str | list[str] = GUNICORN,
         cwd: Path = PROJECT,
         port: int | None = None,
+        is_shipped: bool = False,
         **more: Any,
     ) -> Server:
-        """Start a server, and return it as soon as it answers. One that names a model gets no other."""
-        if not {"SERVING_SETTINGS", "SERVING_MODEL__PATH"} & more.keys():
+        """Start a server, and return it as soon as it answers.
+
+        It gets the environment of all unless it names a model, or `is_shipped`: then it serves what the settings beside
+        the configuration say.
+        """
+        if not is_shipped and not {"SERVING_SETTINGS", "SERVING_MODEL__PATH"} & more.keys():
             more |= self.environment
-        server = Server(command.split(), self.logs / f"{uuid.uuid4()}.log", cwd, port, **more)
+        words = command.split() if isinstance(command, str) else command
+        server = Server(words, self.logs / f"{uuid.uuid4()}.log", cwd, port, **more)
         self.started.append(server)
         return server.wait()
 
@@ -215,14 +224,9 @@ class Starter:
             return dict(zip(pairs, running, strict=True))
 
     def stop(self) -> None:
-        for server in self.started:
-            server.stop(signal.SIGKILL)
-
-
-def private_mb(pid: int) -> float:
-    """Return what a process has to itself, in MB of 10^6 bytes; the kernel's kB are of 1024."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) * 1024 / 1e6
+        with contextlib.ExitStack() as stack:
+            for server in self.started:
+                stack.callback(server.stop, signal.SIGKILL)
 
 
 def gunicorn_environment(framework: str, worker: str, **environment: str) -> dict[str, str]:
@@ -237,7 +241,7 @@ def gunicorn_environment(framework: str, worker: str, **environment: str) -> dic
 
 def gunicorn_with(module: str, worker: str) -> str:
     """Return the command that serves a user's module by the interface of a worker."""
-    return f"gunicorn -c gunicorn.conf.py {module}:{'asgi' if worker == 'uvicorn' else 'wsgi'}"
+    return f"{GUNICORN} {module}:{'asgi' if worker == 'uvicorn' else 'wsgi'}"
 
 
 def run(command: str | list[str], cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -249,13 +253,13 @@ def run(command: str | list[str], cwd: Path = PROJECT, **environment: str) -> su
     return subprocess.run([BIN / words[0], *words[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
-def run_gunicorn(options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_gunicorn(options: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run gunicorn with its configuration, which ends it, in the project."""
-    return run(f"gunicorn -c gunicorn.conf.py {options}", PROJECT, **environment)
+    return run(f"{GUNICORN} {options}", PROJECT, **environment)
 
 
 def find_free_port() -> int:
-    """Return a port that nobody listens on, and that the kernel gives to no client: those are above 32 767."""
+    """Return a port that nobody listens on, and that Linux, unless told otherwise, gives to no client."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_768)
         with socket.socket() as probe, contextlib.suppress(OSError):
