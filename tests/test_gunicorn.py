@@ -434,6 +434,16 @@ def test_lifespan_runs(serve: Starter, project: Path, worker: str) -> None:
     assert "Traceback" not in server.text
 
 
+def test_lifespan_ends_with_other_servers(serve: Starter, project: Path) -> None:
+    """A server that does not know of the shut-down event has it run too, when its worker ends."""
+    (project / "extended.py").write_text(EXTENDED)
+    command = "gunicorn extended:wsgi --bind 127.0.0.1:0 --worker-class gevent"
+    server = serve(command, project, SERVING_FRAMEWORK="fastapi")
+    assert server.get("/colour").json == "violet"
+    assert server.stop() == 0
+    assert re.findall("event: (.+)", server.text) == ["started", "in a thread", "stopped"]
+
+
 @pytest.mark.parametrize("worker", ["uvicorn", "gevent"])
 def test_failed_start_up_event_ends_the_service(project: Path, worker: str) -> None:
     """What a start-up event raises stops the process, under both workers."""

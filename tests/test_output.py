@@ -192,6 +192,29 @@ def test_lost_lines_are_counted_and_told_once(pipe: Pipe, monkeypatch: pytest.Mo
     assert 4096 < len(text) < 2 * app.MAX_PENDING_BYTES  # which is all that was kept
 
 
+def test_last_lines_are_waited_for(pipe: Pipe) -> None:
+    """A process that ends gives a slow reader a moment for the lines that wait."""
+    code = """
+import app
+app.protect_output()
+app.configure_logging(app.LoggingSettings(format="json"))
+app.LAST_LINES_S = 10  # for which a busy machine may take long
+for index in range(100):
+    app.log.info("line", index=index)
+print("all are logged")
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=pipe.writing) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"all are logged\n"
+        text = b""
+        while process.poll() is None:
+            text += pipe.read()
+            time.sleep(0.01)
+    events = [json.loads(line) for line in (text + pipe.read()).splitlines()]
+    assert [event["index"] for event in events] == [*range(100)]
+
+
 def test_line_that_was_cut_ends_before_the_next(tmp_path: Path) -> None:
     """A line of which a full disk took a part is ended before the next, and counted."""
     code = """
