@@ -13,7 +13,7 @@ from sklearn.ensemble import RandomForestClassifier
 from tests.lib import prefork, sizes
 from tests.lib.artifacts import copy_project, lay_out, load_shipped, save, variables
 from tests.lib.clients import ROW
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, find_free_port
+from tests.lib.servers import CHOICES, COMBINATIONS, PROJECT, Server, Starter, find_free_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     sizes.is_full = config.getoption("--full")
     prefork.is_on = not sizes.is_full
+    for name in [name for name in os.environ if name.startswith(CHOICES)]:
+        del os.environ[name]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which then reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep tests that share servers in one process, which has them started once; let those that start any go first."""
-    if not sizes.is_full:
+    if not sizes.is_full and not any("[" in argument for argument in config.args):  # asked for by its id
         config.hook.pytest_deselected(items=sizes.take_turns(items))
     for item in items:
         names: list[str] = getattr(item, "fixturenames", [])
@@ -80,12 +82,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("project")
     copy_project(target)
     return target
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("SERVING_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture(params=["fastapi", "flask"])

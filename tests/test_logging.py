@@ -5,6 +5,7 @@ import logging
 import random
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 
 import app
 from tests.lib import estimators
-from tests.lib.apps import call, make_settings
+from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import deploy
 from tests.lib.cases import BAD, JSON, QUERY, Case
-from tests.lib.clients import ROW
+from tests.lib.clients import ROW, post_case
 from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, run, wait_until
 from tests.lib.sizes import each_combination
 
@@ -64,7 +65,19 @@ def test_request_has_one_access_line(servers: dict[tuple[str, str], Server], com
         "rows": 3,
         "level": "info",
     }
-    assert 0 < line["duration_ms"] < 10_000
+
+
+def test_duration_is_in_milliseconds(tmp_path: Path, framework: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is at least what the estimator takes, and at most what the client waits."""
+    native = serve_estimator(
+        tmp_path / "model.joblib", estimators.Slow(0.1), framework=framework, logging={"format": "json"}
+    )
+    capsys.readouterr()
+    started = time.perf_counter()
+    assert call(native, post_case({"x0": 1.5})).status == 200
+    waited_ms = (time.perf_counter() - started) * 1000
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 100 <= json.loads(line)["duration_ms"] <= waited_ms
 
 
 @each_combination()

@@ -29,6 +29,7 @@ COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for wo
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 90.0
 END_S = 25.0  # less than server.graceful_timeout, so that an end that is cut short by it fails
+CHOICES = ("SERVING_", "FLASK_", "GUNICORN_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS")  # in variables
 GUNICORN = "gunicorn -c gunicorn.conf.py"
 SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
@@ -84,7 +85,7 @@ class Server:
         **environment: str,
     ) -> None:
         self.command, self.log, self.port, self.tls = command, log, port or 0, tls
-        env = {key: value for key, value in os.environ.items() if not key.startswith("SERVING_")} | environment
+        env = {key: value for key, value in os.environ.items() if not key.startswith(CHOICES)} | environment
         env["PATH"] = f"{BIN}:{env['PATH']}"
         with log.open("wb") as stream:
             self.process = start(command, cwd, env, stream, stderr or stream)

@@ -1,6 +1,6 @@
 """How much the tests do: `make test` and `make test-full` run the same functions in two sizes."""
 
-import itertools
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -36,14 +36,18 @@ def share(cases: Sequence[T], combination: tuple[str, str]) -> Sequence[T]:
 
 
 def take_turns(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Leave each case of tests marked `in_turn` to one framework or combination, and return what is left out."""
-    groups: dict[Any, list[pytest.Item]] = defaultdict(list)
+    """Leave each case of tests marked `in_turn` to one framework or combination, and return what is left out.
+
+    Which one does not depend on what else is collected, so that a case that fails among all is there in its file alone.
+    """
+    functions: dict[str, dict[Any, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
         if item.get_closest_marker("in_turn") and hasattr(item, "callspec"):
-            case = [id(value) for name, value in item.callspec.params.items() if name not in CROSSED]
-            groups[item.nodeid.partition("[")[0], *case].append(item)
-    for number, group in enumerate(groups.values()):
-        del group[number % len(group)]
-    left = [*itertools.chain(*groups.values())]
+            case = tuple(id(value) for name, value in item.callspec.params.items() if name not in CROSSED)
+            functions[item.nodeid.partition("[")[0]][case].append(item)
+    for function, cases in functions.items():
+        for number, group in enumerate(cases.values(), zlib.crc32(function.encode())):
+            del group[number % len(group)]
+    left = [item for cases in functions.values() for group in cases.values() for item in group]
     items[:] = [item for item in items if item not in left]
     return left
