@@ -437,7 +437,7 @@ def test_lifespan_runs(serve: Starter, project: Path, worker: str) -> None:
 def test_lifespan_ends_with_other_servers(serve: Starter, project: Path) -> None:
     """A server that does not know of the shut-down event has it run too, when its worker ends."""
     (project / "extended.py").write_text(EXTENDED)
-    command = "gunicorn extended:wsgi --bind 127.0.0.1:0 --worker-class gevent"
+    command = "gunicorn extended:wsgi --bind 127.0.0.1:0 --workers 1 --worker-class gevent"
     server = serve(command, project, SERVING_FRAMEWORK="fastapi")
     assert server.get("/colour").json == "violet"
     assert server.stop() == 0

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from xgboost import XGBClassifier, XGBRegressor
 
 import app
-from tests.lib.artifacts import choose, deploy, lay_out, save
+from tests.lib.artifacts import choose, deploy, edit, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
 from tests.lib.servers import (
@@ -40,7 +40,7 @@ from tests.lib.servers import (
 )
 from tests.lib.sizes import TWINS, each_worker, scale
 
-LIMIT_S = scale(5, 10)  # seconds, in which good models are loaded, and bad ones come to what they never finish
+LIMIT_S = scale(3, 10)  # seconds, in which an artifact comes to what it never finishes
 LIMIT = {"SERVING_MODEL__LOAD_TIMEOUT_S": str(LIMIT_S), "PYTHONPATH": str(PROJECT)}
 LATE = f"which takes longer than model.load_timeout_s = {LIMIT_S} s while"
 
@@ -164,15 +164,21 @@ def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
         assert re.search(message, done.stderr)
 
 
+def choose_bad(file: Path, estimator: Any) -> None:
+    """Make a settings file name an estimator that never gets ready, and has little time for it."""
+    choose(file, save(estimator, file.parent / "model.joblib"))
+    edit(file, ("[model]\n", f"[model]\nload_timeout_s = {LIMIT_S}\n"))
+
+
 @pytest.mark.parametrize("combination", scale(TWINS[:1], TWINS), ids="-".join)
 def test_reload_ends_with_one_line(serve: Starter, tmp_path: Path, combination: Any) -> None:
     """The same artifacts by HUP: one line, no process left behind, the old model goes on, and the next HUP is taken."""
     file = lay_out(tmp_path, *combination)
-    server = serve(SERVING_SETTINGS=str(file), **LIMIT)
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
     good = file.read_text()
     for name, (estimator, message) in ENDLESS.items():
         estimator.n_features_in_ = 1
-        choose(file, save(estimator, tmp_path / "model.joblib"))
+        choose_bad(file, estimator)
         line = server.reload()
         assert line["event"] == "reload_refused", name
         assert re.search(message.replace("which takes", "takes"), line["reason"]), (name, line)
@@ -189,9 +195,9 @@ def test_load_that_cannot_be_stopped_is_told(serve: Starter, tmp_path: Path, com
     """A model that never ends only where the master loads it is refused, and told as long as it goes on; workers that
     are killed meanwhile are replaced."""
     file = lay_out(tmp_path, *combination)
-    server = serve(SERVING_SETTINGS=str(file), **LIMIT)
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
     good = file.read_text()
-    choose(file, save(Endless("load in a thread", "wait"), tmp_path / "model.joblib"))
+    choose_bad(file, Endless("load in a thread", "wait"))
     assert re.search(f"{LATE} loading it".replace("which ", ""), server.reload()["reason"])
     file.write_text(good)
     assert "the model of an earlier reload is still being loaded" in server.reload()["reason"]
