@@ -29,7 +29,14 @@ COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for wo
 LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
 WAIT_S = 90.0
 END_S = 25.0  # less than server.graceful_timeout, so that an end that is cut short by it fails
-CHOICES = ("SERVING_", "FLASK_", "GUNICORN_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS")  # in variables
+CHOICES = (  # variables by which whoever runs the tests, or the bench, may have chosen something for servers
+    "SERVING_",
+    "FLASK_",
+    "GUNICORN_",
+    "UVICORN_",
+    "WEB_CONCURRENCY",
+    "FORWARDED_ALLOW_IPS",
+)
 GUNICORN = "gunicorn -c gunicorn.conf.py"
 SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
