@@ -48,7 +48,7 @@ def soak(framework: str, worker: str, is_troubled: bool, seconds: float) -> list
     with tempfile.TemporaryDirectory() as folder:
         file = lay_out(Path(folder), framework, worker)
         edit(file, ("[server]\n", "[server]\nkeepalive = 1\n"))
-        server = Server(GUNICORN.split(), Path(folder) / "log", PROJECT, SERVING_SETTINGS=str(file)).wait()
+        server = Server(GUNICORN, Path(folder) / "log", PROJECT, SERVING_SETTINGS=str(file)).wait()
         try:
             with Load(server, post_case(ROW), clients=8) as load:
                 end = time.monotonic() + seconds

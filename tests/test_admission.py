@@ -107,7 +107,7 @@ def test_overload_is_refused_and_forgotten(serve: Starter, tmp_path: Path, combi
     assert load.answers[429] > load.answers[200] >= good
     took_s = load.took_by_status[200]
     assert p99(took_s) < 2 + p99(health_s)  # which is what the way there and back takes, on cores that others use too
-    assert statistics.median(health_s) < statistics.median(took_s) / 2
+    assert statistics.median(health_s) < min(0.5, statistics.median(took_s) / 2)
     assert resident_mb(worker) < before_mb + 100
     time.sleep(1)
     assert statistics.median(time_of(server, case) for _ in range(10)) < 2 * alone_s

@@ -84,7 +84,7 @@ def make_targets(estimator: Any) -> list[tuple[Any, bool]]:
 
 
 def fit_all(name: str) -> Iterator[tuple[Any, Any]]:
-    """Return each instance of a class as fitted on each target that it takes, with its rows.
+    """Yield each instance of a class as fitted on each target that it takes, with its rows.
 
     One that refuses a target is left out, unless its tags say that it takes it.
     """

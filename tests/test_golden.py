@@ -29,7 +29,7 @@ from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
 from tests.lib.clients import ROW, post_case
 from tests.lib.pipelines import PENGUINS, fitted, rows_of
-from tests.lib.servers import PROJECT, Starter, gunicorn_environment, run_gunicorn
+from tests.lib.servers import GUNICORN, PROJECT, Starter, gunicorn_environment, run_gunicorn
 from tests.lib.sizes import each_combination
 
 SHIPPED = json.loads((PROJECT / "model/iris.golden.json").read_text())
@@ -121,9 +121,7 @@ def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[
         start(iris, {"versions": versions}, strict_versions=True)
 
 
-@pytest.mark.parametrize(
-    "command", ["gunicorn -c gunicorn.conf.py", "uvicorn app:app --port 0", "flask --app app run --port 0"]
-)
+@pytest.mark.parametrize("command", [GUNICORN, "uvicorn app:app --port 0", "flask --app app run --port 0"])
 def test_another_python_is_no_warning(serve: Starter, iris: Path, command: str) -> None:
     """Answers do not depend on Python's version: golden rows of another are one line at info, whatever is strict."""
     versions = GOLDEN["versions"] | {"python": "2.7"}
@@ -234,7 +232,7 @@ def test_gunicorn_refuses_before_it_listens(iris: Path, combination: tuple[str, 
     golden = GOLDEN | {"predictions": changed(3, prediction="virginica")}
     (iris.parent / "iris.golden.json").write_text(json.dumps(golden))
     environment = gunicorn_environment(*combination, SERVING_MODEL__PATH=str(iris))
-    done = run_gunicorn("", **environment)
+    done = run_gunicorn(**environment)
     assert done.returncode == 4
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("ModelError: environment: SERVING_MODEL__PATH is ")
@@ -253,7 +251,7 @@ def test_model_that_ends_its_process_is_refused(tmp_path: Path, how: str, messag
     """A predict that exits, with status 0 too, or crashes the interpreter is refused before gunicorn listens."""
     file = deploy(tmp_path, estimators.Deadly(how), "a = { example = 1.5 }")
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file)
-    done = run_gunicorn("", PYTHONPATH=str(PROJECT), **environment)
+    done = run_gunicorn(PYTHONPATH=str(PROJECT), **environment)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
     assert message in done.stderr
 

@@ -65,6 +65,7 @@ def test_request_has_one_access_line(servers: dict[tuple[str, str], Server], com
         "rows": 3,
         "level": "info",
     }
+    assert 0 < line["duration_ms"] < 10_000
 
 
 def test_duration_is_in_milliseconds(tmp_path: Path, framework: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def check_combination(folder: Path, combination: tuple[str, str], break_log: Any
     file, port = lay_out(folder, *combination), find_free_port()
     edit(file, ("access = false", ""), (":0", f":{port}"))
     with break_log(folder) as log:
-        command = ["bash", "-c", log["shell"]] if "shell" in log else GUNICORN.split()
+        command = ["bash", "-c", log["shell"]] if "shell" in log else GUNICORN
         environment = {"SERVING_SETTINGS": str(file), "PYTHONUNBUFFERED": ""}
         server = Server(command, folder / "out", PROJECT, port, stderr=log.get("stderr"), **environment).wait()
         try:

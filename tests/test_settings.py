@@ -13,7 +13,7 @@ import joblib
 import pytest
 
 import app
-from tests.lib.servers import PROJECT, run, run_gunicorn
+from tests.lib.servers import GUNICORN, PROJECT, run, run_gunicorn
 
 CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("framework",): ("flask", "flask"),
@@ -310,8 +310,8 @@ def test_secret_is_in_no_message(monkeypatch: pytest.MonkeyPatch, text: str) -> 
 
 
 COMMANDS = {
-    "gunicorn": "gunicorn -c gunicorn.conf.py",
-    "check-config": "gunicorn -c gunicorn.conf.py --check-config",
+    "gunicorn": GUNICORN,
+    "check-config": f"{GUNICORN} --check-config",
     "flask": "flask --app app run --debug --port 0",
     "uvicorn": "uvicorn app:app --port 0",
     "uvicorn-asgi": "uvicorn app:asgi --port 0",
@@ -329,7 +329,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistake_stops_gunicorn_before_it_listens(mistake: dict[str, str]) -> None:
     """One message, a status that is not zero, no traceback, and no socket."""
-    done = run_gunicorn("", SERVING_SERVER__BIND="127.0.0.1:0", **mistake)
+    done = run_gunicorn(SERVING_SERVER__BIND="127.0.0.1:0", **mistake)
     assert done.returncode != 0
     assert re.fullmatch(r"(Settings|Model)Error: [^\n]+\n", done.stderr)
     assert done.stdout == ""

@@ -27,9 +27,11 @@ import app
 from tests.lib.artifacts import choose, deploy, edit, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
+from tests.lib.proc import is_alive
 from tests.lib.servers import (
     BIN,
     COMBINATIONS,
+    GUNICORN,
     PROJECT,
     Server,
     Starter,
@@ -221,7 +223,7 @@ def test_what_takes_long_is_told(tmp_path: Path) -> None:
     """While a model takes long, a line says every ten seconds what it does, for how long, and until when it may."""
     file = deploy(tmp_path, Endless("predict", "wait"))
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=file, **LIMIT)
-    done = run_gunicorn("", **environment | {"SERVING_MODEL__LOAD_TIMEOUT_S": "11"})
+    done = run_gunicorn(**environment | {"SERVING_MODEL__LOAD_TIMEOUT_S": "11"})
     progress, _ = done.stderr.splitlines()
     assert re.search(r'"doing":"answering its example row","for_s":10\.\d,"limit_s":11\.0', progress)
     assert '"event":"model_takes_long","level":"warning"' in progress
@@ -258,7 +260,7 @@ def test_pipe_and_device_end_the_start(tmp_path: Path, make: Callable[[Path], No
     """A path that names a pipe or a device is refused at once."""
     make(tmp_path / "model.skops")
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_MODEL__PATH=str(tmp_path / "model.skops"))
-    done = run_gunicorn("", **environment)
+    done = run_gunicorn(**environment)
     assert done.returncode == app.STARTUP_STATUS
     assert re.fullmatch(r"ModelError: .*it is a pipe, a socket or a device, not a regular file\n", done.stderr)
 
@@ -285,14 +287,14 @@ def test_daemon_lets_go_of_what_started_it(tmp_path: Path, free_port: int) -> No
     """With `--daemon` nobody who waits for the end of standard error waits for the daemon's."""
     pid = tmp_path / "pid"
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__BIND=f"127.0.0.1:{free_port}")
-    done = run(f"gunicorn -c gunicorn.conf.py --daemon --pid {pid}", **environment)
+    done = run_gunicorn(f"--daemon --pid {pid}", **environment)
     assert done.returncode == 0
     number = int(wait_until(lambda: pid.exists() and pid.read_text(), "the number of the daemon"))
     try:
         assert wait_until(lambda: pings(free_port), "an answer")
     finally:
         os.kill(number, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{number}").exists(), "its end")
+    wait_until(lambda: not is_alive(number), "its end")
 
 
 def pings(port: int) -> bool:
@@ -313,7 +315,7 @@ cd {project} && exec {command}
 @pytest.mark.parametrize("option", ["", " --check-config"], ids=["start", "check"])
 def test_read_only_root_ends_the_start(option: str) -> None:
     """With a root that is read only, and no folder for temporary files, a start ends before it listens, and a check."""
-    command = f"{BIN}/gunicorn -c gunicorn.conf.py{option}"
+    command = f"{BIN}/{GUNICORN}{option}"
     script = READ_ONLY.format(project=PROJECT, command=command)
     done = subprocess.run(
         ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]), "sh", "-c", script],
@@ -331,7 +333,7 @@ def test_folder_that_vanishes_harms_nobody(serve: Starter, tmp_path: Path) -> No
     """Once the service has served, a worker for which there is nowhere to write is tried again until there is."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    command = f"gunicorn -c gunicorn.conf.py --worker-tmp-dir {folder}"
+    command = f"{GUNICORN} --worker-tmp-dir {folder}"
     server = serve(command, **gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__WORKERS="2"))
     killed, _ = server.wait_for_workers(2)
     wait_until(lambda: server.text.count('"event":"Application startup complete."') == 2, "both workers to serve")

@@ -33,8 +33,16 @@ def private_mb(pid: int) -> float:
     return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))) * 1024 / 1e6
 
 
-def resident_mb(pid: int, at_most: bool = False) -> float:
-    """Return what a process has in memory, or the most that it ever had, in MB of 10^6 bytes."""
-    name = "VmHWM" if at_most else "VmRSS"
+def resident_mb(pid: int) -> float:
+    """Return what a process has in memory, in MB of 10^6 bytes."""
+    return _status_mb(pid, "VmRSS")
+
+
+def peak_mb(pid: int) -> float:
+    """Return the most that a process has had in memory, in MB of 10^6 bytes."""
+    return _status_mb(pid, "VmHWM")
+
+
+def _status_mb(pid: int, name: str) -> float:
     (kb,) = re.findall(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(kb) * 1024 / 1e6

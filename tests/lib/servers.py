@@ -60,6 +60,11 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = WAIT_S
     return result
 
 
+def words_of(command: str | list[str]) -> list[str]:
+    """Return a command as its words, of which none has a blank where it is a text."""
+    return command.split() if isinstance(command, str) else command
+
+
 def start(
     command: list[str], cwd: Path, env: dict[str, str], stdout: Any, stderr: Any
 ) -> subprocess.Popen[bytes] | prefork.Forked:
@@ -83,7 +88,7 @@ class Server:
 
     def __init__(
         self,
-        command: list[str],
+        command: str | list[str],
         log: Path,
         cwd: Path,
         port: int | None = None,
@@ -91,11 +96,11 @@ class Server:
         stderr: Any = None,
         **environment: str,
     ) -> None:
-        self.command, self.log, self.port, self.tls = command, log, port or 0, tls
+        self.command, self.log, self.port, self.tls = words_of(command), log, port or 0, tls
         env = {key: value for key, value in os.environ.items() if not key.startswith(CHOICES)} | environment
         env["PATH"] = f"{BIN}:{env['PATH']}"
         with log.open("wb") as stream:
-            self.process = start(command, cwd, env, stream, stderr or stream)
+            self.process = start(self.command, cwd, env, stream, stderr or stream)
 
     def wait(self) -> Self:
         """Return as soon as it answers. If it ends or takes too long, end it and raise AssertionError."""
@@ -181,8 +186,7 @@ class Server:
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
         """Send a signal that ends it, wait for its end, and return its status."""
-        if self.process.poll() is None:
-            self.process.send_signal(sig)
+        self.process.send_signal(sig)  # unless it has ended
         return self.end()
 
     def end(self) -> int:
@@ -219,8 +223,7 @@ class Starter:
         """
         if not is_shipped and not {"SERVING_SETTINGS", "SERVING_MODEL__PATH"} & more.keys():
             more |= self.environment
-        words = command.split() if isinstance(command, str) else command
-        server = Server(words, self.logs / f"{uuid.uuid4()}.log", cwd, port, **more)
+        server = Server(command, self.logs / f"{uuid.uuid4()}.log", cwd, port, **more)
         self.started.append(server)
         return server.wait()
 
@@ -254,7 +257,7 @@ def gunicorn_with(module: str, worker: str) -> str:
 
 def run(command: str | list[str], cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the installed ones to its end, and return how it ended and what it printed."""
-    words = command.split() if isinstance(command, str) else command
+    words = words_of(command)
     env = os.environ | environment
     if prefork.takes(words):
         return prefork.run(words, cwd, env, timeout=60)
