@@ -4640,7 +4640,9 @@ class FastAPIOverWSGI:
             lifespan.result()
 
         self._end = end
-        atexit.register(self.stop)  # where the server does not call it
+        # Where the server does not call it. Not by `atexit`, which comes after `concurrent.futures.thread` has ended
+        # its threads in the same way as here: an event could not use them.
+        threading._register_atexit(self.stop)  # type: ignore[attr-defined]
         return ASGIMiddleware(functools.partial(self._asgi, started.result()), loop=loop)
 
     async def _live(self, started: concurrent.futures.Future[Any], stopping: asyncio.Event) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def become(command: list[str], cwd: str, env: dict[str, str], stdout: Any, stder
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:  # in each process that it forks too, as in a program
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
 
 
