@@ -14,7 +14,7 @@ from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Hanging
 from tests.lib.load import Load, keeping_and_closing, pause_s
 from tests.lib.proc import children_of, is_alive, private_mb
-from tests.lib.servers import PROJECT, Server, Starter, gunicorn_environment, gunicorn_with, wait_until
+from tests.lib.servers import PROJECT, WAIT_S, Server, Starter, gunicorn_environment, gunicorn_with, wait_until
 from tests.lib.sizes import TWINS, each_worker, scale
 
 
@@ -160,7 +160,7 @@ def test_worker_that_hangs_while_it_starts_is_replaced(serve: Starter) -> None:
     os.kill(server.worker_pids[0], signal.SIGKILL)
     booting = wait_until(lambda: server.text.count("Booting worker") == 2 and server.worker_pids, "a new worker")[0]
     os.kill(booting, signal.SIGSTOP)
-    wait_until(lambda: booting not in server.worker_pids, "its end")
+    wait_until(lambda: booting not in server.worker_pids, "its end", within_s=10 * WAIT_S)  # ten proofs of the model
     assert wait_until(lambda: server.get("/ping"), "an answer").status == 200
     assert server.stop() == 0
 
