@@ -161,6 +161,7 @@ if failing.exists():
     failing.write_text("after the trial")
 native = app.create_app()
 asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
+print("the app is made", flush=True)
 """
 
 
@@ -171,6 +172,7 @@ def test_reload_without_new_workers_is_put_back(serve: Starter, tmp_path: Path, 
     (tmp_path / "fails.py").write_text(FAILING)
     server = serve(gunicorn_with("fails", combination[1]), SERVING_SETTINGS=str(file), PYTHONPATH=str(tmp_path))
     before = identity(server)
+    wait_until(lambda: server.text.count("the app is made") == 2, "both workers to have loaded the module")
     failing = tmp_path / "fails.failing"
     failing.touch()
     edit(file, ('"iris"', '"second"'), ("127.0.0.1:0", f"127.0.0.1:{find_free_port()}"))
