@@ -106,8 +106,10 @@ def become(command: list[str], cwd: str, env: dict[str, str], stdout: Any, stder
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:  # in each process that it forks too, as in a program
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]
+        finally:  # whatever that raised
+            atexit._run_exitfuncs()
 
 
 def execute(command: list[str], cwd: str, folders: list[str]) -> None:

@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float = WAIT_S
 
 
 def words_of(command: str | list[str]) -> list[str]:
-    """Return a command as its words, of which none has a blank where it is a text."""
+    """Return the words of a command; a text is split at its blanks."""
     return command.split() if isinstance(command, str) else command
 
 
