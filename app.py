@@ -173,12 +173,29 @@ class SettingsError(StartupError):
     """The settings file or a `SERVING_…` variable is wrong."""
 
 
+class MisfitError(SettingsError):
+    """Settings do not fit the model: a problem for each key. `Settings.locate` puts the place of each in front."""
+
+    def __init__(self, *problems: tuple[Key, str]) -> None:
+        super().__init__("\n".join(f"{'.'.join(key)} {problem}" for key, problem in problems))
+        self.problems = problems
+
+
 class ModelError(StartupError):
-    """The artifact is missing, cannot be loaded, or is not a fitted predictor."""
+    """The artifact is missing, cannot be loaded, or is not a fitted predictor. `about` puts its name in front."""
 
 
 class EstimatorError(ModelError):
     """The estimator raised what only it can explain."""
+
+
+@contextlib.contextmanager
+def about(artifact: str) -> Iterator[None]:
+    """Put the name of an artifact in front of what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{artifact} {error}") from error.__cause__
 
 
 def reason_of(error: BaseException) -> str:
@@ -360,6 +377,7 @@ class FeatureSettings(Section):
     missing: bool | None = None
     unit: str | None = None
     example: Cell | None = None
+    _is_variable: bool = PrivateAttr(default=False)  # the example comes from the environment, where all is text
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -436,6 +454,20 @@ class Settings(Section):
     def place(self, *key: str) -> str:
         """Say where the value of a setting stands, for a message about it."""
         return _place(key, self._sources)
+
+    @contextlib.contextmanager
+    def locate(self) -> Iterator[None]:
+        """Put the place of each setting in front of what is wrong with its value."""
+        try:
+            yield
+        except MisfitError as error:
+            lines = [f"{self.place(*key)} {problem}" for key, problem in error.problems]
+            raise SettingsError("\n".join(lines)) from None
+
+    @property
+    def artifact(self) -> str:
+        """The artifact as the subject of a message."""
+        return f"{self.place('model', 'path')} is {str(self.model_path)!r}, which"
 
     @property
     def folder(self) -> Path:
@@ -517,6 +549,8 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(error, sources))) from None
     settings._file, settings._sources = file, sources
+    for name, feature in settings.features.items():
+        feature._is_variable = settings.source("features", name, "example").startswith("environment")
     return settings
 
 
@@ -1362,18 +1396,23 @@ JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", 
 class Contract:
     """The types of input: which features a row has, and how rows become what the estimator takes.
 
-    `inputs` come from the estimator; `settings.features` completes them, and `row`, one that the model is known to
-    answer, gives examples. Raises `SettingsError` where settings and estimator contradict each other, and `ModelError`
-    where a DataFrame is needed without pandas.
+    `inputs` come from the estimator; `given` completes them, and `row`, one that the model is known to answer, gives
+    examples. Raises `MisfitError` where settings and estimator contradict each other, and `ModelError` where a
+    DataFrame is needed without pandas.
     """
 
-    def __init__(self, inputs: Inputs, settings: Settings, row: Mapping[str, Any] | None = None) -> None:
-        columns = name_columns(inputs, settings)
+    def __init__(
+        self, inputs: Inputs, given: Mapping[str, FeatureSettings], row: Mapping[str, Any] | None = None
+    ) -> None:
+        columns = name_columns(inputs, given)
         used = {name: column for name, column in columns.items() if column is not None}
-        _refuse_contradictions(used, settings)
+        _refuse_contradictions(used, given)
         self.order = list(columns)  # of the columns that the estimator takes, those that it drops too
         self.names = list(used)
-        self.features = {name: _complete(name, column, settings, row or {}) for name, column in used.items()}
+        self.features = {
+            name: _complete(name, column, given.get(name, FeatureSettings()), row or {})
+            for name, column in used.items()
+        }
         self.nullable = [name for name, feature in self.features.items() if feature.missing]
         cells = {name: _cell_type(feature) for name, feature in self.features.items()}
         left_out = {name: NotRequired[cells[name]] for name in self.nullable}
@@ -1569,12 +1608,12 @@ class Hints:
         return f"{message}; {self._nearest(name, tuple(names))}"
 
 
-def name_columns(inputs: Inputs, settings: Settings, row: Iterable[str] = ()) -> dict[str, Column | None]:
+def name_columns(inputs: Inputs, features: Iterable[str], row: Iterable[str] = ()) -> dict[str, Column | None]:
     """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings.
 
     `row` has the names for an estimator that does not even say how many it takes.
     """
-    given = list(settings.features) or (list(row) if inputs.columns is None else [])
+    given = list(features) or (list(row) if inputs.columns is None else [])
     if inputs.columns is None:
         if not given:
             raise ModelError("does not say how many features it takes; name them in [features], in its order")
@@ -1584,27 +1623,26 @@ def name_columns(inputs: Inputs, settings: Settings, row: Iterable[str] = ()) ->
     if inputs.names is None and not set(given) <= set(made):
         used = [name for name, column in zip(made, inputs.columns, strict=True) if column is not None]
         if len(given) != len(used):
-            place, problem = settings.place("features"), f"names {len(given)} features, {listed(given)}"
-            raise SettingsError(f"{place} {problem}; the model takes {len(used)}: {listed(used)}")
+            problem = f"names {len(given)} features, {listed(given)}; the model takes {len(used)}: {listed(used)}"
+            raise MisfitError((("features",), problem))
         new = dict(zip(used, given, strict=True))
         names = [new.get(name, name) for name in made]
     return dict(zip(names, inputs.columns, strict=True))
 
 
-def _refuse_contradictions(columns: Mapping[str, Column], settings: Settings) -> None:
-    """Raise `SettingsError` where settings and estimator differ, and `ModelError` where its own parts do."""
-    for name in settings.features.keys() - columns.keys():
-        place = settings.place("features", name)
-        raise SettingsError(f"{place} is not about a feature of the model; {nearest(name, columns)}")
+def _refuse_contradictions(columns: Mapping[str, Column], features: Mapping[str, FeatureSettings]) -> None:
+    """Raise `MisfitError` where settings and estimator differ, and `ModelError` where its own parts do."""
+    for name in features.keys() - columns.keys():
+        raise MisfitError((("features", name), f"is not about a feature of the model; {nearest(name, columns)}"))
     for name in [name for name, column in columns.items() if column.choices == ()]:
         raise ModelError(f"has parts that know no category of {name!r} in common, so that it can answer none")
-    lines = [
-        f"{settings.place('features', name, key)} is {shorten(getattr(given, key))!r}; the model takes {allowed} there"
-        for name, given in settings.features.items()
+    problems = [
+        (("features", name, key), f"is {shorten(getattr(given, key))!r}; the model takes {allowed} there")
+        for name, given in features.items()
         for key, allowed in _find_contradictions(given, columns[name])
     ]
-    if lines:
-        raise SettingsError("\n".join(lines))
+    if problems:
+        raise MisfitError(*problems)
 
 
 def _find_contradictions(given: FeatureSettings, column: Column) -> Iterator[tuple[str, str]]:
@@ -1622,9 +1660,8 @@ def _find_contradictions(given: FeatureSettings, column: Column) -> Iterator[tup
         yield "choices", f"only {listed(column.choices)}"
 
 
-def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, Any]) -> FeatureSettings:
-    """Put together what settings, estimator and a known row say of a feature. Raises `SettingsError`."""
-    given = settings.features.get(name, FeatureSettings())
+def _complete(name: str, column: Column, given: FeatureSettings, row: Mapping[str, Any]) -> FeatureSettings:
+    """Put together what settings, estimator and a known row say of a feature. Raises `MisfitError`."""
     texts = bool(given.choices) and all(isinstance(choice, str) for choice in given.choices or ())
     said = {
         "type": column.type or ("str" if texts else "float"),
@@ -1635,10 +1672,10 @@ def _complete(name: str, column: Column, settings: Settings, row: Mapping[str, A
     try:
         feature = FeatureSettings.model_validate(said)
     except ValidationError as error:
-        place = settings.place("features", name)
-        raise SettingsError(f"{place} does not fit the model: it should {_should(error.errors()[0])}") from None
+        problem = f"does not fit the model: it should {_should(error.errors()[0])}"
+        raise MisfitError((("features", name), problem)) from None
     if given.example is not None:
-        example = _check_example(given.example, feature, settings.place("features", name, "example"))
+        example = _check_example(name, given, feature)
     else:
         example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], feature), None)
     return feature.model_copy(update={"example": example})
@@ -1666,13 +1703,15 @@ def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
     return [bool(choice) if truths else choice for choice in column.choices]
 
 
-def _check_example(example: Cell, feature: FeatureSettings, place: str) -> Any:
+def _check_example(name: str, given: FeatureSettings, feature: FeatureSettings) -> Any:
     cell: TypeAdapter[Any] = TypeAdapter(_cell_type(feature))
-    is_text = isinstance(example, str) and place.startswith("environment")
+    example: Any = given.example
+    is_text = isinstance(example, str) and given._is_variable
     try:
         return cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
     except ValidationError as error:
-        raise SettingsError(f"{place} is {example!r}; it should {_should(error.errors()[0])}") from None
+        problem = f"is {example!r}; it should {_should(error.errors()[0])}"
+        raise MisfitError((("features", name, "example"), problem)) from None
 
 
 def _fitting(values: Iterable[Any], feature: FeatureSettings) -> Iterator[Any]:
@@ -2875,13 +2914,13 @@ def _read_graph_inputs(session: Any) -> Inputs:
 # Artifact -------------------------------------------------------------------------------------------------------------
 
 
-def load_predictor(settings: Settings) -> Predictor:
-    """Load the artifact of the settings, by the suffix of its name. Raises `ModelError`."""
-    data = read_artifact(settings.model_path)
-    _refuse_untrusted(data, settings)
-    estimator = load_estimator(settings.model_path, data, settings.model.trusted_types)
-    predictor = make_predictor(estimator, settings.model.outputs)
-    predictor.sha256 = hashlib.sha256(data).hexdigest()
+def load_predictor(settings: ModelSettings, path: Path) -> Predictor:
+    """Load an artifact by the suffix of its name. Raises `ModelError`."""
+    data = read_artifact(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    _refuse_untrusted(path, sha256, settings.sha256.lower())
+    predictor = make_predictor(load_estimator(path, data, settings.trusted_types), settings.outputs)
+    predictor.sha256 = sha256
     return predictor
 
 
@@ -2891,24 +2930,6 @@ def make_predictor(estimator: Any, outputs: Sequence[str] = ()) -> Predictor:
     if isinstance(estimator, OnnxArtifact):
         predictor.onnx = OnnxModel(estimator.session, predictor)
     return predictor
-
-
-def about_artifact(settings: Settings) -> contextlib.AbstractContextManager[None]:
-    """Put the place and the path of the settings' artifact in front of what is wrong with it."""
-    return about(name_artifact(settings))
-
-
-def name_artifact(settings: Settings) -> str:
-    return f"{settings.place('model', 'path')} is {str(settings.model_path)!r}, which"
-
-
-@contextlib.contextmanager
-def about(artifact: str) -> Iterator[None]:
-    """Put the name of an artifact in front of what is wrong with it."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{artifact} {error}") from error.__cause__
 
 
 def read_artifact(path: Path) -> bytes:
@@ -2950,12 +2971,10 @@ def _format_of(data: bytes) -> str | None:
     return "joblib" if found == "pickle" and b"joblib.numpy_pickle" in data else found
 
 
-def _refuse_untrusted(data: bytes, settings: Settings) -> None:
-    expected = settings.model.sha256.lower()
-    if expected and expected != (found := hashlib.sha256(data).hexdigest()):
-        place = settings.place("model", "sha256")
-        raise ModelError(f"has the sha256 {found}, but {place} is {expected}: it is not the file that you trusted")
-    if not expected and settings.model_path.suffix.lower() not in CODELESS:
+def _refuse_untrusted(path: Path, sha256: str, trusted: str) -> None:
+    if trusted and trusted != sha256:
+        raise ModelError(f"has the sha256 {sha256}, but model.sha256 is {trusted}: it is not the file that you trusted")
+    if not trusted and path.suffix.lower() not in CODELESS:
         hint = "set model.sha256 to the hash of a file that you trust; `python -m model.describe PATH` prints it"
         raise ModelError(f"runs code when it is loaded; {hint}")
 
@@ -3078,16 +3097,17 @@ def running_versions() -> dict[str, str]:
     return {"python": python, "numpy": np.__version__, "scikit-learn": sklearn.__version__}
 
 
-def load_golden(settings: Settings) -> Golden | None:
+def load_golden(artifact: Path, is_strict: bool = False) -> Golden | None:
     """Read the golden rows beside the artifact, if there are any. Raises `ModelError`.
 
-    Those of another numpy or scikit-learn are a warning, or refused with `model.strict_versions`.
+    Those of another numpy or scikit-learn are a warning, or where they must be the same, an error.
     """
-    path = golden_path(settings.model_path)
-    place = settings.place("model", "strict_versions")
+    path = golden_path(artifact)
     if not os.path.lexists(path):
-        if settings.model.strict_versions:
-            raise ModelError(f"has no {path.name} beside it, and so no versions to compare, but {place} is true")
+        if is_strict:
+            raise ModelError(
+                f"has no {path.name} beside it, and so no versions to compare, but model.strict_versions is true"
+            )
         return None
     if not path.is_file():
         raise ModelError(f"has {path.name} beside it, which is no file, or a link to none")
@@ -3102,8 +3122,9 @@ def load_golden(settings: Settings) -> Golden | None:
         raise ModelError(f"has {path.name} beside it, {what} should {_should(problem)}") from None
     running = running_versions()
     if golden.versions | {"python": running["python"]} != running:
-        if settings.model.strict_versions:
-            raise ModelError(f"was made with {golden.versions}, but {running} run here, and {place} is true")
+        if is_strict:
+            both = f"{golden.versions}, but {running} run here"
+            raise ModelError(f"was made with {both}, and model.strict_versions is true")
         log.warning("versions_differ", golden=golden.versions, running=running)
     return golden
 
@@ -3977,7 +3998,7 @@ class Service:
         self.settings = settings
         self.predictor = predictor
         self.golden = golden
-        self.contract = Contract(predictor.inputs, settings, golden.rows[0] if golden else None)
+        self.contract = Contract(predictor.inputs, settings.features, golden.rows[0] if golden else None)
         if predictor.inputs.names is not None and self.contract.form != "frame":
             predictor.forget_names()
         if self.contract.are_numbers:
@@ -4131,7 +4152,7 @@ class Service:
         It is not part of loading, for predicting may start threads, which a process that forks later must not have.
         Raises `ModelError`.
         """
-        with about_artifact(self.settings):
+        with about(self.settings.artifact):
             if self._graphs:
                 self._prove_onnx()
             self.prove_scores(self.known_rows, "its golden rows" if self.golden else "its example row")
@@ -4701,8 +4722,9 @@ def use(service: Service) -> None:
 def make_service(settings: Settings) -> Service:
     """Build the service that the settings describe. Raises `StartupError`."""
     Service.report("loading it")
-    with about_artifact(settings):
-        return Service(settings, load_predictor(settings), load_golden(settings))
+    with about(settings.artifact), settings.locate():
+        predictor = load_predictor(settings.model, settings.model_path)
+        return Service(settings, predictor, load_golden(settings.model_path, settings.model.strict_versions))
 
 
 def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:

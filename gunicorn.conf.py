@@ -296,14 +296,14 @@ def count_native_threads() -> int:
 def load(deadline: Deadline) -> app.Service:
     """Load what the settings say, for workers to be forked. Raises `StartupError`."""
     loaded = app.load_settings()
-    deadline.set(app.name_artifact(loaded), loaded.model.load_timeout_s)
+    deadline.set(loaded.artifact, loaded.model.load_timeout_s)
     if not app.IN_USE:
         app.configure_logging(loaded.logging)
     check_tls(loaded)
     service = app.make_service(loaded)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
-        with app.about_artifact(service.settings):
+        with app.about(loaded.artifact):
             raise app.ModelError(f"starts threads when it is loaded, which forked workers lack: {app.listed(others)}")
     importlib.import_module(service.settings.framework)  # once for all workers
     return service
@@ -448,7 +448,7 @@ def start() -> float:
     started = time.monotonic()
     is_check = "check_config" in options or "print_config" in options
     call = functools.partial(prove, service, is_check)
-    finish(try_out(call, app.name_artifact(service.settings), deadline))
+    finish(try_out(call, service.settings.artifact, deadline))
     took_s = time.monotonic() - started
     watch.stop()
     app.use(service)
@@ -1405,7 +1405,7 @@ class Master(Arbiter):
             service: app.Service = yield from wait_for(self.loading, deadline)
         finally:
             self.is_loading = False
-        yield from try_out(functools.partial(prove, service), app.name_artifact(service.settings), deadline)
+        yield from try_out(functools.partial(prove, service), service.settings.artifact, deadline)
         return service
 
     def _replace(self, service: app.Service) -> Generator[None, None, None]:

@@ -46,15 +46,16 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
         return
     predictor = app.make_predictor(app.load_estimator(path, data, sorted(untrusted)))
     own = choose_settings(settings, path, predictor.inputs)
-    known = app.load_golden(own) if golden is None else None
+    known = app.load_golden(path) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
-    columns = app.name_columns(predictor.inputs, own, rows[0] if rows else ())
+    columns = app.name_columns(predictor.inputs, own.features, rows[0] if rows else ())
     rows = [{name: cell for name, cell in row.items() if columns.get(name, app.Column()) is not None} for row in rows]
-    features = complete(columns, own, rows)
-    own = own.model_copy(update={"features": features})
-    if golden:
-        write_golden(path, app.Service(own, predictor), rows)
-    print_features(app.Contract(predictor.inputs, own, rows[0] if rows else None), columns, features)
+    features = complete(columns, own.features, rows)
+    with own.locate():
+        if golden:
+            write_golden(path, app.Service(own.model_copy(update={"features": features}), predictor), rows)
+        contract = app.Contract(predictor.inputs, features, rows[0] if rows else None)
+    print_features(contract, columns, features)
     if golden:
         print(f"# wrote {app.golden_path(path)}")
 
@@ -66,7 +67,8 @@ def choose_settings(settings: app.Settings, path: Path, inputs: app.Inputs) -> a
     if settings.model_path.absolute() != path.absolute():
         return own
     try:
-        app.Contract(inputs, current)
+        with current.locate():
+            app.Contract(inputs, current.features)
     except app.SettingsError as error:
         print("\n# Left out, for the artifact has changed:")
         print("\n".join(f"# {line}" for line in str(error).splitlines()))
@@ -75,7 +77,7 @@ def choose_settings(settings: app.Settings, path: Path, inputs: app.Inputs) -> a
 
 
 def complete(
-    columns: Mapping[str, app.Column | None], settings: app.Settings, rows: list[dict[str, Any]]
+    columns: Mapping[str, app.Column | None], given: Mapping[str, app.FeatureSettings], rows: list[dict[str, Any]]
 ) -> dict[str, app.FeatureSettings]:
     """Add to the settings of features what the estimator does not say, but rows that it takes do."""
     features: dict[str, app.FeatureSettings] = {}
@@ -84,12 +86,13 @@ def complete(
             continue
         cells = [row.get(name) for row in rows]
         kind = app.type_of(cell for cell in cells if cell is not None)
-        said: dict[str, Any] = settings.features.get(name, app.FeatureSettings()).model_dump(exclude_none=True)
-        if column.type is None or (column.type == "float" and kind == "bool"):
-            said = {"type": kind} | said
-        if column.missing is None and None in cells:
-            said = {"missing": True} | said
-        features[name] = app.FeatureSettings.model_construct(**said)  # which the contract checks, and names its place
+        feature = given.get(name, app.FeatureSettings())
+        said: dict[str, Any] = {}
+        if feature.type is None and (column.type is None or (column.type == "float" and kind == "bool")):
+            said["type"] = kind
+        if feature.missing is None and column.missing is None and None in cells:
+            said["missing"] = True
+        features[name] = feature.model_copy(update=said)  # which the contract checks, and names its place
     return features
 
 

@@ -212,7 +212,7 @@ def test_answer_has_all_problems_that_it_has_room_for(apps: dict[tuple[str, str]
 
 def test_problem_longer_than_an_answer_may_be_is_named() -> None:
     """Names of features are whole, so that one problem may be as long as the name is, and comes alone."""
-    contract = app.Contract(app.Predictor(make_named(["a" * 200_000, "b"])).inputs, make_settings(features={}))
+    contract = app.Contract(app.Predictor(make_named(["a" * 200_000, "b"])).inputs, {})
     with pytest.raises(app.Unprocessable) as refusal:
         contract.parse_payload([{}, {}])
     assert [problem["loc"] for problem in refusal.value.detail] == [["body", 0, "a" * 200_000]]

@@ -44,7 +44,7 @@ from tests.lib.servers import PROJECT
 
 
 def contract_of(estimator: Any, **features: Any) -> app.Contract:
-    return app.Contract(app.Predictor(estimator).inputs, make_settings(features=features))
+    return app.Contract(app.Predictor(estimator).inputs, make_settings(features=features).features)
 
 
 @pytest.mark.in_turn
