@@ -24,6 +24,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import difflib
 import errno
 import functools
@@ -1404,6 +1405,7 @@ class Contract:
     def __init__(
         self, inputs: Inputs, given: Mapping[str, FeatureSettings], row: Mapping[str, Any] | None = None
     ) -> None:
+        self.inputs = inputs
         columns = name_columns(inputs, given)
         used = {name: column for name, column in columns.items() if column is not None}
         _refuse_contradictions(used, given)
@@ -1845,19 +1847,43 @@ def _within(value: float, feature: FeatureSettings) -> float:
 Tree = Any  # of an answer: dicts by name and lists, with a column of shape (n_samples,) at each end
 
 
-class Predictor:
-    """A fitted estimator that answers rows. Raises `ModelError` when it is not a fitted predictor.
+def prepare(estimator: Any, contract: Contract, outputs: Sequence[str] = ()) -> Predictor:
+    """Return the predictor of a fitted estimator, which is changed to take what the contract makes of rows.
 
     `outputs` names the outputs of an estimator that has several, which else are y0, y1, …
     """
+    for part in find_parts(estimator):
+        if getattr(part, "n_jobs", None) is not None or _takes_all_cores(part):
+            part.n_jobs = 1  # the cores are the workers'
+    if contract.inputs.names is not None and contract.form != "frame":
+        strip_feature_names(estimator)
+    predictor = Predictor(estimator, outputs, assume_finite=contract.are_numbers and _keeps_numbers(estimator))
+    return predictor.with_graph(estimator.session) if isinstance(estimator, OnnxArtifact) else predictor
 
-    def __init__(self, estimator: Any, outputs: Sequence[str] = ()) -> None:
-        _refuse_no_predictor(estimator)
+
+def strip_feature_names(estimator: Any) -> None:
+    """Make an estimator take X without names, of which scikit-learn would warn at each call."""
+    for part in find_parts(estimator):
+        vars(part).pop("feature_names_in_", None)
+        if positions := vars(part).get("_transformer_to_input_indices"):  # a ColumnTransformer selects by name
+            part.transformers_ = [(name, branch, positions[name]) for name, branch, _ in part.transformers_]
+
+
+def _keeps_numbers(estimator: Any) -> bool:
+    """Return whether no part of an estimator could make NaN or infinity of numbers before another one checks them."""
+    return not any(hasattr(part, "transform") or _is_opaque(part) for part in find_parts(estimator))
+
+
+class Predictor:
+    """A fitted estimator that answers rows, as `prepare` makes it. Nothing changes it.
+
+    `assume_finite` tells scikit-learn not to look for NaN and infinity in X.
+    """
+
+    onnx: OnnxModel | None = None  # what answers in the estimator's place
+
+    def __init__(self, estimator: Any, outputs: Sequence[str] = (), assume_finite: bool = False) -> None:
         self.estimator = estimator
-        self.inputs = read_inputs(estimator)
-        for part in find_parts(estimator):
-            if getattr(part, "n_jobs", None) is not None or _takes_all_cores(part):
-                part.n_jobs = 1  # the cores are the workers'
         self.outputs = list(outputs)
         by_output = _find_classes(estimator)
         self.classes = by_output[0] if len(by_output) == 1 else None
@@ -1870,29 +1896,29 @@ class Predictor:
         self._labels = np.array(self.classes, dtype=None if is_plain else object)  # numpy's texts lose a last NUL
         self._keys = [_as_key(label) for label in self.classes or []]
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
-        self._is_finite = False
-        self.onnx: OnnxModel | None = None  # what answers in the estimator's place
-        self.sha256 = ""  # of the artifact that it was loaded from
+        self._assume_finite = assume_finite
+
+    def with_graph(self, session: Any, how: str = "", score: str | None = None, takes_one: bool = False) -> Predictor:
+        """Return a predictor that answers by an ONNX graph. Raises `ModelError`.
+
+        `how` names the way in which the graph was made, and `score` what its scores are, if its values say so. A graph
+        that `takes_one` row is asked row by row.
+        """
+        other = copy.copy(self)
+        other.score = score or self.score
+        other.onnx = OnnxModel(session, other, how, takes_one)
+        return other
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
-        if kind_of(self.estimator) == "outlier_detector" or isinstance(self.estimator, OnnxDetector):
+        if isinstance(self.estimator, OnnxArtifact):
+            return self.estimator.score, ""
+        if kind_of(self.estimator) == "outlier_detector":
             scores = {"score": "decision_function"}
         else:
             scores = {"probabilities": "predict_proba", "decision": "decision_function"}
         found = ((name, method) for name, method in scores.items() if hasattr(self.estimator, method))
         return next(found, (None, ""))
-
-    def forget_names(self) -> None:
-        """Have the estimator take X without names, of which scikit-learn would warn at each call."""
-        for part in find_parts(self.estimator):
-            vars(part).pop("feature_names_in_", None)
-            if positions := vars(part).get("_transformer_to_input_indices"):  # a ColumnTransformer selects by name
-                part.transformers_ = [(name, branch, positions[name]) for name, branch, _ in part.transformers_]
-
-    def trust_input(self) -> None:
-        """Have scikit-learn not look for NaN and infinity in X, if nothing makes others of its numbers."""
-        self._is_finite = not any(hasattr(part, "transform") or _is_opaque(part) for part in find_parts(self.estimator))
 
     def predict(self, X: Any) -> Predictions:
         """Give the answers to the rows of X, n_samples of them, in their order.
@@ -1900,7 +1926,7 @@ class Predictor:
         Raises `ModelError` when the settings name another number of outputs than there are.
         """
         with _contained():
-            y, scores = self.ask(X) if self.onnx is None else self.onnx(X)
+            y, scores = self.ask(X)
         y = as_array(y)
         answer: Tree = {"prediction": self._name_outputs(y)}
         if self.score is not None:
@@ -1912,8 +1938,10 @@ class Predictor:
         return predictions
 
     def ask(self, X: Any) -> tuple[Any, Any]:
-        """Give what the estimator predicts for X, and what its other method says, or None where it has none."""
-        if not self._is_finite:
+        """Return what the estimator, or a graph in its place, predicts for X, and its scores, or None without any."""
+        if self.onnx is not None:
+            return self.onnx(X)
+        if not self._assume_finite:
             return self._ask(X)
         before = sklearn.get_config()["assume_finite"]
         sklearn.set_config(assume_finite=True)  # of this thread, in a fraction of the time of `config_context`
@@ -2099,7 +2127,7 @@ def _decides_by_pair(estimator: Any) -> bool:
     return _decides_by_pair(inner[0]) if inner else getattr(estimator, "decision_function_shape", "ovr") == "ovo"
 
 
-def _refuse_no_predictor(estimator: Any) -> None:
+def refuse_no_predictor(estimator: Any) -> None:
     if isinstance(estimator, type):
         raise ModelError(f"holds the class {estimator.__name__}; fit an instance of it, then save that")
     kind = type(estimator).__name__
@@ -2186,10 +2214,11 @@ def open_session(graph: bytes) -> Any:
 class OnnxModel:
     """An ONNX graph in a predictor's service: called with X, it gives y and scores as the estimator would.
 
-    `how` says which inputs it takes. Raises `ModelError` when it lacks an output.
+    `how` says which inputs it takes; one that `takes_one` row is asked row by row. Raises `ModelError` when it lacks an
+    output.
     """
 
-    def __init__(self, session: Any, predictor: Predictor, how: str = "") -> None:
+    def __init__(self, session: Any, predictor: Predictor, how: str = "", takes_one: bool = False) -> None:
         outputs = getattr(predictor.estimator, "outputs", None)  # of a file, in whatever order they are
         outputs = outputs or [output.name for output in session.get_outputs()][: 1 if predictor.score is None else 2]
         if predictor.score is not None and len(outputs) < 2:
@@ -2198,7 +2227,7 @@ class OnnxModel:
         self._run = session.run
         self._outputs = outputs
         self._inputs = [(item.name, ONNX_TYPES[item.type][1]) for item in session.get_inputs()]
-        self._takes_one: bool = getattr(predictor.estimator, "takes_one", False)
+        self._takes_one: bool = takes_one or getattr(predictor.estimator, "takes_one", False)
         self._is_file = isinstance(predictor.estimator, OnnxArtifact)
         classes = None if self._is_file else getattr(predictor.estimator, "classes_", None)
         self._by_output = [len(labels) for labels in predictor.classes_by_output]
@@ -2266,8 +2295,8 @@ def _by_row(values: Any, n_rows: int) -> Any:
     return values.reshape(n_rows, -1)
 
 
-def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[OnnxModel]:
-    """Convert a predictor's estimator, in each way that ONNX Runtime can run, the most exact first.
+def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[Predictor]:
+    """Return a predictor for each way to convert an estimator that ONNX Runtime can run, the most exact first.
 
     Raises `ModelError` if there is none.
     """
@@ -2280,7 +2309,7 @@ def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[OnnxModel]
         try:
             with warnings.catch_warnings(action="ignore"):  # of what scikit-learn deprecates and skl2onnx reads
                 graph = _convert(estimator, predictor, contract, float_type)
-            graphs.append(OnnxModel(open_session(graph), predictor, how))
+            graphs.append(predictor.with_graph(open_session(graph), how))
         except (Exception, SystemExit) as error:  # what converters and ONNX Runtime raise has no bounds
             reasons.append(f"with {how}, {reason_of(error)}")
     if not graphs:
@@ -2400,9 +2429,9 @@ def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
 
 
 def choose_graph(
-    graphs: list[OnnxModel], predictor: Predictor, contract: Contract, known: list[dict[str, Any]]
-) -> OnnxModel:
-    """Give the first graph that answers some known rows, and others around them, as the estimator does.
+    graphs: list[Predictor], predictor: Predictor, contract: Contract, known: list[dict[str, Any]]
+) -> Predictor:
+    """Return the first of some predictors that answers known rows, and others around them, as the estimator does.
 
     Raises `ModelError` if none does, with the row.
     """
@@ -2414,15 +2443,16 @@ def choose_graph(
         inputs = [contract.to_input(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
         cases = [(X, predictor.ask(X)) for X in inputs]
         for graph in graphs:
+            way = graph.onnx.how if graph.onnx else ""
             try:
-                found = next(filter(None, (find_disagreement(graph, predictor, *case) for case in cases)), None)
+                found = next(filter(None, (find_disagreement(graph, *case) for case in cases)), None)
             except Exception as error:  # what ONNX Runtime raises has no bounds
-                reasons.append(f"with {graph.how} it fails: {reason_of(error)}")
+                reasons.append(f"with {way} it fails: {reason_of(error)}")
                 continue
             if found is None:
                 return graph
             index, how = found
-            reasons.append(f"with {graph.how} it answers row {toml_value(rows[index])} {how}")
+            reasons.append(f"with {way} it answers row {toml_value(rows[index])} {how}")
     raise ModelError(f"does not agree with scikit-learn in ONNX Runtime: {'; '.join(reasons)}; {USE_SKLEARN}")
 
 
@@ -2436,16 +2466,14 @@ def _keep_answered(rows: list[dict[str, Any]], predictor: Predictor, contract: C
     return rows
 
 
-def find_disagreement(
-    model: OnnxModel, predictor: Predictor, X: Any, expected: tuple[Any, Any]
-) -> tuple[int, str] | None:
-    """Give the first row of X that a graph does not answer as expected, classes exactly and numbers to 1e-5, and how.
+def find_disagreement(predictor: Predictor, X: Any, expected: tuple[Any, Any]) -> tuple[int, str] | None:
+    """Return the first row of X that is not answered as expected, classes exactly and numbers to 1e-5, and how.
 
     A row to which the estimator itself gives two classes alike may get either: between them decides rounding, which in
     scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `agrees`.
     """
     y, scores = as_array(expected[0]), expected[1]
-    given, given_scores = model(X)
+    given, given_scores = predictor.ask(X)
     if given.shape != y.shape:
         return 0, f"in the shape {given.shape}, scikit-learn in {y.shape}"
     differs = _differs(given, y, None)
@@ -2511,6 +2539,7 @@ class OnnxArtifact:
     """An ONNX graph that came in an estimator's place. `outputs` names its prediction, and the scores that go with it:
     one output, or one for each class."""
 
+    score: str | None = None  # what its scores are, if it has any
     is_raw = False  # its scores of classes are sums of weights, of which nothing has made probabilities
     is_sure = False  # of which class each score is: its name says so, or one operator gives both labels and scores
 
@@ -2522,22 +2551,17 @@ class OnnxArtifact:
         if classes is not None:
             self.classes_ = classes
 
-    def predict(self, X: Any) -> Any:
-        return OnnxModel(self.session, Predictor(self))(X)[0]
-
 
 class OnnxClassifier(OnnxArtifact):
-    """One with scores of classes. Only values say whether they are probabilities: `prove_scores` finds out."""
+    """One with scores of classes. Only values say whether they are probabilities: `name_scores` finds out."""
 
-    def predict_proba(self, X: Any) -> Any:
-        return OnnxModel(self.session, Predictor(self))(X)[1]
+    score = "probabilities"
 
 
 class OnnxDetector(OnnxArtifact):
     """One that tells outliers by a score."""
 
-    def decision_function(self, X: Any) -> Any:
-        return OnnxModel(self.session, Predictor(self))(X)[1]
+    score = "score"
 
 
 def open_artifact(data: bytes) -> OnnxArtifact:
@@ -2778,27 +2802,26 @@ def _order_columns(names: list[str], classes: Any) -> list[str]:
     return next((ordered for ordered in ways if set(ordered) == set(names)), [])
 
 
-def prove_scores(predictor: Predictor, contract: Contract, known: list[dict[str, Any]]) -> None:
-    """Name the scores of a graph that came as a file by their values for known rows and others around them, and have
-    its outputs answer many rows at once. Raises `ModelError` where the values do not fit any name."""
-    model, artifact = predictor.onnx, predictor.estimator
-    if model is None or not isinstance(artifact, OnnxArtifact):
-        return
+def name_scores(predictor: Predictor, contract: Contract, known: list[dict[str, Any]]) -> Predictor:
+    """Return the predictor of a graph that came as a file, with its scores named by their values for known rows and
+    others around them, and with outputs for many rows at once. Raises `ModelError` where the values fit no name."""
+    artifact, model = predictor.estimator, cast(OnnxModel, predictor.onnx)
     with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
         X = contract.to_input([*known, *_keep_answered(vary(known, contract, N_VARIED), predictor, contract)])
-    if not artifact.takes_one and not _answers_many(model, X):
-        artifact.takes_one = True
-        predictor.onnx = model = OnnxModel(artifact.session, predictor)
+    takes_one = artifact.takes_one or not _answers_many(model, X)
+    if takes_one != artifact.takes_one:
+        predictor = predictor.with_graph(artifact.session, takes_one=True)
+        model = cast(OnnxModel, predictor.onnx)
     y, scores = model.ask(X)
     _refuse_unknown_label(artifact, y, scores)
     if scores is None:
-        return
+        return predictor
     named = " and ".join(map(repr, artifact.outputs[1:]))
     is_number = np.isfinite(scores).all(axis=1) & scores.any(axis=1)  # float32 makes nothing of small ones
     if not is_number.any():
         raise ModelError(f"gives no number as {named} for any row; {LEAVE_OUT}")
-    predictor.score = _name_by_values(artifact, y[is_number], scores[is_number].astype(np.float64), named)
-    predictor.onnx = OnnxModel(artifact.session, predictor)
+    score = _name_by_values(artifact, y[is_number], scores[is_number].astype(np.float64), named)
+    return predictor.with_graph(artifact.session, score=score, takes_one=takes_one)
 
 
 def _answers_many(model: OnnxModel, X: Any) -> bool:
@@ -2914,22 +2937,15 @@ def _read_graph_inputs(session: Any) -> Inputs:
 # Artifact -------------------------------------------------------------------------------------------------------------
 
 
-def load_predictor(settings: ModelSettings, path: Path) -> Predictor:
-    """Load an artifact by the suffix of its name. Raises `ModelError`."""
+def load_artifact(settings: ModelSettings, path: Path) -> tuple[Any, str]:
+    """Load what an artifact holds by the suffix of its name, and return it with the artifact's hash.
+
+    Raises `ModelError`.
+    """
     data = read_artifact(path)
     sha256 = hashlib.sha256(data).hexdigest()
     _refuse_untrusted(path, sha256, settings.sha256.lower())
-    predictor = make_predictor(load_estimator(path, data, settings.trusted_types), settings.outputs)
-    predictor.sha256 = sha256
-    return predictor
-
-
-def make_predictor(estimator: Any, outputs: Sequence[str] = ()) -> Predictor:
-    """Build the predictor of an estimator, or of an ONNX graph, which runs in ONNX Runtime only."""
-    predictor = Predictor(estimator, outputs)
-    if isinstance(estimator, OnnxArtifact):
-        predictor.onnx = OnnxModel(estimator.session, predictor)
-    return predictor
+    return load_estimator(path, data, settings.trusted_types), sha256
 
 
 def read_artifact(path: Path) -> bytes:
@@ -2991,10 +3007,16 @@ def refuse_old_sklearn(version: str) -> None:
 
 
 def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
-    """Load what an artifact's bytes hold, which may run code that is inside. Raises `StartupError`."""
+    """Load what an artifact's bytes hold, which may run code that is inside.
+
+    Raises `StartupError`, also where it is not a fitted predictor.
+    """
     refuse_old_sklearn(sklearn.__version__)
     load, _ = FORMATS[path.suffix.lower()]
-    return load(data, trusted_types)
+    estimator = load(data, trusted_types)
+    if not isinstance(estimator, OnnxArtifact):
+        refuse_no_predictor(estimator)
+    return estimator
 
 
 def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
@@ -3994,19 +4016,16 @@ class Service:
 
     is_ending: ClassVar[bool] = False  # with this process no other one takes over
 
-    def __init__(self, settings: Settings, predictor: Predictor, golden: Golden | None = None) -> None:
+    def __init__(self, settings: Settings, estimator: Any, golden: Golden | None = None, sha256: str = "") -> None:
         self.settings = settings
-        self.predictor = predictor
         self.golden = golden
-        self.contract = Contract(predictor.inputs, settings.features, golden.rows[0] if golden else None)
-        if predictor.inputs.names is not None and self.contract.form != "frame":
-            predictor.forget_names()
-        if self.contract.are_numbers:
-            predictor.trust_input()
-        self._graphs: list[OnnxModel] = []
-        if settings.model.runtime == "onnx" and predictor.onnx is None:
+        self.sha256 = sha256  # of the artifact
+        self.contract = Contract(read_inputs(estimator), settings.features, golden.rows[0] if golden else None)
+        self.predictor = prepare(estimator, self.contract, settings.model.outputs)
+        self._graphs: list[Predictor] = []
+        if settings.model.runtime == "onnx" and self.predictor.onnx is None:
             self.report("converting it to ONNX")
-            self._graphs = convert_to_onnx(predictor, self.contract)
+            self._graphs = convert_to_onnx(self.predictor, self.contract)
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
@@ -4026,7 +4045,7 @@ class Service:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What is served: the model's name and the hashes of artifact and settings, for readiness and the log."""
-        hashes = {"model_sha256": self.predictor.sha256, "settings_sha256": self.settings.sha256}
+        hashes = {"model_sha256": self.sha256, "settings_sha256": self.settings.sha256}
         return {"model": self.settings.model.name, **hashes}
 
     def note_python(self) -> None:
@@ -4155,7 +4174,7 @@ class Service:
         with about(self.settings.artifact):
             if self._graphs:
                 self._prove_onnx()
-            self.prove_scores(self.known_rows, "its golden rows" if self.golden else "its example row")
+            self.name_scores(self.known_rows, "its golden rows" if self.golden else "its example row")
             if self.golden is not None:
                 self._reproduce(self.golden, self.known_rows)
             _ = self.sample
@@ -4228,20 +4247,20 @@ class Service:
         known = self.known_rows
         self.answer(known, "its golden rows" if self.golden else "its example row")
         self.report("comparing it with ONNX Runtime")
-        self.predictor.onnx = choose_graph(self._graphs, self.predictor, self.contract, known)
+        self.predictor = choose_graph(self._graphs, self.predictor, self.contract, known)
         self._graphs = []
 
-    def prove_scores(self, known: Rows, what: str) -> None:
+    def name_scores(self, known: Rows, what: str) -> None:
         """Name what a graph that came as a file gives besides its prediction. Raises `ModelError`."""
         if isinstance(self.predictor.estimator, OnnxArtifact):
             self.answer(known, what)
-            prove_scores(self.predictor, self.contract, known)
+            self.predictor = name_scores(self.predictor, self.contract, known)
 
     def _rename(self, row: dict[str, Any], index: int, file: str) -> dict[str, Any]:
         names = self.contract.names
         if row.keys() == set(names):
             return row
-        if self.predictor.inputs.names is None and len(row) == len(names):
+        if self.contract.inputs.names is None and len(row) == len(names):
             return dict(zip(names, row.values(), strict=True))
         problem = f"has {file} beside it, of which row {index} has the features {listed([*row])}"
         raise ModelError(f"{problem}; it should have {listed(names)}")
@@ -4723,8 +4742,9 @@ def make_service(settings: Settings) -> Service:
     """Build the service that the settings describe. Raises `StartupError`."""
     Service.report("loading it")
     with about(settings.artifact), settings.locate():
-        predictor = load_predictor(settings.model, settings.model_path)
-        return Service(settings, predictor, load_golden(settings.model_path, settings.model.strict_versions))
+        estimator, sha256 = load_artifact(settings.model, settings.model_path)
+        golden = load_golden(settings.model_path, settings.model.strict_versions)
+        return Service(settings, estimator, golden, sha256)
 
 
 def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:

@@ -44,17 +44,18 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
         return
-    predictor = app.make_predictor(app.load_estimator(path, data, sorted(untrusted)))
-    own = choose_settings(settings, path, predictor.inputs)
+    estimator = app.load_estimator(path, data, sorted(untrusted))
+    inputs = app.read_inputs(estimator)
+    own = choose_settings(settings, path, inputs)
     known = app.load_golden(path) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
-    columns = app.name_columns(predictor.inputs, own.features, rows[0] if rows else ())
+    columns = app.name_columns(inputs, own.features, rows[0] if rows else ())
     rows = [{name: cell for name, cell in row.items() if columns.get(name, app.Column()) is not None} for row in rows]
     features = complete(columns, own.features, rows)
     with own.locate():
         if golden:
-            write_golden(path, app.Service(own.model_copy(update={"features": features}), predictor), rows)
-        contract = app.Contract(predictor.inputs, features, rows[0] if rows else None)
+            write_golden(path, app.Service(own.model_copy(update={"features": features}), estimator), rows)
+        contract = app.Contract(inputs, features, rows[0] if rows else None)
     print_features(contract, columns, features)
     if golden:
         print(f"# wrote {app.golden_path(path)}")
@@ -116,7 +117,7 @@ def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]
     except app.Unprocessable as error:
         problem = error.detail[0]
         raise app.ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
-    service.prove_scores(checked, "the golden rows")
+    service.name_scores(checked, "the golden rows")
     answers = service.answer(checked, "the golden rows")
     rows = [
         {name: row[name] for name in service.contract.names} for row in rows

@@ -43,7 +43,7 @@ def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, An
     estimator = estimators.Noting()
     settings = make_settings(framework=framework, features={}, batching=batching)
     app.configure_logging(settings.logging)
-    return estimator, app.FRAMEWORKS[framework](app.Service(settings, app.Predictor(estimator)))
+    return estimator, app.FRAMEWORKS[framework](app.Service(settings, estimator))
 
 
 def ask_together(native: Any, estimator: Any, payloads: Sequence[Any]) -> list[Answer]:
@@ -417,7 +417,7 @@ def test_threads_and_jobs_are_limited_to_the_share_of_a_worker() -> None:
     try:
         for estimator in busy:
             estimator.fit(np.arange(8.0).reshape(-1, 1), [0, 1] * 4)
-            service = app.Service(settings, app.Predictor(estimator))
+            service = app.Service(settings, estimator)
             for _ in range(2):  # threads, each of which OpenMP counts for itself
                 with ThreadPoolExecutor(1) as pool:
                     assert pool.submit(threads_of, service).result() == {1}
@@ -522,7 +522,7 @@ def ask_at_once(native: Any, payloads: Sequence[Any]) -> list[Answer]:
 def test_dependence_is_found_with_golden_rows(golden_rows: list[dict[str, float]]) -> None:
     """Golden rows that are all alike do not hide that answers depend on the others of a call."""
     golden = app.Golden(versions={}, rows=golden_rows, predictions=[{"prediction": 0.0}] * len(golden_rows))
-    service = app.Service(make_settings(features={}), app.Predictor(estimators.Centring()), golden)
+    service = app.Service(make_settings(features={}), estimators.Centring(), golden)
     service.warm_up()
     assert not service.batching.is_possible
 
@@ -531,7 +531,7 @@ def test_estimator_that_takes_one_row_only_is_served() -> None:
     """Rows that fail together are asked alone, from the first request on."""
     estimator = estimators.Noting()
     estimator.most = 1
-    service = app.Service(make_settings(features={}), app.Predictor(estimator))
+    service = app.Service(make_settings(features={}), estimator)
     app.configure_logging(service.settings.logging)
     service.warm_up()
     estimator.calls.clear()
@@ -575,7 +575,7 @@ def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
         (LogisticRegression(), True),
         (make_pipeline(StandardScaler(), LogisticRegression()), False),
     ):
-        service = app.Service(make_settings(features={}), app.Predictor(estimator.fit(X, y)))
+        service = app.Service(make_settings(features={}), estimator.fit(X, y))
         seen = []
         method = estimator.predict_proba
         estimator.predict_proba = lambda X, method=method, seen=seen: (seen.append(sklearn.get_config()), method(X))[1]
@@ -586,8 +586,7 @@ def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
 @pytest.mark.parametrize("is_given", [True, False])
 def test_lean_call_leaves_no_trace(is_given: bool) -> None:
     """What a thread has set in scikit-learn is so again after a call, also after one that failed."""
-    predictor = app.Predictor(LogisticRegression().fit([[0.0], [1.0]], ["a", "b"]))
-    predictor.trust_input()
+    predictor = app.Predictor(LogisticRegression().fit([[0.0], [1.0]], ["a", "b"]), assume_finite=True)
     with sklearn.config_context(assume_finite=is_given):
         predictor.ask(np.array([[2.0]]))
         with pytest.raises(ValueError, match="2 features"):

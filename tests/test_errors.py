@@ -59,7 +59,7 @@ def apps() -> dict[tuple[str, str], Any]:
     """An app of each framework around each of the models, and around the shipped one."""
     found: dict[tuple[str, str], Any] = {}
     for name, make in MODELS.items():
-        service = app.Service(make_settings(features={}), app.Predictor(make()))
+        service = app.Service(make_settings(features={}), make())
         found |= {(framework, name): build(service) for framework, build in app.FRAMEWORKS.items()}
     iris = app.make_service(make_settings())
     return found | {(framework, "iris"): build(iris) for framework, build in app.FRAMEWORKS.items()}
@@ -212,7 +212,7 @@ def test_answer_has_all_problems_that_it_has_room_for(apps: dict[tuple[str, str]
 
 def test_problem_longer_than_an_answer_may_be_is_named() -> None:
     """Names of features are whole, so that one problem may be as long as the name is, and comes alone."""
-    contract = app.Contract(app.Predictor(make_named(["a" * 200_000, "b"])).inputs, {})
+    contract = app.Contract(app.read_inputs(make_named(["a" * 200_000, "b"])), {})
     with pytest.raises(app.Unprocessable) as refusal:
         contract.parse_payload([{}, {}])
     assert [problem["loc"] for problem in refusal.value.detail] == [["body", 0, "a" * 200_000]]

@@ -44,7 +44,7 @@ from tests.lib.servers import PROJECT
 
 
 def contract_of(estimator: Any, **features: Any) -> app.Contract:
-    return app.Contract(app.Predictor(estimator).inputs, make_settings(features=features).features)
+    return app.Contract(app.read_inputs(estimator), make_settings(features=features).features)
 
 
 @pytest.mark.in_turn
@@ -292,14 +292,14 @@ def test_dictionaries_are_no_rows(vectorizer: Any) -> None:
     """What takes dictionaries of any keys is refused with what to fit instead."""
     estimator = make_pipeline(vectorizer, LogisticRegression()).fit([{"a": 1}, {"b": 2}], [0, 1])
     with pytest.raises(app.ModelError, match="in it, which takes dictionaries; fit a ColumnTransformer on columns"):
-        app.Predictor(estimator)
+        app.read_inputs(estimator)
 
 
 def test_categories_that_json_has_not_are_refused() -> None:
     """An encoder of dates cannot be asked over JSON."""
     dates = pd.DataFrame({"a": pd.to_datetime(["2026-01-01", "2026-01-02"] * 2)})
     with pytest.raises(app.ModelError, match="has categories of the type datetime, which JSON does not have"):
-        app.Predictor(make_pipeline(OneHotEncoder(), Ridge()).fit(dates.to_numpy("datetime64[us]"), Y))
+        app.read_inputs(make_pipeline(OneHotEncoder(), Ridge()).fit(dates.to_numpy("datetime64[us]"), Y))
 
 
 def test_dropped_columns_are_not_asked_for(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_odd_names_are_refused() -> None:
     for names in (["a"], ["a", "a"]):
         estimator.feature_names_in_ = np.array(names, dtype=object)
         with pytest.raises(app.ModelError, match="names for 2 features"):
-            app.Predictor(estimator)
+            app.read_inputs(estimator)
 
 
 def test_estimator_of_another_version_is_refused() -> None:
@@ -512,7 +512,7 @@ def test_estimator_of_another_version_is_refused() -> None:
     with pytest.raises(
         app.ModelError, match=r"is not as this version of scikit-learn fits it: .*_transformer_to_input"
     ):
-        app.Predictor(estimator)
+        app.read_inputs(estimator)
 
 
 def test_wide_model_answers_in_bounded_time_and_length() -> None:

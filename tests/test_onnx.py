@@ -86,7 +86,8 @@ def prove(path: Path, estimator: Any, features: Any = None, row: Any = None) -> 
 def agree(service: app.Service, X: Any) -> bool:
     """Whether both runtimes answer X alike."""
     assert service.predictor.onnx is not None
-    return app.find_disagreement(service.predictor.onnx, service.predictor, X, service.predictor.ask(X)) is None
+    expected = app.Predictor(service.predictor.estimator).ask(X)
+    return app.find_disagreement(service.predictor, X, expected) is None
 
 
 @pytest.mark.parametrize("labels", [NAMES, y, y - 1, y == 1], ids=["str", "int", "negative", "bool"])
