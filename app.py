@@ -2429,9 +2429,9 @@ def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
 
 
 def choose_graph(
-    graphs: list[Predictor], predictor: Predictor, contract: Contract, known: list[dict[str, Any]]
-) -> Predictor:
-    """Return the first of some predictors that answers known rows, and others around them, as the estimator does.
+    graphs: Sequence[Predictor], predictor: Predictor, contract: Contract, known: list[dict[str, Any]]
+) -> int:
+    """Return the position of the first graph that answers known rows, and others around them, as the estimator does.
 
     Raises `ModelError` if none does, with the row.
     """
@@ -2442,7 +2442,7 @@ def choose_graph(
         rows = [*known, *_keep_answered(made_up, predictor, contract)]
         inputs = [contract.to_input(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
         cases = [(X, predictor.ask(X)) for X in inputs]
-        for graph in graphs:
+        for position, graph in enumerate(graphs):
             way = graph.onnx.how if graph.onnx else ""
             try:
                 found = next(filter(None, (find_disagreement(graph, *case) for case in cases)), None)
@@ -2450,7 +2450,7 @@ def choose_graph(
                 reasons.append(f"with {way} it fails: {reason_of(error)}")
                 continue
             if found is None:
-                return graph
+                return position
             index, how = found
             reasons.append(f"with {way} it answers row {toml_value(rows[index])} {how}")
     raise ModelError(f"does not agree with scikit-learn in ONNX Runtime: {'; '.join(reasons)}; {USE_SKLEARN}")
@@ -2802,26 +2802,24 @@ def _order_columns(names: list[str], classes: Any) -> list[str]:
     return next((ordered for ordered in ways if set(ordered) == set(names)), [])
 
 
-def name_scores(predictor: Predictor, contract: Contract, known: list[dict[str, Any]]) -> Predictor:
-    """Return the predictor of a graph that came as a file, with its scores named by their values for known rows and
-    others around them, and with outputs for many rows at once. Raises `ModelError` where the values fit no name."""
+def name_scores(predictor: Predictor, contract: Contract, known: list[dict[str, Any]]) -> tuple[str | None, bool]:
+    """Return what the scores of a graph are that came as a file, by their values for known rows and others around them,
+    and whether the graph has to be asked row by row. Raises `ModelError` where the values fit no name."""
     artifact, model = predictor.estimator, cast(OnnxModel, predictor.onnx)
     with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
         X = contract.to_input([*known, *_keep_answered(vary(known, contract, N_VARIED), predictor, contract)])
     takes_one = artifact.takes_one or not _answers_many(model, X)
     if takes_one != artifact.takes_one:
-        predictor = predictor.with_graph(artifact.session, takes_one=True)
-        model = cast(OnnxModel, predictor.onnx)
+        model = cast(OnnxModel, predictor.with_graph(artifact.session, takes_one=True).onnx)
     y, scores = model.ask(X)
     _refuse_unknown_label(artifact, y, scores)
     if scores is None:
-        return predictor
+        return None, takes_one
     named = " and ".join(map(repr, artifact.outputs[1:]))
     is_number = np.isfinite(scores).all(axis=1) & scores.any(axis=1)  # float32 makes nothing of small ones
     if not is_number.any():
         raise ModelError(f"gives no number as {named} for any row; {LEAVE_OUT}")
-    score = _name_by_values(artifact, y[is_number], scores[is_number].astype(np.float64), named)
-    return predictor.with_graph(artifact.session, score=score, takes_one=takes_one)
+    return _name_by_values(artifact, y[is_number], scores[is_number].astype(np.float64), named), takes_one
 
 
 def _answers_many(model: OnnxModel, X: Any) -> bool:
@@ -3190,6 +3188,221 @@ def largest(answer: Any) -> float:
     return abs(answer) if isinstance(answer, float) else max(map(largest, inner), default=0.0)
 
 
+# Model ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a model turned out to be when it predicted: plain values, which a child process can send."""
+
+    graph: int | None = None  # the position of the converted graph that answers as the estimator does
+    score: str | None = None  # what the scores of a graph are that came as a file
+    takes_one: bool = False  # such a graph answers one row at a time
+    call_s: float = 0.0  # seconds that a call takes
+    row_s: float = 0.0  # seconds that each row of a call takes
+    never_batched: str | None = None  # why the rows of several requests cannot share a call
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded predictor with the contract of its rows, and the golden rows that it must reproduce.
+
+    `graphs` are predictors that answer by a converted graph, of which a proof chooses one. `report` is told what is
+    done now and may take long. `n_threads` are those of OpenMP and BLAS in a call.
+    """
+
+    path: Path
+    contract: Contract
+    predictor: Predictor
+    golden: Golden | None = None
+    sha256: str = ""  # of the artifact
+    n_threads: int = 1
+    graphs: Sequence[Predictor] = ()
+    report: Callable[[str], None] = lambda doing: None
+
+    def proven(self, proof: Proof) -> Model:
+        """Return the model that a proof is about."""
+        predictor = self.predictor
+        if proof.graph is not None:
+            predictor = self.graphs[proof.graph]
+        elif isinstance(predictor.estimator, OnnxArtifact):
+            predictor = predictor.with_graph(predictor.estimator.session, "", proof.score, proof.takes_one)
+        return replace(self, predictor=predictor, graphs=())
+
+    def predict(self, X: Any) -> Predictions:
+        """Return the answers to X, as the contract gives it. Raises what the estimator raises."""
+        limit_threads(self.n_threads)
+        return self.predictor.predict(X)
+
+    def render(self, rows: Rows) -> list[bytes]:
+        """Return the answer to each row as JSON. Raises what the estimator raises."""
+        return self.predict(self.contract.to_input(rows)).render()
+
+    def answer(self, rows: Rows, what: str) -> list[dict[str, Any]]:
+        """Return the answers to rows that are no request's. Raises `EstimatorError`, which says on `what` it fails."""
+        self.report(f"answering {what.partition(',')[0]}")
+        try:
+            return [json.loads(answer) for answer in self.render(rows)] if rows else []
+        except ModelError:
+            raise
+        except Exception as error:  # what an estimator raises has no bounds
+            raise EstimatorError(f"fails on {what}: {reason_of(error)}") from error
+
+    @functools.cached_property
+    def known_rows(self) -> Rows:
+        """The golden rows, or without them the contract's example."""
+        if self.golden is None:
+            return [self.contract.example]
+        return [self._rename(row, index) for index, row in enumerate(self.golden.rows)]
+
+    @property
+    def golden_file(self) -> str:
+        """The name of the file of golden rows."""
+        return golden_path(self.path).name
+
+    def _rename(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        names = self.contract.names
+        if row.keys() == set(names):
+            return row
+        if self.contract.inputs.names is None and len(row) == len(names):
+            return dict(zip(names, row.values(), strict=True))
+        problem = f"has {self.golden_file} beside it, of which row {index} has the features {listed([*row])}"
+        raise ModelError(f"{problem}; it should have {listed(names)}")
+
+    @functools.cached_property
+    def example_answer(self) -> dict[str, Any]:
+        """The answer to the contract's example."""
+        made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
+        hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
+        return self.answer([self.contract.example], f"its example row{hint}")[0]
+
+    def warm_up(self) -> None:
+        """Answer the known rows, and the example of the API's description, before the first request does."""
+        self.answer(self.known_rows, "its known rows")
+        _ = self.example_answer
+
+
+def load_model(
+    settings: ModelSettings,
+    features: Mapping[str, FeatureSettings],
+    folder: Path,
+    n_threads: int = 1,
+    report: Callable[[str], None] = lambda doing: None,
+) -> Model:
+    """Load an artifact, whose path is relative to a folder, and its golden rows, without predicting.
+
+    Raises `ModelError`, and `MisfitError` where features do not fit it.
+    """
+    report("loading it")
+    path = folder / settings.path
+    estimator, sha256 = load_artifact(settings, path)
+    model = make_model(estimator, path, features, load_golden(path, settings.strict_versions), settings.outputs)
+    graphs: Sequence[Predictor] = ()
+    if settings.runtime == "onnx" and model.predictor.onnx is None:
+        report("converting it to ONNX")
+        graphs = convert_to_onnx(model.predictor, model.contract)
+    return replace(model, sha256=sha256, n_threads=n_threads, graphs=graphs, report=report)
+
+
+def make_model(
+    estimator: Any,
+    path: Path,
+    features: Mapping[str, FeatureSettings],
+    golden: Golden | None = None,
+    outputs: Sequence[str] = (),
+) -> Model:
+    """Return the model of an estimator that was loaded from `path`. Raises `ModelError`, `MisfitError`."""
+    contract = Contract(read_inputs(estimator), features, golden.rows[0] if golden else None)
+    return Model(path, contract, prepare(estimator, contract, outputs), golden)
+
+
+def prove(model: Model) -> Proof:
+    """Make a model reproduce its golden rows, and answer its example, without each value that may be missing.
+
+    It is not part of loading: predicting may start threads, which a process that forks later must not have. Raises
+    `ModelError`.
+    """
+    what = "its golden rows" if model.golden else "its example row"
+    proof = _prove_graph(model, what) if model.graphs else prove_scores(model, model.known_rows, what)
+    model = model.proven(proof)
+    if model.golden is not None:
+        _reproduce(model, model.golden)
+    _ = model.example_answer
+    _try_missing(model)
+    model.report("timing its answers")
+    try:
+        call_s, row_s = measure(model.render, model.known_rows[0])
+        reason = find_dependence(model)
+    except Exception as error:  # what an estimator raises has no bounds
+        call_s, row_s, reason = 0.0, 0.0, f"rows that are answered alone fail together: {reason_of(error)}"
+    return replace(proof, call_s=call_s, row_s=row_s, never_batched=reason)
+
+
+def _prove_graph(model: Model, what: str) -> Proof:
+    """Find the first graph that answers as the estimator does. Raises `ModelError`."""
+    model.answer(model.known_rows, what)
+    model.report("comparing it with ONNX Runtime")
+    return Proof(graph=choose_graph(model.graphs, model.predictor, model.contract, model.known_rows))
+
+
+def prove_scores(model: Model, rows: Rows, what: str) -> Proof:
+    """Find what the scores are of a graph that came as a file, by its answers to rows; of an estimator it is known.
+
+    Raises `ModelError`.
+    """
+    if not isinstance(model.predictor.estimator, OnnxArtifact):
+        return Proof()
+    model.answer(rows, what)
+    score, takes_one = name_scores(model.predictor, model.contract, rows)
+    return Proof(score=score, takes_one=takes_one)
+
+
+def _reproduce(model: Model, golden: Golden) -> None:
+    """Compare by the names that the estimator has by itself: the settings may have given it others since."""
+    outputs = {f"y{output}": name for output, name in enumerate(model.predictor.outputs)}
+    answers = model.answer(model.known_rows, f"the rows of {model.golden_file}")
+    scale = largest(golden.predictions)
+    for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
+        expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
+        if not agrees(answer, expected, scale, _rounding_of(model)):
+            wanted = f"as {model.golden_file} has it"
+            raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
+
+
+def _rounding_of(model: Model) -> Rounding:
+    return OF_LIBRARIES if model.predictor.onnx is None else OF_FLOAT32
+
+
+def _try_missing(model: Model) -> None:
+    example = model.contract.example
+    rows = {name: example | {name: None} for name in model.contract.nullable}
+    with contextlib.suppress(EstimatorError):
+        model.answer([*rows.values()], "missing values")
+        return
+    for name, row in rows.items():
+        model.answer([row], f"a missing {name!r}; set {'.'.join(map(toml_key, ('features', name)))}.missing = false")
+
+
+def find_dependence(model: Model) -> str | None:
+    """Return why rows of several requests cannot share a call, by asking rows alone and together; None if they can."""
+    rows = model.known_rows[:MAX_COMPARED]
+    rows += vary(rows, model.contract, MAX_COMPARED - len(rows))
+    alone: list[tuple[dict[str, Any], Any]] = []
+    end = time.monotonic() + MAX_COMPARING_S
+    with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
+        for row in rows:
+            with contextlib.suppress(EstimatorError):  # as well as fail
+                alone.append((row, model.answer([row], "a row")[0]))
+            if len(alone) > 1 and time.monotonic() > end:
+                break
+        together = model.answer([row for row, _ in alone], "rows")
+    answers = [answer for _, answer in alone]
+    if len(alone) < 2:
+        return "too few rows have an answer to be compared; give golden rows, or examples in [features]"
+    is_same = agrees(together, answers, largest(answers), _rounding_of(model))
+    return None if is_same else "the answer to a row depends on the other rows of the call"
+
+
 # Batcher --------------------------------------------------------------------------------------------------------------
 #
 # Most of what a call of an estimator costs is the same for one row and for many. So the rows of requests that wait at
@@ -3304,12 +3517,6 @@ class Batching:
         """Whether a call takes so long that it should not run in an event loop."""
         return self.seconds_for(count_rows(jobs)) > INLINE_S
 
-    def measure(self, row: dict[str, Any]) -> None:
-        """Find out what a call takes, by calls of one row and, if that is quick, of many."""
-        self.call_s = _time(self.render, [row])
-        if self.call_s <= INLINE_S:
-            self.row_s = max(0.0, _time(self.render, [row] * MANY_ROWS) - self.call_s) / MANY_ROWS
-
     def is_full(self, waiting: Iterable[Job]) -> bool:
         """Whether those that wait have the rows of a call already."""
         return not self.is_possible or count_rows(waiting) >= self.max_rows
@@ -3389,6 +3596,14 @@ class Batching:
             self.row_s += STEP * (took_s - expected_s) / n_rows
         elif took_s > INLINE_S:
             self.call_s += STEP * (took_s - expected_s)
+
+
+def measure(render: Callable[[Rows], list[bytes]], row: dict[str, Any]) -> tuple[float, float]:
+    """Return the seconds of a call and of each of its rows, by calls for one row and, if that is quick, for many."""
+    call_s = _time(render, [row])
+    if call_s > INLINE_S:
+        return call_s, 0.0
+    return call_s, max(0.0, _time(render, [row] * MANY_ROWS) - call_s) / MANY_ROWS
 
 
 def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:
@@ -4016,27 +4231,25 @@ class Service:
 
     is_ending: ClassVar[bool] = False  # with this process no other one takes over
 
-    def __init__(self, settings: Settings, estimator: Any, golden: Golden | None = None, sha256: str = "") -> None:
+    def __init__(self, settings: Settings, model: Model, proof: Proof) -> None:
         self.settings = settings
-        self.golden = golden
-        self.sha256 = sha256  # of the artifact
-        self.contract = Contract(read_inputs(estimator), settings.features, golden.rows[0] if golden else None)
-        self.predictor = prepare(estimator, self.contract, settings.model.outputs)
-        self._graphs: list[Predictor] = []
-        if settings.model.runtime == "onnx" and self.predictor.onnx is None:
-            self.report("converting it to ONNX")
-            self._graphs = convert_to_onnx(self.predictor, self.contract)
+        self.model = model.proven(proof)
+        self.contract = model.contract
         self.routes: dict[str, dict[str, Operation]] = {}
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
         max_wait_s, limits = settings.batching.max_wait_ms / 1000, settings.limits
-        queue_limits = (float(limits.max_queued_rows), limits.request_timeout_s)
-        self.batching = Batching(self.render, settings.batching.max_rows, max_wait_s, *queue_limits)
+        self.batching = Batching(
+            self.model.render,
+            settings.batching.max_rows,
+            max_wait_s,
+            limits.max_queued_rows,
+            limits.request_timeout_s,
+            is_possible=proof.never_batched is None,
+            call_s=proof.call_s,
+            row_s=proof.row_s,
+        )
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
-
-    @staticmethod
-    def report(doing: str) -> None:
-        """Note what is done now and may take long. gunicorn.conf.py puts a method of its own in this place."""
 
     @functools.cached_property
     def _log(self) -> Any:
@@ -4045,12 +4258,12 @@ class Service:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What is served: the model's name and the hashes of artifact and settings, for readiness and the log."""
-        hashes = {"model_sha256": self.sha256, "settings_sha256": self.settings.sha256}
+        hashes = {"model_sha256": self.model.sha256, "settings_sha256": self.settings.sha256}
         return {"model": self.settings.model.name, **hashes}
 
     def note_python(self) -> None:
         """Log whether the golden rows are of another Python. Answers do not depend on it, so it is no warning."""
-        golden, running = self.golden and self.golden.versions.get("python"), running_versions()["python"]
+        golden, running = self.model.golden and self.model.golden.versions.get("python"), running_versions()["python"]
         if golden not in (None, running):
             log.info("python_differs", golden=golden, running=running)
 
@@ -4147,9 +4360,8 @@ class Service:
 
     def render_array(self, inputs: list[Any]) -> list[bytes]:
         """Give the pieces of a JSON array of the answers to all rows. Raises what the estimator raises."""
-        limit_threads(self.settings.threads)
         n_rows = sum(map(len, inputs))
-        predictions = self.predictor.predict(self.contract.join(inputs))
+        predictions = self.model.predict(self.contract.join(inputs))
         inputs.clear()
         pieces: list[bytes] = []
         for start in range(0, n_rows, PIECE_ROWS):
@@ -4160,132 +4372,9 @@ class Service:
             pieces.append(b",".join(answers))
         return pieces
 
-    def render(self, rows: list[dict[str, Any]]) -> list[bytes]:
-        """Give the answer to each row as JSON. Raises what the estimator raises."""
-        limit_threads(self.settings.threads)
-        return self.predictor.predict(self.contract.to_input(rows)).render()
-
-    def prove(self) -> None:
-        """Have the model reproduce its golden rows, and answer an example row, without each value that may be missing.
-
-        It is not part of loading, for predicting may start threads, which a process that forks later must not have.
-        Raises `ModelError`.
-        """
-        with about(self.settings.artifact):
-            if self._graphs:
-                self._prove_onnx()
-            self.name_scores(self.known_rows, "its golden rows" if self.golden else "its example row")
-            if self.golden is not None:
-                self._reproduce(self.golden, self.known_rows)
-            _ = self.sample
-            self._try_missing()
-
-    def warm_up(self) -> None:
-        """Find out what a call of the estimator costs, and whether the rows of several requests can share one."""
-        try:
-            self.report("timing its answers")
-            self.batching.measure(self.known_rows[0])
-            reason = self._find_dependence()
-        except Exception as error:  # what an estimator raises has no bounds
-            reason = f"rows that are answered alone fail together: {reason_of(error)}"
-        if reason is not None:
-            self.batching.is_possible = False
-            log.warning("never_batched", reason=reason)
-
-    def _find_dependence(self) -> str | None:
-        """Say how the answers to rows, known and made up, differ when they are asked alone and together, if they do."""
-        rows = self.known_rows[:MAX_COMPARED]
-        rows += vary(rows, self.contract, MAX_COMPARED - len(rows))
-        alone: list[tuple[dict[str, Any], Any]] = []
-        end = time.monotonic() + MAX_COMPARING_S
-        with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
-            for row in rows:
-                with contextlib.suppress(EstimatorError):  # as well as fail
-                    alone.append((row, self.answer([row], "a row")[0]))
-                if len(alone) > 1 and time.monotonic() > end:
-                    break
-            together = self.answer([row for row, _ in alone], "rows")
-        answers = [answer for _, answer in alone]
-        if len(alone) < 2:
-            return "too few rows have an answer to be compared; give golden rows, or examples in [features]"
-        is_same = agrees(together, answers, largest(answers), self._rounding)
-        return None if is_same else "the answer to a row depends on the other rows of the call"
-
-    @property
-    def _rounding(self) -> Rounding:
-        return OF_LIBRARIES if self.predictor.onnx is None else OF_FLOAT32
-
-    @property
-    def known_rows(self) -> Rows:
-        """The golden rows, or without them the contract's example."""
-        if self.golden is None:
-            return [self.contract.example]
-        path = golden_path(self.settings.model_path)
-        return [self._rename(row, index, path.name) for index, row in enumerate(self.golden.rows)]
-
-    @functools.cached_property
-    def sample(self) -> dict[str, Any]:
-        """What the model says of the contract's example."""
-        made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
-        hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
-        return self.answer([self.contract.example], f"its example row{hint}")[0]
-
-    def _reproduce(self, golden: Golden, rows: Rows) -> None:
-        """Compare by the names that the estimator has by itself: the settings may have given it others since."""
-        path = golden_path(self.settings.model_path)
-        outputs = {f"y{output}": name for output, name in enumerate(self.predictor.outputs)}
-        answers = self.answer(rows, f"the rows of {path.name}")
-        scale = largest(golden.predictions)
-        for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
-            expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
-            if not agrees(answer, expected, scale, self._rounding):
-                wanted = f"as {path.name} has it"
-                raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
-
-    def _prove_onnx(self) -> None:
-        """Have the first graph serve that agrees with scikit-learn, which is the same one in each worker."""
-        known = self.known_rows
-        self.answer(known, "its golden rows" if self.golden else "its example row")
-        self.report("comparing it with ONNX Runtime")
-        self.predictor = choose_graph(self._graphs, self.predictor, self.contract, known)
-        self._graphs = []
-
-    def name_scores(self, known: Rows, what: str) -> None:
-        """Name what a graph that came as a file gives besides its prediction. Raises `ModelError`."""
-        if isinstance(self.predictor.estimator, OnnxArtifact):
-            self.answer(known, what)
-            self.predictor = name_scores(self.predictor, self.contract, known)
-
-    def _rename(self, row: dict[str, Any], index: int, file: str) -> dict[str, Any]:
-        names = self.contract.names
-        if row.keys() == set(names):
-            return row
-        if self.contract.inputs.names is None and len(row) == len(names):
-            return dict(zip(names, row.values(), strict=True))
-        problem = f"has {file} beside it, of which row {index} has the features {listed([*row])}"
-        raise ModelError(f"{problem}; it should have {listed(names)}")
-
-    def _try_missing(self) -> None:
-        rows = {name: self.contract.example | {name: None} for name in self.contract.nullable}
-        with contextlib.suppress(EstimatorError):
-            self.answer([*rows.values()], "missing values")
-            return
-        for name, row in rows.items():
-            self.answer([row], f"a missing {name!r}; set {'.'.join(map(toml_key, ('features', name)))}.missing = false")
-
-    def answer(self, rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-        """Predict rows that are no request's. Raises `EstimatorError`."""
-        self.report(f"answering {what.partition(',')[0]}")
-        try:
-            return [json.loads(answer) for answer in self.render(rows)] if rows else []
-        except ModelError:
-            raise
-        except Exception as error:  # what an estimator raises has no bounds
-            raise EstimatorError(f"fails on {what}: {reason_of(error)}") from error
-
     @functools.cached_property
     def openapi(self) -> dict[str, Any]:
-        return describe_api(self.settings, self.contract, self.predictor, self.sample)
+        return describe_api(self.settings, self.contract, self.model.predictor, self.model.example_answer)
 
     @functools.cached_property
     def openapi_json(self) -> bytes:
@@ -4718,42 +4807,59 @@ class FastAPIOverWSGI:
 FRAMEWORKS: dict[str, Callable[[Service], Any]] = {"flask": build_flask, "fastapi": build_fastapi}
 
 
-IN_USE: list[Service] = []  # the one of this process, once there is one
+_current: list[Service] = []  # the service of this process, once there is one
 
 
-def load_service() -> Service:
-    """Give this process's service, loaded the first time: gunicorn's workers get that of its master."""
-    if not IN_USE:
+def current_service() -> Service | None:
+    """Return the service of this process: gunicorn's workers get that of their master."""
+    return _current[0] if _current else None
+
+
+def set_current_service(service: Service) -> None:
+    """Make a service that of this process, and log as it says."""
+    configure_logging(service.settings.logging)
+    _current[:] = [service]
+
+
+def start_service() -> Service:
+    """Return the service of this process, which is loaded and proven the first time. Raises `StartupError`."""
+    service = current_service()
+    if service is None:
         protect_output()
         settings = load_settings()
         configure_logging(settings.logging)
-        IN_USE.append(make_service(settings))
-        IN_USE[0].note_python()
-    return IN_USE[0]
-
-
-def use(service: Service) -> None:
-    """Make a service that of this process, and log as it says."""
-    configure_logging(service.settings.logging)
-    IN_USE[:] = [service]
+        service = make_service(settings)
+        set_current_service(service)
+        service.note_python()
+    return service
 
 
 def make_service(settings: Settings) -> Service:
-    """Build the service that the settings describe. Raises `StartupError`."""
-    Service.report("loading it")
+    """Load the model that the settings describe, and prove it in this process. Raises `StartupError`."""
+    model = load(settings)
+    return Service(settings, model, prove_here(settings, model))
+
+
+def load(settings: Settings, report: Callable[[str], None] = lambda doing: None) -> Model:
+    """Load the model that the settings describe, and name in each error the place of what is wrong.
+
+    Raises `StartupError`.
+    """
     with about(settings.artifact), settings.locate():
-        estimator, sha256 = load_artifact(settings.model, settings.model_path)
-        golden = load_golden(settings.model_path, settings.model.strict_versions)
-        return Service(settings, estimator, golden, sha256)
+        return load_model(settings.model, settings.features, settings.folder, settings.threads, report)
+
+
+def prove_here(settings: Settings, model: Model) -> Proof:
+    """Prove a model in this process. Raises `ModelError`."""
+    with about(settings.artifact):
+        return prove(model)
 
 
 def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:
     """Build the app of the framework that the settings name: a `Flask` or a `FastAPI`, to extend as either is."""
     if settings is not None:
         configure_logging(settings.logging)
-    service = load_service() if settings is None else make_service(settings)
-    service.prove()
-    service.warm_up()
+    service = start_service() if settings is None else make_service(settings)
     app: flask.Flask | fastapi.FastAPI = FRAMEWORKS[service.settings.framework](service)
     return app
 
@@ -4770,7 +4876,7 @@ def app_for_command() -> flask.Flask | fastapi.FastAPI:
     script = Path(sys.argv[0])
     command = script.parent.name if script.stem == "__main__" else script.stem
     with exit_on_startup_error():
-        settings = load_service().settings
+        settings = start_service().settings
         needed, cure = COMMANDS.get(command, (settings.framework, ""))
         if settings.framework != needed:
             place = settings.place("framework")

@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -201,7 +202,6 @@ class Deadline:
         self._next_line_s = PROGRESS_S
         self.threads_before: int | None = None  # native ones, before what is loaded by now was
         self.set("the model", limit_s)
-        app.Service.report = staticmethod(self.report)  # type: ignore[method-assign]
 
     def set(self, artifact: str, limit_s: float) -> None:
         """Note what the settings say."""
@@ -249,8 +249,11 @@ class Deadline:
         return app.ModelError(f"{what} while {self._read(self.DOING)}{hint}")
 
 
+Loaded = tuple[app.Settings, app.Model]
+
+
 class Loading:
-    """A service that is loaded in a thread of its own, so that its caller can go on.
+    """A model that is loaded in a thread of its own, so that its caller can go on.
 
     OpenMP starts threads for each thread that calls it, as LightGBM and XGBoost do while they are loaded. A process
     that is forked later lacks them and waits for them, unless they have ended with the thread that called.
@@ -259,7 +262,7 @@ class Loading:
     def __init__(self, deadline: Deadline, wakeup: Callable[[], None] = lambda: None) -> None:
         self._deadline, self._wakeup = deadline, wakeup
         self._threads_before = count_native_threads()
-        self._results: list[app.Service | BaseException] = []
+        self._results: list[Loaded | BaseException] = []
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
         self._thread.start()
 
@@ -274,8 +277,8 @@ class Loading:
         """Say whether `result` is there."""
         return bool(self._results)
 
-    def result(self) -> app.Service:
-        """Give the service. Raises `StartupError`."""
+    def result(self) -> Loaded:
+        """Return the settings and the model that they describe. Raises `StartupError`."""
         self._thread.join()
         (result,) = self._results
         if isinstance(result, app.StartupError):
@@ -293,32 +296,32 @@ def count_native_threads() -> int:
     return 0
 
 
-def load(deadline: Deadline) -> app.Service:
+def load(deadline: Deadline) -> Loaded:
     """Load what the settings say, for workers to be forked. Raises `StartupError`."""
     loaded = app.load_settings()
     deadline.set(loaded.artifact, loaded.model.load_timeout_s)
-    if not app.IN_USE:
+    if app.current_service() is None:
         app.configure_logging(loaded.logging)
     check_tls(loaded)
-    service = app.make_service(loaded)
+    model = app.load(loaded, deadline.report)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
         with app.about(loaded.artifact):
             raise app.ModelError(f"starts threads when it is loaded, which forked workers lack: {app.listed(others)}")
-    importlib.import_module(service.settings.framework)  # once for all workers
-    return service
+    importlib.import_module(loaded.framework)  # once for all workers
+    return loaded, model
 
 
-def prove(service: app.Service, is_check: bool = False) -> str:
-    """Have a service answer its golden rows, and give what identifies it. Raises `StartupError`.
+def prove(settings: app.Settings, model: app.Model) -> str:
+    """Prove a model, and return the proof as text. Raises `ModelError`."""
+    return json.dumps(dataclasses.asdict(app.prove_here(settings, model)))
 
-    A check of the configuration goes on to do in this process what else a worker does, with no limit of time; so that
-    is tried before.
-    """
-    service.prove()
-    if is_check:
-        service.warm_up()
-    return json.dumps(service.identity)
+
+def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, app.Service]:
+    """Yield until a child has proven a model, and return the service around it. Raises `StartupError`."""
+    settings, model = loaded
+    proof = yield from try_out(functools.partial(prove, settings, model), settings.artifact, deadline)
+    return app.Service(settings, model, app.Proof(**json.loads(proof)))
 
 
 def wait_for(task: Any, deadline: Deadline) -> Generator[None, None, Any]:
@@ -410,7 +413,7 @@ def check_folder(problem: str, folder: str | None) -> None:
 
 def check_app(uri: str, options: Mapping[str, Any]) -> None:
     """Raise `StartupError` if the worker cannot work with the app, which may be of the other interface, or options."""
-    settings = app.load_service().settings
+    settings = the_service().settings
     called = OTHER_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
     if called == APPS["uvicorn"] and options.get("proxy_protocol") not in (None, False, "off"):
         raise app.StartupError("proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's")
@@ -419,6 +422,11 @@ def check_app(uri: str, options: Mapping[str, Any]) -> None:
     if given in APPS.values() and given != called:
         worker = next(name for name, needed in APPS.items() if needed == called)
         raise app.StartupError(f"the app is {uri!r}, which {worker}'s worker cannot run; use {called!r}")
+
+
+def the_service() -> app.Service:
+    """Return the service of this process, which a start has made."""
+    return cast(app.Service, app.current_service())
 
 
 def freeze() -> None:
@@ -444,26 +452,24 @@ def start() -> float:
     check_options(options)
     deadline = Deadline(app.ModelSettings().load_timeout_s)
     watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
-    service = finish(wait_for(Loading(deadline), deadline))
+    loaded = finish(wait_for(Loading(deadline), deadline))
     started = time.monotonic()
-    is_check = "check_config" in options or "print_config" in options
-    call = functools.partial(prove, service, is_check)
-    finish(try_out(call, service.settings.artifact, deadline))
+    service = finish(prove_in_child(loaded, deadline))
     took_s = time.monotonic() - started
     watch.stop()
-    app.use(service)
+    app.set_current_service(service)
     check_app(options["wsgi_app"] or APPS[service.settings.worker_class], options)
     return took_s
 
 
 proving_s = 0.0
-if not app.IN_USE:  # else a reload runs this file again, with a service that is proven
+if app.current_service() is None:  # else a reload runs this file again, with a service that is proven
     freeze()  # the libraries, but no service, for a reload drops it
     try:
         proving_s = start()
     except app.StartupError as error:
         refuse_start(error)
-settings = app.load_service().settings
+settings = the_service().settings
 
 
 class StructuredLogger(Logger):
@@ -938,7 +944,7 @@ class Serving(Worker):
 
     def must_end(self) -> bool:
         """Whether this worker has lost its master, or makes a call that does not end."""
-        batching = app.load_service().batching
+        batching = the_service().batching
         if batching.is_stuck():
             log.critical("prediction_stuck", after_s=batching.stuck_s)
             return True
@@ -1358,11 +1364,11 @@ class Master(Arbiter):
             next(self.reloading)
             return
         except StopIteration:
-            log.info("reloaded", **app.load_service().identity)
+            log.info("reloaded", **the_service().identity)
         except Exception as error:  # whatever is wrong, what there was goes on
             is_ours = isinstance(error, app.StartupError)
             reason = str(error) if type(error) is app.StartupError else f"{type(error).__name__}: {error}"
-            log.error("reload_refused", reason=reason, serving=app.load_service().identity, exc_info=not is_ours)
+            log.error("reload_refused", reason=reason, serving=the_service().identity, exc_info=not is_ours)
         self.reloading = None
         gc.collect()  # what is served no more, which refers to itself; nothing of a service is frozen here
         if self.is_asked:
@@ -1373,7 +1379,7 @@ class Master(Arbiter):
         log.info("reload_started")
         if self.loading is not None and not self.loading.has_ended():  # its thread cannot be stopped
             raise app.StartupError("the model of an earlier reload is still being loaded; send HUP later, or restart")
-        deadline = Deadline(app.load_service().settings.model.load_timeout_s)
+        deadline = Deadline(the_service().settings.model.load_timeout_s)
         started = time.monotonic()
         identity = yield from try_out(functools.partial(self._rehearse, deadline), "the new model", deadline)
         took_s = time.monotonic() - started
@@ -1385,28 +1391,26 @@ class Master(Arbiter):
 
     def _rehearse(self, deadline: Deadline) -> str:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
-        service = load(deadline)
-        identity = prove(service)
-        app.use(service)
-        service.warm_up()
+        settings, model = load(deadline)
+        service = app.Service(settings, model, app.prove_here(settings, model))
+        app.set_current_service(service)
         self._configure()
         if not self.app.app_uri.startswith("app:"):
             self.app.load()  # a user's module
-        return identity
+        return json.dumps(service.identity)
 
     def _load(self) -> Generator[None, None, app.Service]:
         """Load beside the arbiter's loop, which goes on, and have a child prove that what is forked from here answers.
 
         It is what a start does, so that no reload takes what the next start would refuse.
         """
-        deadline = Deadline(app.load_service().settings.model.load_timeout_s)
+        deadline = Deadline(the_service().settings.model.load_timeout_s)
         self.is_loading, self.loading = True, Loading(deadline, self.wakeup)
         try:
-            service: app.Service = yield from wait_for(self.loading, deadline)
+            loaded: Loaded = yield from wait_for(self.loading, deadline)
         finally:
             self.is_loading = False
-        yield from try_out(functools.partial(prove, service), service.settings.artifact, deadline)
-        return service
+        return (yield from prove_in_child(loaded, deadline))
 
     def _replace(self, service: app.Service) -> Generator[None, None, None]:
         """Fork workers of the new service, and retire the old ones once all the new ones are ready.
@@ -1414,10 +1418,10 @@ class Master(Arbiter):
         No frame that is on the stack while they are forked may refer to the old service: they would for ever.
         """
         state, workers = dict(self.app.__dict__), [*self.WORKERS]
-        self.before = Before(app.load_service(), state, self.LISTENERS, workers, self.num_workers, self.fate)
+        self.before = Before(the_service(), state, self.LISTENERS, workers, self.num_workers, self.fate)
         self.fate = mmap.mmap(-1, mmap.PAGESIZE)
         del state
-        app.use(service)
+        app.set_current_service(service)
         new: list[int] = []
         try:
             self._configure()
@@ -1454,7 +1458,7 @@ class Master(Arbiter):
             self.fate[n + 1] = listener in opened
         self.app.__dict__.update(before.application)
         self.LISTENERS, self.fate = before.listeners, before.fate
-        app.use(before.service)
+        app.set_current_service(before.service)
         self.setup(self.app)
         self.num_workers = before.num_workers
         for pid in new:
@@ -1505,7 +1509,7 @@ class Master(Arbiter):
                 listeners.append(there.get(address) or listen(address, cfg, self.log, self.LISTENERS))
         except (OSError, ValueError) as error:
             close([listener for listener in listeners if listener not in self.LISTENERS])
-            where = app.load_service().settings.place("server", "bind")
+            where = the_service().settings.place("server", "bind")
             shown = ":".join(map(str, address)) if isinstance(address, tuple) else address
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise app.SettingsError(f"{where}: cannot listen at {shown!r}: {reason}") from None
@@ -1645,7 +1649,7 @@ def listen(address: Any, cfg: Any, logger: Any, others: Iterable[Any]) -> Any:
 def announce() -> None:
     """Log what is served, and how the cores are shared out: workers times threads is no more of them, unless there are
     more workers."""
-    service = app.load_service()
+    service = the_service()
     named = {"framework": service.settings.framework, "worker_class": service.settings.worker_class}
     log.info("serving", **named, **service.identity)
     budget = {name: getattr(service.settings, name) for name in ("cores", "workers", "threads")}
@@ -1700,13 +1704,16 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def worker_exit(server: Any, worker: Any) -> None:
     """End a worker in which a call is still made: Python would wait for its thread."""
-    if app.load_service().batching.called_at is not None:
+    if the_service().batching.called_at is not None:
         app.finish_output()
         os._exit(0)
 
 
 def post_worker_init(worker: Any) -> None:
-    """Spare the garbage collector what the worker has loaded."""
+    """Answer the first rows, and spare the garbage collector what the worker has loaded."""
+    service = the_service()
+    with app.exit_on_startup_error(), app.about(service.settings.artifact):
+        service.model.warm_up()
     freeze()
     gc.set_threshold(GC_THRESHOLD)
 

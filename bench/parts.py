@@ -34,15 +34,16 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
     service, logging_service = make_service("false"), make_service("true")
     one, many, body = flowers()[:1], flowers()[:64], make_bodies(1000)[0].encode()
     X, X_1000 = (service.contract.to_input(rows) for rows in (one, json.loads(body)))
-    predictions = service.predictor.predict(X_1000)
+    model = service.model
+    predictions = model.predict(X_1000)
     return [
         ("a request without its prediction", make_request(service, json.dumps(one[0]).encode())),
         ("the same with its access line", make_request(logging_service, json.dumps(one[0]).encode())),
-        ("`predict_proba`, 1 row", lambda: service.predictor.estimator.predict_proba(X)),
-        ("a call for 1 row: input, `predict_proba`, JSON", lambda: service.render(one)),
-        ("a call for 64 rows", lambda: service.render(many)),
+        ("`predict_proba`, 1 row", lambda: model.predictor.estimator.predict_proba(X)),
+        ("a call for 1 row: input, `predict_proba`, JSON", lambda: model.render(one)),
+        ("a call for 64 rows", lambda: model.render(many)),
         ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(service.contract, body, 1000)),
-        ("1000 rows: `predict_proba` and classes", lambda: service.predictor.predict(X_1000)),
+        ("1000 rows: `predict_proba` and classes", lambda: model.predictor.predict(X_1000)),
         ("1000 rows: numbers to JSON", lambda: b",".join(predictions.render())),
     ]
 
@@ -52,9 +53,7 @@ def make_service(access: str) -> app.Service:
     os.environ["SERVING_LOGGING__ACCESS"] = access
     settings = app.load_settings()
     app.configure_logging(settings.logging)
-    service = app.make_service(settings)
-    service.prove()
-    return service
+    return app.make_service(settings)
 
 
 def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:

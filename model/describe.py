@@ -54,7 +54,7 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     features = complete(columns, own.features, rows)
     with own.locate():
         if golden:
-            write_golden(path, app.Service(own.model_copy(update={"features": features}), estimator), rows)
+            write_golden(app.make_model(estimator, path, features), rows)
         contract = app.Contract(inputs, features, rows[0] if rows else None)
     print_features(contract, columns, features)
     if golden:
@@ -110,20 +110,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_golden(artifact: Path, service: app.Service, rows: list[dict[str, Any]]) -> None:
+def write_golden(model: app.Model, rows: list[dict[str, Any]]) -> None:
     """Write rows, the answers to them and the running versions beside the artifact. Raises `ModelError`."""
     try:
-        checked = service.contract.parse_payload(rows)
+        checked = model.contract.parse_payload(rows)
     except app.Unprocessable as error:
         problem = error.detail[0]
         raise app.ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
-    service.name_scores(checked, "the golden rows")
-    answers = service.answer(checked, "the golden rows")
-    rows = [
-        {name: row[name] for name in service.contract.names} for row in rows
-    ]  # in the order of a nameless estimator
+    proof = app.prove_scores(model, checked, "the golden rows")
+    answers = model.proven(proof).answer(checked, "the golden rows")
+    rows = [{name: row[name] for name in model.contract.names} for row in rows]  # in the order of a nameless estimator
     document = {"versions": app.running_versions(), "rows": rows, "predictions": answers}
-    app.golden_path(artifact).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    app.golden_path(model.path).write_text(text, encoding="utf-8")
 
 
 def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Settings) -> None:

@@ -59,6 +59,5 @@ def golden_rows() -> list[dict[str, float]]:
 if __name__ == "__main__":
     estimator = train()
     ARTIFACT.write_bytes(dump(estimator))
-    service = app.Service(app.Settings(model=app.ModelSettings(path=str(ARTIFACT))), estimator)
-    write_golden(ARTIFACT, service, golden_rows())
+    write_golden(app.make_model(estimator, ARTIFACT, {}), golden_rows())
     print(f"wrote {ARTIFACT} and {app.golden_path(ARTIFACT).name}")

@@ -27,7 +27,7 @@ from xgboost import XGBClassifier
 
 import app
 from tests.lib import estimators
-from tests.lib.apps import answers_of, call, call_asgi, make_settings
+from tests.lib.apps import answers_of, call, call_asgi, make_service, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.clients import ROW, Answer, post_case
 from tests.lib.proc import count_files
@@ -43,7 +43,7 @@ def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, An
     estimator = estimators.Noting()
     settings = make_settings(framework=framework, features={}, batching=batching)
     app.configure_logging(settings.logging)
-    return estimator, app.FRAMEWORKS[framework](app.Service(settings, estimator))
+    return estimator, app.FRAMEWORKS[framework](make_service(settings, estimator))
 
 
 def ask_together(native: Any, estimator: Any, payloads: Sequence[Any]) -> list[Answer]:
@@ -211,10 +211,10 @@ def test_client_that_leaves_harms_nobody(server: Server) -> None:
 
 def test_answers_agree_with_those_to_rows_alone() -> None:
     """A row's answer in company is the one that it gets alone, up to the last few units of floating point."""
-    service = app.make_service(make_settings())
+    model = app.make_service(make_settings()).model
     flowers = [dict(zip(ROW, row, strict=True)) for row in load_iris().data.tolist()]
-    together = [json.loads(answer) for answer in service.render(flowers)]
-    alone = [json.loads(service.render([row])[0]) for row in flowers]
+    together = [json.loads(answer) for answer in model.render(flowers)]
+    alone = [json.loads(model.render([row])[0]) for row in flowers]
     assert [answer["prediction"] for answer in together] == [answer["prediction"] for answer in alone]
     for one, other in zip(together, alone, strict=True):
         assert list(one["probabilities"].values()) == pytest.approx(list(other["probabilities"].values()), rel=1e-12)
@@ -341,7 +341,7 @@ def test_every_client_gets_its_own_answers_under_load(
     servers: dict[tuple[str, str], Server], combination: tuple[str, str]
 ) -> None:
     """64 clients send different rows, alone and in arrays, good and bad, and each gets exactly its own answers."""
-    flowers, answers = expected_answers(app.make_service(make_settings()).predictor.estimator)
+    flowers, answers = expected_answers(app.make_service(make_settings()).model.predictor.estimator)
     counts, wrong = itertools.count(), []
 
     def check(client: http.client.HTTPConnection, chance: random.Random) -> None:
@@ -410,14 +410,14 @@ def test_threads_and_jobs_are_limited_to_the_share_of_a_worker() -> None:
     ]
 
     def threads_of(service: app.Service) -> set[int]:
-        service.render([{"x0": 1.0}])
+        service.model.render([{"x0": 1.0}])
         return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
 
     before = threadpoolctl.threadpool_info()
     try:
         for estimator in busy:
             estimator.fit(np.arange(8.0).reshape(-1, 1), [0, 1] * 4)
-            service = app.Service(settings, estimator)
+            service = make_service(settings, estimator)
             for _ in range(2):  # threads, each of which OpenMP counts for itself
                 with ThreadPoolExecutor(1) as pool:
                     assert pool.submit(threads_of, service).result() == {1}
@@ -522,18 +522,18 @@ def ask_at_once(native: Any, payloads: Sequence[Any]) -> list[Answer]:
 def test_dependence_is_found_with_golden_rows(golden_rows: list[dict[str, float]]) -> None:
     """Golden rows that are all alike do not hide that answers depend on the others of a call."""
     golden = app.Golden(versions={}, rows=golden_rows, predictions=[{"prediction": 0.0}] * len(golden_rows))
-    service = app.Service(make_settings(features={}), estimators.Centring(), golden)
-    service.warm_up()
-    assert not service.batching.is_possible
+    model = app.make_model(estimators.Centring(), Path("model.joblib"), {}, golden)
+    assert app.find_dependence(model) is not None
 
 
 def test_estimator_that_takes_one_row_only_is_served() -> None:
     """Rows that fail together are asked alone, from the first request on."""
     estimator = estimators.Noting()
     estimator.most = 1
-    service = app.Service(make_settings(features={}), estimator)
-    app.configure_logging(service.settings.logging)
-    service.warm_up()
+    settings = make_settings(features={})
+    app.configure_logging(settings.logging)
+    model = app.make_model(estimator, Path("model.joblib"), {})
+    service = app.Service(settings, model, app.prove(model))
     estimator.calls.clear()
     answers = ask_at_once(app.build_fastapi(service), rows(1, 2, 3))
     assert [answer.json for answer in answers] == [{"prediction": 2.0}, {"prediction": 4.0}, {"prediction": 6.0}]
@@ -575,11 +575,11 @@ def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
         (LogisticRegression(), True),
         (make_pipeline(StandardScaler(), LogisticRegression()), False),
     ):
-        service = app.Service(make_settings(features={}), estimator.fit(X, y))
+        service = make_service(make_settings(features={}), estimator.fit(X, y))
         seen = []
         method = estimator.predict_proba
         estimator.predict_proba = lambda X, method=method, seen=seen: (seen.append(sklearn.get_config()), method(X))[1]
-        service.render([{"x0": 1.0, "x1": 2.0}])
+        service.model.render([{"x0": 1.0, "x1": 2.0}])
         assert [config["assume_finite"] for config in seen] == [is_lean]
 
 

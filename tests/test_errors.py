@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 import app
-from tests.lib.apps import call, make_settings
+from tests.lib.apps import call, make_service, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.cases import FLOWER, JSON, QUERY, Case, get, post
 from tests.lib.clients import post_case
@@ -59,7 +59,7 @@ def apps() -> dict[tuple[str, str], Any]:
     """An app of each framework around each of the models, and around the shipped one."""
     found: dict[tuple[str, str], Any] = {}
     for name, make in MODELS.items():
-        service = app.Service(make_settings(features={}), make())
+        service = make_service(make_settings(features={}), make())
         found |= {(framework, name): build(service) for framework, build in app.FRAMEWORKS.items()}
     iris = app.make_service(make_settings())
     return found | {(framework, "iris"): build(iris) for framework, build in app.FRAMEWORKS.items()}

@@ -53,7 +53,7 @@ def start(artifact: Path, changes: dict[str, Any], **model: Any) -> Any:
 def test_shipped_golden_rows_are_the_models_own() -> None:
     """The shipped file has rows of each species, what the model says of them, and the pinned versions."""
     service = app.make_service(make_settings())
-    answers = service.answer(GOLDEN["rows"], "golden rows")
+    answers = service.model.answer(GOLDEN["rows"], "golden rows")
     assert len(GOLDEN["rows"]) == 15
     assert {prediction["prediction"] for prediction in GOLDEN["predictions"]} == {"setosa", "versicolor", "virginica"}
     assert all(map(app.agrees, answers, GOLDEN["predictions"]))

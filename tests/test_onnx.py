@@ -1,5 +1,6 @@
 """ONNX Runtime in scikit-learn's place: the same answers, or none."""
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,20 +75,21 @@ ONNX = {"model": {"runtime": "onnx"}}
 def prove(path: Path, estimator: Any, features: Any = None, row: Any = None) -> app.Service:
     """Return the service of an estimator in ONNX Runtime, proven with a golden row if there is one."""
     model = save(estimator, path) | {"runtime": "onnx"}
-    service = app.make_service(make_settings(model=model, features=features or {}))
+    settings = make_settings(model=model, features=features or {})
+    loaded = app.load(settings)
     if row is not None:
-        answers = service.answer([row], "the golden row")
-        service.golden = app.Golden(versions={}, rows=[row], predictions=answers)
-    service.prove()
-    assert service.predictor.onnx is not None
+        answers = loaded.answer([row], "the golden row")
+        loaded = dataclasses.replace(loaded, golden=app.Golden(versions={}, rows=[row], predictions=answers))
+    service = app.Service(settings, loaded, app.prove(loaded))
+    assert service.model.predictor.onnx is not None
     return service
 
 
 def agree(service: app.Service, X: Any) -> bool:
     """Whether both runtimes answer X alike."""
-    assert service.predictor.onnx is not None
-    expected = app.Predictor(service.predictor.estimator).ask(X)
-    return app.find_disagreement(service.predictor, X, expected) is None
+    assert service.model.predictor.onnx is not None
+    expected = app.Predictor(service.model.predictor.estimator).ask(X)
+    return app.find_disagreement(service.model.predictor, X, expected) is None
 
 
 @pytest.mark.parametrize("labels", [NAMES, y, y - 1, y == 1], ids=["str", "int", "negative", "bool"])
@@ -117,7 +119,7 @@ def test_classifier_answers_as_in_sklearn(tmp_path: Path, estimator: Any, labels
     """The labels are the estimator's own in type too, and the other numbers are within 1e-5."""
     service = prove(tmp_path / "model.joblib", estimator.fit(X, labels), row=ROWS[0])
     assert agree(service, X)
-    predictions = [answer["prediction"] for answer in answers_of(service.predictor, X)]
+    predictions = [answer["prediction"] for answer in answers_of(service.model.predictor, X)]
     assert predictions == estimator.predict(X).tolist()
     assert {type(label) for label in predictions} == {type(label) for label in labels.tolist()}
 
@@ -137,7 +139,7 @@ def test_regressor_answers_as_in_sklearn(tmp_path: Path, estimator: Any) -> None
     """A number is the same to 1e-5 of the largest."""
     service = prove(tmp_path / "model.joblib", estimator.fit(NUMBERS, TARGET))
     assert agree(service, NUMBERS)
-    assert isinstance(answers_of(service.predictor, NUMBERS)[0]["prediction"], float)
+    assert isinstance(answers_of(service.model.predictor, NUMBERS)[0]["prediction"], float)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_other_answers_are_as_in_sklearn(tmp_path: Path, estimator: Any, target:
     """Several outputs, clusters and outliers have the names and the form that they have in scikit-learn."""
     service = prove(tmp_path / "model.joblib", estimator.fit(X, target), row=ROWS[0])
     assert agree(service, X)
-    answers, expected = answers_of(service.predictor, X), answers_of(app.Predictor(estimator), X)
+    answers, expected = answers_of(service.model.predictor, X), answers_of(app.Predictor(estimator), X)
     assert all(map(app.agrees, answers, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
 
 
@@ -389,9 +391,7 @@ def prove_graph(path: Path, graph: bytes) -> app.Service:
     path.write_bytes(graph)
     settings = make_settings(model={"path": str(path), "sha256": ""}, features={}, logging={"format": "json"})
     app.configure_logging(settings.logging)
-    service = app.make_service(settings)
-    service.prove()
-    return service
+    return app.make_service(settings)
 
 
 def export(estimator: Any, types: Any = None, **options: Any) -> bytes:
@@ -550,7 +550,7 @@ def test_outputs_are_told_apart_in_any_order(tmp_path: Path, nodes: Any, outputs
     constants = CLASSES | ({"one": np.eye(3, dtype=np.float32)} if "logits" in outputs else {})
     service = prove_graph(tmp_path / "model.onnx", make_graph(nodes, outputs, **constants))
     values = {"probabilities": shares_of(MADE_ROWS), "decision": MADE_ROWS}.get(score or "", [])
-    answers = answers_of(service.predictor, MADE_ROWS)
+    answers = answers_of(service.model.predictor, MADE_ROWS)
     assert [answer.pop("prediction") for answer in answers] == [CLASSES["names"][at] for at in MADE_ROWS.argmax(axis=1)]
     assert all([*answer] == [score] for answer in answers if score)
     given = [[answer[score][name] for name in CLASSES["names"]] for answer in answers if score]
@@ -753,7 +753,6 @@ def test_graph_for_one_row_is_asked_row_by_row(tmp_path: Path, framework: str, o
 def test_requests_of_a_graph_for_one_row_share_calls(tmp_path: Path) -> None:
     """Its answers do not depend on other rows, so that nothing warns of it."""
     service = prove_graph(tmp_path / "model.onnx", export(LogisticRegression(max_iter=1000).fit(X, NAMES), ONE_ROW))
-    service.warm_up()
     assert service.batching.is_possible
 
 
@@ -767,7 +766,7 @@ def test_graph_with_an_input_for_one_row_is_asked_row_by_row(tmp_path: Path, row
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, FLOAT, [size, 1]))
     model.graph.node.insert(0, node("Concat", ["a", "b"], ["X"], axis=1))
     service = prove_graph(tmp_path / "model.onnx", model.SerializeToString())
-    answers = service.answer([{"a": a, "b": b} for a, b in X[:, :2].tolist()], "rows")
+    answers = service.model.answer([{"a": a, "b": b} for a, b in X[:, :2].tolist()], "rows")
     assert [answer["prediction"] for answer in answers] == estimator.predict(X[:, :2]).tolist()
 
 
@@ -786,7 +785,7 @@ def test_graph_that_answers_no_two_rows_is_asked_row_by_row(tmp_path: Path, chan
     graph = make_graph([SOFTMAX, *nodes, *LABEL], {"label": STRING, "probabilities": FLOAT}, **shape, **CLASSES)
     service = prove_graph(tmp_path / "model.onnx", graph)
     rows = [{f"x{column}": value for column, value in enumerate(row)} for row in MADE_ROWS.tolist()]
-    given = [[*answer["probabilities"].values()] for answer in service.answer(rows, "rows")]
+    given = [[*answer["probabilities"].values()] for answer in service.model.answer(rows, "rows")]
     assert np.allclose(given, shares_of(MADE_ROWS), atol=1e-6)
 
 
@@ -795,7 +794,7 @@ def test_probabilities_that_float32_lost_are_null(tmp_path: Path) -> None:
     estimator = OneVsRestClassifier(LogisticRegression(max_iter=1000)).fit(X, NAMES)
     service = prove_graph(tmp_path / "model.onnx", export(estimator, zipmap=False))
     far = np.array([[1000, 100, 0, -100], *X.tolist()])
-    first, *others = ([*answer["probabilities"].values()] for answer in answers_of(service.predictor, far))
+    first, *others = ([*answer["probabilities"].values()] for answer in answers_of(service.model.predictor, far))
     assert first == [None] * 3
     assert all(sum(numbers) == pytest.approx(1) for numbers in others)
 

@@ -232,7 +232,7 @@ def test_what_takes_long_is_told(tmp_path: Path) -> None:
 REPORTING = """
 import importlib.util, os, signal, sys, app
 
-app.IN_USE.append(app.make_service(app.load_settings()))  # so that the configuration loads nothing
+app.set_current_service(app.make_service(app.load_settings()))  # so that the configuration loads nothing
 spec = importlib.util.spec_from_file_location("configuration", "gunicorn.conf.py")
 configuration = sys.modules["configuration"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(configuration)

@@ -1,6 +1,7 @@
 """The app in this process, without a server: settings for it, and requests by its own interface."""
 
 import asyncio
+import dataclasses
 import io
 import json
 import sys
@@ -27,6 +28,12 @@ def make_settings(**changes: Any) -> app.Settings:
 def answers_of(predictor: app.Predictor, X: Any) -> list[dict[str, Any]]:
     """Return what a predictor says of each row of X."""
     return [json.loads(answer) for answer in predictor.predict(X).render()]
+
+
+def make_service(settings: app.Settings, estimator: Any) -> app.Service:
+    """Return the service of an estimator that was not saved, and of which nothing is proven."""
+    model = app.make_model(estimator, Path("model.joblib"), settings.features)
+    return app.Service(settings, dataclasses.replace(model, n_threads=settings.threads), app.Proof())
 
 
 def serve_estimator(path: Path, estimator: Any, **changes: Any) -> Any:
