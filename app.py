@@ -40,7 +40,7 @@ import math
 import operator
 import os
 import pickle
-import queue
+import queue as queues
 import random
 import re
 import select
@@ -1897,6 +1897,7 @@ class Predictor:
         self._keys = [_as_key(label) for label in self.classes or []]
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
         self._assume_finite = assume_finite
+        self._templates: dict[int, bytes] = {}  # of an answer's JSON, by the number of its values
 
     def with_graph(self, session: Any, how: str = "", score: str | None = None, takes_one: bool = False) -> Predictor:
         """Return a predictor that answers by an ONNX graph. Raises `ModelError`.
@@ -1905,6 +1906,7 @@ class Predictor:
         that `takes_one` row is asked row by row.
         """
         other = copy.copy(self)
+        other._templates = {}
         other.score = score or self.score
         other.onnx = OnnxModel(session, other, how, takes_one)
         return other
@@ -1931,11 +1933,14 @@ class Predictor:
         answer: Tree = {"prediction": self._name_outputs(y)}
         if self.score is not None:
             answer[self.score] = self._name_scores(scores, several=y.ndim == 2)
-        predictions = Predictions.of(answer)
-        lengths = {len(column) for column in predictions.columns}
+        columns = [*_leaves(answer)]
+        lengths = {*map(len, columns)}
         if lengths != {len(X)}:
             raise ModelError(f"gives {listed([*lengths])} answers to {len(X)} rows")
-        return predictions
+        # The same columns are named alike in each call.
+        if len(columns) not in self._templates:
+            self._templates[len(columns)] = _write_template(answer)
+        return Predictions(self._templates[len(columns)], columns)
 
     def ask(self, X: Any) -> tuple[Any, Any]:
         """Return what the estimator, or a graph in its place, predicts for X, and its scores, or None without any."""
@@ -1989,35 +1994,71 @@ class Predictor:
         return tree
 
 
-@dataclass(frozen=True, slots=True)
+ALL = slice(None)
+
+
 class Predictions:
-    """The answers to n_samples rows: the JSON of one, with a hole for a value of each of the columns, (n_samples,)."""
+    """The answers to n_samples rows, or to a part of the rows of a call.
 
-    template: bytes
-    columns: list[Array]
+    `template` is the JSON of one answer, with a hole for a value of each of the columns, (n_samples,) each.
+    """
 
-    @classmethod
-    def of(cls, tree: Tree) -> Predictions:
-        """Make them of names and lists around columns."""
-        columns: list[Array] = []
-        return cls(_write_template(tree, columns), columns)
+    __slots__ = ("_all_columns", "_rendered", "_rows", "template")
 
-    def render(self, start: int = 0, stop: int | None = None) -> list[bytes]:
-        """Give the JSON of each answer, or of those in a range."""
-        values = [_write_values(column[start:stop]) for column in self.columns]
-        return [self.template % row for row in zip(*values, strict=True)]
+    def __init__(self, template: bytes, columns: list[Array], of: Predictions | None = None, rows: slice = ALL) -> None:
+        self.template = template
+        self._all_columns = columns
+        self._rows = rows
+        self._rendered: list[bytes] = of._rendered if of else []  # of all rows of the call, once any is rendered
+
+    def part(self, start: int, stop: int) -> Predictions:
+        """Return the answers to some of the rows. All parts share what is rendered."""
+        return Predictions(self.template, self._all_columns, self, slice(start, stop))
+
+    @property
+    def columns(self) -> list[Array]:
+        """The values of each hole, (n_samples,) each."""
+        return [column[self._rows] for column in self._all_columns]
+
+    def render(self) -> list[bytes]:
+        """Return the JSON of each answer."""
+        if not self._rendered:
+            try:
+                self._rendered += self._write(self._all_columns)
+            except ValueError:  # a text of another part is no Unicode
+                return self._write(self.columns)
+        return self._rendered[self._rows]
+
+    def render_array(self, n_rows: int) -> list[bytes]:
+        """Return the JSON of an array of the answers, in pieces of `PIECE_ROWS` rows each."""
+        pieces: list[bytes] = []
+        for start in range(0, n_rows, PIECE_ROWS):
+            answers = self._write([column[start : start + PIECE_ROWS] for column in self.columns])
+            answers[0] = (b"," if pieces else b"[") + answers[0]
+            if start + PIECE_ROWS >= n_rows:
+                answers[-1] += b"]"
+            pieces.append(b",".join(answers))
+        return pieces
+
+    def _write(self, columns: list[Array]) -> list[bytes]:
+        return [self.template % row for row in zip(*map(_write_values, columns), strict=True)]
 
 
-def _write_template(tree: Tree, columns: list[Array]) -> bytes:
-    if isinstance(tree, dict):
-        items = [
-            _write_text(name).replace(b"%", b"%%") + b":" + _write_template(item, columns)
-            for name, item in tree.items()
-        ]
+def _leaves(answer: Tree) -> Iterator[Array]:
+    """Yield the columns of an answer in the order of its template's holes."""
+    if isinstance(answer, dict | list):
+        for inner in answer.values() if isinstance(answer, dict) else answer:
+            yield from _leaves(inner)
+    else:
+        yield answer
+
+
+def _write_template(answer: Tree) -> bytes:
+    if isinstance(answer, dict):
+        items = [_write_text(name).replace(b"%", b"%%") + b":" + _write_template(item) for name, item in answer.items()]
         return b"{" + b",".join(items) + b"}"
-    if isinstance(tree, list):
-        return b"[" + b",".join(_write_template(item, columns) for item in tree) + b"]"
-    columns.append(tree)
+    if isinstance(answer, list):
+        return b"[" + b",".join(map(_write_template, answer)) + b"]"
     return b"%b"
 
 
@@ -3234,15 +3275,15 @@ class Model:
         limit_threads(self.n_threads)
         return self.predictor.predict(X)
 
-    def render(self, rows: Rows) -> list[bytes]:
-        """Return the answer to each row as JSON. Raises what the estimator raises."""
-        return self.predict(self.contract.to_input(rows)).render()
+    def predict_rows(self, rows: Rows) -> Predictions:
+        """Return the answers to checked rows. Raises what the estimator raises."""
+        return self.predict(self.contract.to_input(rows))
 
     def answer(self, rows: Rows, what: str) -> list[dict[str, Any]]:
         """Return the answers to rows that are no request's. Raises `EstimatorError`, which says on `what` it fails."""
         self.report(f"answering {what.partition(',')[0]}")
         try:
-            return [json.loads(answer) for answer in self.render(rows)] if rows else []
+            return [json.loads(answer) for answer in self.predict_rows(rows).render()] if rows else []
         except ModelError:
             raise
         except Exception as error:  # what an estimator raises has no bounds
@@ -3331,10 +3372,12 @@ def prove(model: Model) -> Proof:
     _try_missing(model)
     model.report("timing its answers")
     try:
-        call_s, row_s = measure(model.render, model.known_rows[0])
+        call_s, row_s = measure(model.predict_rows, model.known_rows[0])
         reason = find_dependence(model)
     except Exception as error:  # what an estimator raises has no bounds
         call_s, row_s, reason = 0.0, 0.0, f"rows that are answered alone fail together: {reason_of(error)}"
+    if reason is not None:
+        log.warning("never_batched", reason=reason)
     return replace(proof, call_s=call_s, row_s=row_s, never_batched=reason)
 
 
@@ -3409,58 +3452,110 @@ def find_dependence(model: Model) -> str | None:
 # the same moment are predicted in one call. There is one call at a time: an estimator may keep what it works on. How a
 # request waits depends on what runs it: an asyncio loop or a thread, which may be a greenlet of gevent's.
 
-INLINE_S = 0.01  # how long a call may keep an event loop from everything else
-UNEXPECTED = 10.0  # times as long as a call should take, after which others are expected to take as long
-STEP = 0.1  # part of a difference that is believed
-STUCK = 2.0  # times as long as anyone waits for a call, after which it is taken never to end
+INLINE_S = 0.01  # the longest call that runs in an event loop, in seconds
+SURPRISE_FACTOR = 10.0  # a call that takes so many times as long as expected is what later ones are expected to take
+SMOOTHING = 0.1  # the part of a difference by which an expectation is corrected
+STUCK_AFTER_TIMEOUTS = 2.0  # time-outs of a request after which a call is taken never to end
 MIN_STUCK_S = 1.0
-LOOK_S = 0.25  # how often a call that runs beside a loop is looked at, and what waits for it
-QUIET_TURNS = 2  # of threads that bring no row: after one, gevent has not yet looked for what came meanwhile
-MANY_ROWS = 64  # that tell what one more costs
-MAX_COMPARED = 16  # rows that are answered both alone and together, or fewer
+LOOK_S = 0.25  # seconds between two looks at a call that runs beside a loop, and at what waits for it
+QUIET_TURNS = 2  # turns of other threads without a row: after one, gevent has not yet looked for what came meanwhile
+MANY_ROWS = 64  # rows of a call by which the cost of one more is measured
+MAX_COMPARED = 16  # rows that are answered both alone and together
 MAX_COMPARING_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """The rows of one request that wait, or a call of its own for so many; then the answers, or what was raised."""
+    """The rows of one request, from the moment when they wait for a call until they are answered.
 
-    rows: Rows
+    Rows that take long to decode or to write have both done in the call: `decode` returns X, or None if there is
+    nothing to predict, and `encode` makes the result of its predictions. Such a job shares its call with no other.
+    """
+
     n_rows: int
-    call: Callable[[], list[bytes]] | None = None
-    waker: Any = None  # what waits for it: a future of the loop, or a lock
-    answers: list[bytes] | Exception = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
+    decode: Callable[[], Any] | None = None
+    encode: Callable[[Predictions | None], Any] | None = None
+    is_long: bool = False  # decoding takes longer than an event loop should be kept busy
+    waiter: Any = None  # a future of the loop, or a lock
+    answer: Any = None  # predictions, or what `encode` made of them
+    error: Exception | None = None
     deadline: float = math.inf  # by the monotonic clock
     has_left: bool = False  # the queue, for a call or for good
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
-    def result(self) -> list[bytes]:
-        """Give the answers. Raises what the estimator raised."""
-        if isinstance(self.answers, Exception):
-            raise self.answers
-        return self.answers
+    def result(self) -> Any:
+        """Return the predictions, or what `encode` made of them. Raises what the call raised."""
+        if self.error is not None:
+            raise self.error
+        return self.answer
 
 
 def count_rows(jobs: Iterable[Job]) -> int:
-    return sum(job.n_rows for job in jobs)
+    return sum([job.n_rows for job in jobs])
 
 
 @dataclass(slots=True)
-class Batching:
-    """How to call `render`, which gives the answers to rows: for how many at once, and where; and who may wait for it.
+class CallCost:
+    """The time that a call is expected to take, in seconds: some by itself, and some for each row."""
 
-    A call takes about `call_s` and for each row `row_s`, in seconds.
+    call_s: float = 0.0
+    row_s: float = 0.0
+
+    def seconds_for(self, n_rows: int) -> float:
+        return self.call_s + self.row_s * n_rows
+
+    def learn(self, n_rows: int, took_s: float) -> None:
+        """Correct the expectation by a call: at once if it took far longer, else by a part of the difference.
+
+        The time of a call is an upper bound of both its fixed cost and its cost per row.
+        """
+        expected_s = self.seconds_for(n_rows)
+        if took_s > SURPRISE_FACTOR * max(INLINE_S, expected_s):
+            self.call_s = took_s
+        elif took_s < expected_s:
+            self.call_s = max(self.call_s * (1 - SMOOTHING), min(self.call_s, took_s))
+            self.row_s = max(self.row_s * (1 - SMOOTHING), min(self.row_s, took_s / n_rows))
+        elif took_s > INLINE_S and n_rows >= MANY_ROWS:
+            self.row_s += SMOOTHING * (took_s - expected_s) / n_rows
+        elif took_s > INLINE_S:
+            self.call_s += SMOOTHING * (took_s - expected_s)
+
+
+def measure(predict: Callable[[Rows], Any], row: dict[str, Any]) -> tuple[float, float]:
+    """Return the seconds of a call and of each of its rows, by calls for one row and, if that is quick, for many."""
+    call_s = _time(predict, [row])
+    if call_s > INLINE_S:
+        return call_s, 0.0
+    return call_s, max(0.0, _time(predict, [row] * MANY_ROWS) - call_s) / MANY_ROWS
+
+
+def _time(predict: Callable[[Rows], Any], rows: Rows) -> float:
+    """Return the seconds of a call that nothing disturbs, as the start of other processes does."""
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < 10 * INLINE_S:
+        started = time.perf_counter()
+        predict(rows)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@dataclass(slots=True)
+class BatchQueue:
+    """Who may wait for a model, which jobs share a call, and the call itself.
+
+    `predict_rows` answers checked rows, and `predict` what a job has decoded by itself.
     """
 
-    render: Callable[[Rows], list[bytes]]
-    max_rows: int
+    predict_rows: Callable[[Rows], Predictions]
+    predict: Callable[[Any], Predictions]
+    max_rows: int  # of a call that several jobs share
     max_wait_s: float
     max_queued_rows: float = math.inf
     timeout_s: float = math.inf
-    is_possible: bool = True  # unless the answer to a row depends on the others
-    call_s: float = 0.0
-    row_s: float = 0.0
+    can_share: bool = True  # the answer to a row does not depend on the others of its call
+    cost: CallCost = field(default_factory=CallCost)
     queued_jobs: int = 0  # that no call has taken
     queued_rows: int = 0
     called_at: float | None = None  # by the monotonic clock, while a call is made
@@ -3476,50 +3571,47 @@ class Batching:
         job.deadline = time.monotonic() + self.timeout_s
 
     def give_up(self, job: Job) -> None:
-        """Have a job predicted no more: its client has left, or waited too long."""
+        """Predict a job no more: its client has left, or waited too long."""
         with self._lock:
             job.is_given_up = True
-            self._leave_queue(job)
+            self._leave(job)
 
-    def _leave_queue(self, job: Job) -> None:
+    def _leave(self, job: Job) -> None:
         if not job.has_left:
             job.has_left = True
             self.queued_jobs -= 1
             self.queued_rows -= job.n_rows
 
     def seconds_left(self) -> float:
-        """Give what it is expected to take until all that wait are answered."""
-        calls = math.ceil(self.queued_rows / self.max_rows) if self.is_possible else self.queued_jobs
-        return calls * self.call_s + self.queued_rows * self.row_s
+        """Return the expected time until all jobs that wait are answered."""
+        calls = math.ceil(self.queued_rows / self.max_rows) if self.can_share else self.queued_jobs
+        return calls * self.cost.call_s + self.queued_rows * self.cost.row_s
 
     def is_late(self, job: Job) -> bool:
-        """Whether a job has waited too long, or waits for a call that does not end."""
+        """Return whether a job has waited too long, or waits for a call that does not end."""
         return time.monotonic() > job.deadline or self.is_stuck()
 
     @property
     def stuck_s(self) -> float:
-        """The time after which a call is taken never to end."""
-        return max(STUCK * self.timeout_s, MIN_STUCK_S)
+        """The time after which a call is taken never to end, in seconds."""
+        return max(STUCK_AFTER_TIMEOUTS * self.timeout_s, MIN_STUCK_S)
 
     def is_stuck(self) -> bool:
-        """Whether a call is made that does not end."""
+        """Return whether a call is made that does not end."""
         called_at = self.called_at
         return called_at is not None and time.monotonic() - called_at > self.stuck_s
 
     def too_late(self) -> Unavailable:
         return Unavailable("the prediction took too long", self.seconds_left())
 
-    def seconds_for(self, n_rows: int) -> float:
-        """Give what a call for so many rows is expected to take."""
-        return self.call_s + self.row_s * n_rows
-
-    def is_costly(self, jobs: Iterable[Job]) -> bool:
-        """Whether a call takes so long that it should not run in an event loop."""
-        return self.seconds_for(count_rows(jobs)) > INLINE_S
+    def needs_thread(self, jobs: Sequence[Job]) -> bool:
+        """Return whether a call takes so long that it should not run in an event loop."""
+        is_long = bool(jobs) and jobs[0].is_long  # and then alone
+        return is_long or self.cost.seconds_for(count_rows(jobs)) > INLINE_S
 
     def is_full(self, waiting: Iterable[Job]) -> bool:
-        """Whether those that wait have the rows of a call already."""
-        return not self.is_possible or count_rows(waiting) >= self.max_rows
+        """Return whether the jobs that wait have the rows of a call already."""
+        return not self.can_share or count_rows(waiting) >= self.max_rows
 
     def take(self, waiting: collections.deque[Job]) -> list[Job]:
         """Take the jobs of the next call from those that wait; none if nobody waits for them any more."""
@@ -3528,99 +3620,83 @@ class Batching:
         while waiting and (not jobs or self._can_join(waiting[0], jobs[0], n_rows)):
             job = waiting.popleft()
             with self._lock:
-                self._leave_queue(job)
+                self._leave(job)
             if not job.is_given_up:
                 jobs.append(job)
                 n_rows += job.n_rows
         return jobs
 
     def _can_join(self, job: Job, first: Job, n_rows: int) -> bool:
-        is_shared = self.is_possible and first.call is None and job.call is None
+        is_shared = self.can_share and first.decode is None and job.decode is None
         return is_shared and n_rows + job.n_rows <= self.max_rows
 
-    def answer(self, jobs: list[Job]) -> list[list[Job]]:
-        """Answer jobs in one call; if that fails, give their halves, so that an error comes to be with its own job.
+    def call(self, jobs: list[Job]) -> list[list[Job]]:
+        """Answer jobs in one call. If it fails, return their halves, which isolates an error in the job that causes it.
 
-        Those that would come too late are told so instead.
+        A job that would be answered too late gets an error instead.
         """
         called = self._refuse_late(jobs)
         if not called:
             return []
-        rows = [row for job in called for row in job.rows]
-        context = called[0].context if len(called) == 1 else contextvars.Context()
-        started = time.perf_counter()
         self.called_at = time.monotonic()
         try:
-            answers = context.run(called[0].call or functools.partial(self.render, rows))
+            if len(called) == 1:
+                (job,) = called
+                job.answer = job.context.run(self._answer, job)
+            else:
+                contextvars.Context().run(self._answer_together, called)
         except Exception as error:  # what an estimator raises has no bounds
             if len(called) > 1:
                 return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
-            called[0].answers = error
-            return []
+            called[0].error = error
         finally:
             self.called_at = None
-        if len(called) == 1:
-            called[0].answers = answers
-        else:
-            start = 0
-            for job in called:
-                job.answers = answers[start : start + job.n_rows]
-                start += job.n_rows
-        self._learn(called, time.perf_counter() - started)
         return []
 
+    def _answer(self, job: Job) -> Any:
+        if job.decode is None:
+            return self._timed(self.predict_rows, job.rows, job.n_rows)
+        decode, job.decode = job.decode, None  # which holds the body, as large as the rest
+        X = decode()
+        del decode
+        predictions = None if X is None else self._timed(self.predict, X, len(X))
+        del X
+        return predictions if job.encode is None else job.encode(predictions)
+
+    def _answer_together(self, jobs: list[Job]) -> None:
+        rows = [row for job in jobs for row in job.rows]
+        predictions = self._timed(self.predict_rows, rows, len(rows))
+        start = 0
+        for job in jobs:
+            job.answer = predictions.part(start, start + job.n_rows)
+            start += job.n_rows
+
+    def _timed(self, predict: Callable[[Any], Predictions], rows: Any, n_rows: int) -> Predictions:
+        started = time.perf_counter()
+        predictions = predict(rows)
+        self.cost.learn(n_rows, time.perf_counter() - started)
+        return predictions
+
     def _refuse_late(self, jobs: list[Job]) -> list[Job]:
-        """Give the jobs that can be answered in time. What a call takes is not counted on if it is most of that time,
-        for without a call nothing more would be learnt of it."""
-        takes_s = self.seconds_for(count_rows(jobs))
+        """Return the jobs that can be answered in time.
+
+        The expected time of the call is ignored when it exceeds half of the time-out: refusing everything would never
+        correct the expectation.
+        """
+        takes_s = self.cost.seconds_for(count_rows(jobs))
         end = time.monotonic() + (takes_s if takes_s < self.timeout_s / 2 else 0.0)
         if not jobs or jobs[0].deadline >= end:  # which came first
             return jobs
         for job in jobs:
-            job.answers = self.too_late()
+            job.error = self.too_late() if job.deadline < end else None
         return [job for job in jobs if job.deadline >= end]
-
-    def _learn(self, jobs: Iterable[Job], took_s: float) -> None:
-        """Correct what is expected of later calls: at once if this one took far longer, else by a part of it.
-
-        What a call takes in all bounds both what it takes by itself and what each of its rows does.
-        """
-        n_rows = count_rows(jobs)
-        expected_s = self.seconds_for(n_rows)
-        if took_s > UNEXPECTED * max(INLINE_S, expected_s):
-            self.call_s = took_s
-        elif took_s < expected_s:
-            self.call_s = max(self.call_s * (1 - STEP), min(self.call_s, took_s))
-            self.row_s = max(self.row_s * (1 - STEP), min(self.row_s, took_s / n_rows))
-        elif took_s > INLINE_S and n_rows >= MANY_ROWS:
-            self.row_s += STEP * (took_s - expected_s) / n_rows
-        elif took_s > INLINE_S:
-            self.call_s += STEP * (took_s - expected_s)
-
-
-def measure(render: Callable[[Rows], list[bytes]], row: dict[str, Any]) -> tuple[float, float]:
-    """Return the seconds of a call and of each of its rows, by calls for one row and, if that is quick, for many."""
-    call_s = _time(render, [row])
-    if call_s > INLINE_S:
-        return call_s, 0.0
-    return call_s, max(0.0, _time(render, [row] * MANY_ROWS) - call_s) / MANY_ROWS
-
-
-def _time(render: Callable[[Rows], list[bytes]], rows: Rows) -> float:
-    """Give the seconds that a call takes when nothing disturbs it, as the start of other workers does."""
-    times: list[float] = []
-    while len(times) < 5 and sum(times) < 10 * INLINE_S:
-        started = time.perf_counter()
-        render(rows)
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 class LoopBatcher:
     """Batches requests of an asyncio loop: those of one turn of it, and those that came while a call ran beside it."""
 
-    def __init__(self, batching: Batching, loop: asyncio.AbstractEventLoop) -> None:
-        self.batching = batching
+    def __init__(self, queue: BatchQueue, loop: asyncio.AbstractEventLoop) -> None:
+        self.queue = queue
         self.loop = loop
         self._waiting: collections.deque[Job] = collections.deque()
         self._halves: list[list[Job]] = []  # of calls that failed
@@ -3628,60 +3704,60 @@ class LoopBatcher:
         self._is_due = False  # a call is scheduled, or runs
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "predict")  # which starts when it is first used
 
-    async def answer(self, job: Job) -> list[bytes]:
-        """Give the answers to a job. Raises what the estimator raised."""
-        self.batching.admit(job)
-        job.waker = self.loop.create_future()
+    async def predict(self, job: Job) -> Any:
+        """Return the result of a job. Raises what its call raised."""
+        self.queue.admit(job)
+        job.waiter = self.loop.create_future()
         self._waiting.append(job)
         if not self._is_due:
             self._is_due = True
             self._schedule()
-        elif self._timer is not None and self.batching.is_full(self._waiting):
+        elif self._timer is not None and self.queue.is_full(self._waiting):
             self._timer.cancel()
             self._call()
         try:
-            await job.waker
+            await job.waiter
         except asyncio.CancelledError:
-            self.batching.give_up(job)
+            self.queue.give_up(job)
             raise
         return job.result()
 
     def _schedule(self) -> None:
-        if self.batching.max_wait_s and not self.batching.is_full(self._waiting):
-            self._timer = self.loop.call_later(self.batching.max_wait_s, self._call)
+        if self.queue.max_wait_s and not self.queue.is_full(self._waiting):
+            self._timer = self.loop.call_later(self.queue.max_wait_s, self._call)
         else:
             self.loop.call_soon(self._call)
 
     def _call(self, n_before: int = 0) -> None:
         self._timer = None
-        if n_before < len(self._waiting) < self.batching.max_rows:  # this turn brought some, and so may the next
+        if n_before < len(self._waiting) < self.queue.max_rows:  # this turn brought some, and so may the next
             self.loop.call_soon(self._call, len(self._waiting))
             return
-        jobs = self._halves.pop() if self._halves else self.batching.take(self._waiting)
-        if self.batching.is_costly(jobs):
-            call = _beside_loop(functools.partial(self.batching.answer, jobs))
+        jobs = self._halves.pop() if self._halves else self.queue.take(self._waiting)
+        if self.queue.needs_thread(jobs):
+            call = _beside_loop(functools.partial(self.queue.call, jobs))
             done = self.loop.run_in_executor(self._thread, call)
             done.add_done_callback(lambda done: self._hand_out(jobs, done.result()))
             self.loop.call_later(LOOK_S, self._look, jobs, done)
         else:
-            self._hand_out(jobs, self.batching.answer(jobs))
+            self._hand_out(jobs, self.queue.call(jobs))
 
     def _look(self, jobs: list[Job], done: asyncio.Future[Any]) -> None:
-        """Tell those who wait too long for a call, or behind it."""
+        """Answer the jobs that wait too long for a call, or behind it."""
         if done.done():
             return
         for job in (*jobs, *self._waiting, *itertools.chain(*self._halves)):
-            if not job.waker.done() and self.batching.is_late(job):
-                self.batching.give_up(job)
-                job.answers = self.batching.too_late()
-                job.waker.set_result(None)
+            if not job.waiter.done() and self.queue.is_late(job):
+                self.queue.give_up(job)
+                job.error = self.queue.too_late()
+                job.waiter.set_result(None)
         self.loop.call_later(LOOK_S, self._look, jobs, done)
 
     def _hand_out(self, jobs: list[Job], halves: list[list[Job]]) -> None:
         self._halves += halves
         for job in jobs if not halves else ():
-            if not job.waker.done():  # as it is when its task was cancelled, or it was told that it is late
-                job.waker.set_result(None)
+            if not job.waiter.done():  # as it is when its task was cancelled, or it was told that it is late
+                job.waiter.set_result(None)
         self._is_due = bool(self._waiting or self._halves)
         if self._is_due:
             self.loop.call_soon(self._call, len(self._waiting))
@@ -3693,65 +3769,65 @@ class ThreadBatcher:
     It starts with the first request of a process: one that runs before does not live on in those that are forked.
     """
 
-    def __init__(self, batching: Batching) -> None:
-        self.batching = batching
-        self._arrived: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    def __init__(self, queue: BatchQueue) -> None:
+        self.queue = queue
+        self._arrived: queues.SimpleQueue[Job] = queues.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    async def answer(self, job: Job) -> list[bytes]:
-        """Give the answers to a job; it blocks. Raises what the estimator raised."""
-        self.batching.admit(job)
+    async def predict(self, job: Job) -> Any:
+        """Return the result of a job; it blocks. Raises what its call raised."""
+        self.queue.admit(job)
         try:
             self._start()
         except RuntimeError:  # no thread more
-            self.batching.give_up(job)
+            self.queue.give_up(job)
             raise
         return self._wait_for(job)
 
     def _start(self) -> None:
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
-                self._arrived = queue.SimpleQueue()
+                self._arrived = queues.SimpleQueue()
                 self._thread = threading.Thread(target=self._serve, args=[self._arrived], name="predict", daemon=True)
                 self._thread.start()
 
-    def _wait_for(self, job: Job) -> list[bytes]:
-        job.waker = threading.Lock()
-        job.waker.acquire()
+    def _wait_for(self, job: Job) -> Any:
+        job.waiter = threading.Lock()
+        job.waiter.acquire()
         self._arrived.put(job)
-        while not job.waker.acquire(timeout=LOOK_S):  # until its release
-            if self.batching.is_late(job):
-                self.batching.give_up(job)
-                raise self.batching.too_late()
+        while not job.waiter.acquire(timeout=LOOK_S):  # until its release
+            if self.queue.is_late(job):
+                self.queue.give_up(job)
+                raise self.queue.too_late()
         return job.result()
 
-    def _serve(self, arrived: queue.SimpleQueue[Job]) -> None:
+    def _serve(self, arrived: queues.SimpleQueue[Job]) -> None:
         waiting: collections.deque[Job] = collections.deque()
         while True:
             if not waiting:
                 waiting.append(arrived.get())
                 self._wait_for_more(arrived, waiting)
             n_quiet = 0
-            while n_quiet < QUIET_TURNS and len(waiting) < self.batching.max_rows:
+            while n_quiet < QUIET_TURNS and len(waiting) < self.queue.max_rows:
                 time.sleep(0)  # lets others that are ready come in
                 n_quiet = n_quiet + 1 if arrived.empty() else 0
                 waiting += [arrived.get() for _ in range(arrived.qsize())]
-            groups = [self.batching.take(waiting)]
+            groups = [self.queue.take(waiting)]
             while groups:
                 groups += self._call(groups.pop())
 
-    def _wait_for_more(self, arrived: queue.SimpleQueue[Job], waiting: collections.deque[Job]) -> None:
-        end = time.monotonic() + self.batching.max_wait_s
-        while not self.batching.is_full(waiting) and (left_s := end - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
+    def _wait_for_more(self, arrived: queues.SimpleQueue[Job], waiting: collections.deque[Job]) -> None:
+        end = time.monotonic() + self.queue.max_wait_s
+        while not self.queue.is_full(waiting) and (left_s := end - time.monotonic()) > 0:
+            with contextlib.suppress(queues.Empty):
                 waiting.append(arrived.get(timeout=left_s))
 
     def _call(self, jobs: list[Job]) -> list[list[Job]]:
-        answer = functools.partial(self.batching.answer, jobs)
-        halves = (_beside_loop(answer) if self.batching.is_costly(jobs) else answer)()
+        call = functools.partial(self.queue.call, jobs)
+        halves = (_beside_loop(call) if self.queue.needs_thread(jobs) else call)()
         for job in jobs if not halves else ():
-            job.waker.release()
+            job.waiter.release()
         return halves
 
 
@@ -3777,6 +3853,7 @@ LINGER_S = 2.0
 PIECE_BYTES = 65_536
 MAX_PIECE_BYTES = 16 * PIECE_BYTES  # of a piece that ends with a long row
 PIECE_ROWS = 1000
+LONG_BYTES = 262_144  # of a body that is decoded beside the event loop
 DECODING = threading.Lock()  # of one long body at a time, as Python's own lock has it anyway
 ARRAY_OF_OBJECTS = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\{")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
@@ -3920,37 +3997,62 @@ def needs_key(operation: Operation, settings: Settings) -> bool:
 
 async def predict_query(service: Service, request: Request) -> Response:
     rows = service.contract.parse_query(request.query)
-    return Response(await service.predict(request, rows))
+    return Response((await service.predict(request, rows)).render())
 
 
 async def predict_body(service: Service, request: Request) -> Response:
     _check_media_type(request)
+    body = cast(bytes, request.body)
     limit = service.settings.limits.max_rows
-    if (inputs := read_long_array(service.contract, request.body, limit)) is not None:
-        return Response(await service.predict_array(request, inputs))
-    rows, is_array = read_rows(service.contract, request.body, limit)
-    predictions = await service.predict(request, rows) if rows else []
-    return Response([b"[%b]" % b",".join(predictions)] if is_array else predictions)
+    if len(body) > PIECE_BYTES:
+        request.body = b""  # the job holds it
+        return Response(await service.predict_long(request, LongBody(service.contract, body, limit)))
+    rows, is_array = read_rows(service.contract, body, limit)
+    answers = (await service.predict(request, rows)).render() if rows else []
+    return Response([b"[%b]" % b",".join(answers)] if is_array else answers)
 
 
-def read_rows(contract: Contract, body: Any, max_rows: int) -> tuple[Rows, bool]:
+def read_rows(contract: Contract, body: bytes, max_rows: int) -> tuple[Rows, bool]:
     """Return the rows of a body, and whether they are an array. Raises `ServingError`."""
-    if len(body) <= PIECE_BYTES:
-        return _read_rows(contract, body, max_rows)
-    with collector_off():
-        try:
-            return _read_rows(contract, body, max_rows)
-        except ServingError as error:
-            error.__traceback__ = error.__context__ = None  # they hold what was decoded, which ends before it is seen
-            raise
-
-
-def _read_rows(contract: Contract, body: Any, max_rows: int) -> tuple[Rows, bool]:
     payload = parse_json(body)
     is_array = isinstance(payload, list)
     if is_array and len(payload) > max_rows:
         raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {max_rows} rows")
     return contract.parse_payload(payload), is_array
+
+
+class LongBody:
+    """A body that takes long to decode. It is decoded, and its answers are written, in the call that predicts them."""
+
+    def __init__(self, contract: Contract, body: bytes, max_rows: int) -> None:
+        self.n_rows = max(1, body.count(b"{"))  # or fewer, where braces are in texts
+        self.is_long = len(body) > LONG_BYTES
+        self._contract, self._body, self._max_rows = contract, body, max_rows
+        self._is_array = True
+
+    def decode(self) -> Any:
+        """Return X, or None for an empty array. Raises `ServingError`."""
+        body, self._body = self._body, b""
+        inputs = read_long_array(self._contract, body, self._max_rows)
+        if inputs is not None:
+            X = self._contract.join(inputs)
+        else:
+            with collector_off():
+                try:
+                    rows, self._is_array = read_rows(self._contract, body, self._max_rows)
+                except ServingError as error:
+                    # They hold what was decoded, which should end before the collector sees it.
+                    error.__traceback__ = error.__context__ = None
+                    raise
+                X = self._contract.to_input(rows) if rows else None
+        self.n_rows = 0 if X is None else len(X)
+        return X
+
+    def encode(self, predictions: Predictions | None) -> list[bytes]:
+        """Return the pieces of the answer."""
+        if predictions is None:
+            return [b"[]"]
+        return predictions.render_array(self.n_rows) if self._is_array else predictions.render()
 
 
 @contextlib.contextmanager
@@ -3967,10 +4069,12 @@ def collector_off() -> Iterator[None]:
                 gc.enable()
 
 
-def read_long_array(contract: Contract, body: Any, max_rows: int) -> list[Any] | None:
-    """Give what the contract makes of a long array of rows, in parts, for decoded as a whole it takes many times its
-    size. None for all else, and for rows that should be refused: the whole says why."""
-    if len(body) <= PIECE_BYTES or not ARRAY_OF_OBJECTS.match(body):
+def read_long_array(contract: Contract, body: bytes, max_rows: int) -> list[Any] | None:
+    """Return what the contract makes of an array of rows, in parts: decoded as a whole it takes many times its size.
+
+    Return None for all else, and for rows that should be refused: the whole says why.
+    """
+    if not ARRAY_OF_OBJECTS.match(body):
         return None
     inputs: list[Any] = []
     n_rows = 0
@@ -4239,15 +4343,15 @@ class Service:
         for operation in OPERATIONS:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
         max_wait_s, limits = settings.batching.max_wait_ms / 1000, settings.limits
-        self.batching = Batching(
-            self.model.render,
+        self.queue = BatchQueue(
+            self.model.predict_rows,
+            self.model.predict,
             settings.batching.max_rows,
             max_wait_s,
             limits.max_queued_rows,
             limits.request_timeout_s,
-            is_possible=proof.never_batched is None,
-            call_s=proof.call_s,
-            row_s=proof.row_s,
+            proof.never_batched is None,
+            CallCost(proof.call_s, proof.row_s),
         )
         self._api_keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
 
@@ -4347,30 +4451,19 @@ class Service:
             detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             raise Unauthorized(detail, lingers=request.announces_body)
 
-    def predict(self, request: Request, rows: Rows) -> Awaitable[list[bytes]]:
-        """Give the answers to some rows, of which there is one at least."""
+    def predict(self, request: Request, rows: Rows) -> Awaitable[Predictions]:
+        """Return the answers to some rows, of which there is one at least."""
         request.rows = len(rows)
-        return request.batcher.answer(Job(rows, len(rows)))
+        return request.batcher.predict(Job(len(rows), rows))
 
-    def predict_array(self, request: Request, inputs: list[Any]) -> Awaitable[list[bytes]]:
-        """Give the pieces of the answer to an array, whose rows are in parts as the contract gives them."""
-        request.rows = sum(map(len, inputs))
-        request.body = b""  # which is read, and as large as the rest
-        return request.batcher.answer(Job([], request.rows, functools.partial(self.render_array, inputs)))
-
-    def render_array(self, inputs: list[Any]) -> list[bytes]:
-        """Give the pieces of a JSON array of the answers to all rows. Raises what the estimator raises."""
-        n_rows = sum(map(len, inputs))
-        predictions = self.model.predict(self.contract.join(inputs))
-        inputs.clear()
-        pieces: list[bytes] = []
-        for start in range(0, n_rows, PIECE_ROWS):
-            answers = predictions.render(start, start + PIECE_ROWS)
-            answers[0] = (b"," if pieces else b"[") + answers[0]
-            if start + PIECE_ROWS >= n_rows:
-                answers[-1] += b"]"
-            pieces.append(b",".join(answers))
-        return pieces
+    async def predict_long(self, request: Request, body: LongBody) -> list[bytes]:
+        """Return the pieces of the answer to a long body. Raises `ServingError`."""
+        job = Job(body.n_rows, decode=body.decode, encode=body.encode, is_long=body.is_long)
+        body.n_rows = 0
+        try:
+            return await request.batcher.predict(job)  # type: ignore[no-any-return]
+        finally:
+            request.rows = body.n_rows
 
     @functools.cached_property
     def openapi(self) -> dict[str, Any]:
@@ -4461,7 +4554,7 @@ class WSGIEndpoint:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.batcher = ThreadBatcher(service.batching)
+        self.batcher = ThreadBatcher(service.queue)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         return self.answer(wsgi_request(environ, self.batcher), start_response)
@@ -4569,7 +4662,7 @@ class ASGIEndpoint:
         """The batcher of the running loop; in tests an app may see several, one after the other."""
         loop, batcher = asyncio.get_running_loop(), self._batcher
         if batcher is None or batcher.loop is not loop:
-            batcher = self._batcher = LoopBatcher(self.service.batching, loop)
+            batcher = self._batcher = LoopBatcher(self.service.queue, loop)
         return batcher
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

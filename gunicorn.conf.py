@@ -944,9 +944,9 @@ class Serving(Worker):
 
     def must_end(self) -> bool:
         """Whether this worker has lost its master, or makes a call that does not end."""
-        batching = the_service().batching
-        if batching.is_stuck():
-            log.critical("prediction_stuck", after_s=batching.stuck_s)
+        queue = the_service().queue
+        if queue.is_stuck():
+            log.critical("prediction_stuck", after_s=queue.stuck_s)
             return True
         return self.is_orphan
 
@@ -1704,7 +1704,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def worker_exit(server: Any, worker: Any) -> None:
     """End a worker in which a call is still made: Python would wait for its thread."""
-    if the_service().batching.called_at is not None:
+    if the_service().queue.called_at is not None:
         app.finish_output()
         os._exit(0)
 

@@ -40,11 +40,11 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
         ("a request without its prediction", make_request(service, json.dumps(one[0]).encode())),
         ("the same with its access line", make_request(logging_service, json.dumps(one[0]).encode())),
         ("`predict_proba`, 1 row", lambda: model.predictor.estimator.predict_proba(X)),
-        ("a call for 1 row: input, `predict_proba`, JSON", lambda: model.render(one)),
-        ("a call for 64 rows", lambda: model.render(many)),
+        ("a call for 1 row: input, `predict_proba`, JSON", lambda: model.predict_rows(one).render()),
+        ("a call for 64 rows", lambda: model.predict_rows(many).render()),
         ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(service.contract, body, 1000)),
         ("1000 rows: `predict_proba` and classes", lambda: model.predictor.predict(X_1000)),
-        ("1000 rows: numbers to JSON", lambda: b",".join(predictions.render())),
+        ("1000 rows: numbers to JSON", lambda: predictions.render_array(1000)),
     ]
 
 
@@ -60,8 +60,8 @@ def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
     """Return a call that has a request read, checked and answered, as uvicorn does, with an answer that is there."""
 
     class Answered:
-        async def answer(self, job: app.Job) -> list[bytes]:
-            return [b"{}"]
+        async def predict(self, job: app.Job) -> app.Predictions:
+            return answers
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -69,6 +69,8 @@ def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
     async def send(message: dict[str, Any]) -> None:
         pass
 
+    answers = app.Predictions(b"{}", [])
+    answers._rendered = [b"{}"]
     headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     scope = {"type": "http", "method": "POST", "path": app.PREDICTIONS, "query_string": b"", "headers": headers}
     endpoint, batcher = app.ASGIEndpoint(service), cast(Any, Answered())

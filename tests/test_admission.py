@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import app
@@ -37,49 +38,53 @@ def headers_of(server: Server, case: Case) -> tuple[int, dict[str, str]]:
     return int(status.split()[1]), {name.lower(): text for name, text in (line.split(": ", 1) for line in lines)}
 
 
-def waiting(batching: app.Batching, *n_rows: int) -> list[app.Job]:
-    jobs = [app.Job([{}] * n, n) for n in n_rows]
+def predict(rows: Any) -> app.Predictions:
+    return app.Predictions(b"{}", [])
+
+
+def waiting(queue: app.BatchQueue, *n_rows: int) -> list[app.Job]:
+    jobs = [app.Job(n, [{}] * n) for n in n_rows]
     for job in jobs:
-        batching.admit(job)
+        queue.admit(job)
     return jobs
 
 
 def test_queue_has_its_limit() -> None:
     """What comes on top of `max_queued_rows` is refused, until a call takes some or a client gives up."""
-    batching = app.Batching(lambda rows: [], max_rows=8, max_wait_s=0.0, max_queued_rows=10, call_s=2.0, row_s=0.5)
-    first, second, third = waiting(batching, 4, 4, 2)
+    queue = app.BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10, cost=app.CallCost(2.0, 0.5))
+    first, second, third = waiting(queue, 4, 4, 2)
     with pytest.raises(app.TooManyRequests) as refusal:
-        waiting(batching, 1)
+        waiting(queue, 1)
     assert refusal.value.headers == {"Retry-After": "9"}  # two calls, and ten rows
-    batching.give_up(third)
-    batching.take(collections.deque([first, second, third]))
-    batching.give_up(second)
-    assert (batching.queued_jobs, batching.queued_rows) == (0, 0)
+    queue.give_up(third)
+    queue.take(collections.deque([first, second, third]))
+    queue.give_up(second)
+    assert (queue.queued_jobs, queue.queued_rows) == (0, 0)
 
 
 def test_empty_queue_takes_any_request() -> None:
     """A request of more rows than may wait is taken if nobody waits, or it could never be."""
-    batching = app.Batching(lambda rows: [], max_rows=8, max_wait_s=0.0, max_queued_rows=10)
-    waiting(batching, 1000)
+    queue = app.BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10)
+    waiting(queue, 1000)
     with pytest.raises(app.TooManyRequests):
-        waiting(batching, 1)
+        waiting(queue, 1)
 
 
 def test_late_jobs_are_not_predicted() -> None:
     """A job that would be answered past its deadline is told so, and its rows are in no call."""
     calls: list[int] = []
 
-    def render(rows: list[Any]) -> list[bytes]:
+    def predict(rows: list[Any]) -> app.Predictions:
         calls.append(len(rows))
-        return [b"{}"] * len(rows)
+        return app.Predictions(b"%b", [np.arange(len(rows))])
 
-    batching = app.Batching(render, max_rows=8, max_wait_s=0.0, timeout_s=10.0, call_s=1.0)
-    late, hurried, good = waiting(batching, 1, 2, 3)
+    queue = app.BatchQueue(predict, predict, 8, 0.0, timeout_s=10.0, cost=app.CallCost(1.0))
+    late, hurried, good = waiting(queue, 1, 2, 3)
     late.deadline = time.monotonic() - 1
     hurried.deadline = time.monotonic() + 0.5
-    batching.answer([late, hurried, good])
+    queue.call([late, hurried, good])
     assert calls == [3]
-    assert good.result() == [b"{}"] * 3
+    assert good.result().render() == [b"0", b"1", b"2"]
     for job in (late, hurried):
         with pytest.raises(app.Unavailable):
             job.result()

@@ -58,14 +58,14 @@ def ask_together(native: Any, estimator: Any, payloads: Sequence[Any]) -> list[A
     with ThreadPoolExecutor(len(cases)) as pool:
         if not hasattr(estimator, "gate"):
             return list(pool.map(lambda case: call(native, case), cases))
-        batching, n_calls = service_of(native).batching, len(estimator.calls)
+        queue, n_calls = service_of(native).queue, len(estimator.calls)
         estimator.gate.clear()
         try:
             answers = [pool.submit(call, native, cases[0])]
             wait_until(lambda: len(estimator.calls) > n_calls, "the first call")
             answers += [pool.submit(call, native, case) for case in cases[1:]]
             n_waiting = sum(map(bool, payloads[1:]))  # an empty array waits for nobody
-            wait_until(lambda: batching.queued_jobs == n_waiting, "the others to wait")
+            wait_until(lambda: queue.queued_jobs == n_waiting, "the others to wait")
         finally:
             estimator.gate.set()
         return [answer.result() for answer in answers]
@@ -79,10 +79,10 @@ def service_of(native: Any) -> app.Service:
 async def wait_for_jobs(native: Any, count: int) -> None:
     """Let the loop take turns until so many jobs wait."""
     for _ in range(10_000):
-        if service_of(native).batching.queued_jobs == count:
+        if service_of(native).queue.queued_jobs == count:
             return
         await asyncio.sleep(0)
-    raise AssertionError(f"{service_of(native).batching.queued_jobs} jobs wait, not {count}")
+    raise AssertionError(f"{service_of(native).queue.queued_jobs} jobs wait, not {count}")
 
 
 def rows(*values: float) -> list[dict[str, float]]:
@@ -169,7 +169,7 @@ def test_call_for_nobody_is_not_made() -> None:
         for task in given_up:
             task.cancel()
         await asyncio.sleep(1)  # which ends after the wait for a full call, in the order of the loop's timers
-        service_of(native).batching.max_wait_s = 0
+        service_of(native).queue.max_wait_s = 0
         return await call_asgi(native, post_case({"x0": 2}))
 
     assert asyncio.run(ask()).json == {"prediction": 4.0}
@@ -213,8 +213,8 @@ def test_answers_agree_with_those_to_rows_alone() -> None:
     """A row's answer in company is the one that it gets alone, up to the last few units of floating point."""
     model = app.make_service(make_settings()).model
     flowers = [dict(zip(ROW, row, strict=True)) for row in load_iris().data.tolist()]
-    together = [json.loads(answer) for answer in model.render(flowers)]
-    alone = [json.loads(model.render([row])[0]) for row in flowers]
+    together = [json.loads(answer) for answer in model.predict_rows(flowers).render()]
+    alone = [json.loads(model.predict_rows([row]).render()[0]) for row in flowers]
     assert [answer["prediction"] for answer in together] == [answer["prediction"] for answer in alone]
     for one, other in zip(together, alone, strict=True):
         assert list(one["probabilities"].values()) == pytest.approx(list(other["probabilities"].values()), rel=1e-12)
@@ -273,35 +273,34 @@ def test_call_far_longer_than_expected_moves_later_ones_out_of_the_loop(
 ) -> None:
     """A long array may take long; a row may not, and those after it are expected to be like it."""
 
-    def render(rows: app.Rows) -> list[bytes]:
+    def predict(rows: app.Rows) -> app.Predictions:
         clock.pass_s(took_s)
-        return [b"{}"] * len(rows)
+        return app.Predictions(b"{}", [])
 
-    batching = app.Batching(render, max_rows=256, max_wait_s=0, call_s=1e-4, row_s=1e-5)
-    job = app.Job([{}] * n_rows, n_rows)
-    assert batching.answer([job]) == []
-    assert batching.is_costly([app.Job([{}], 1)]) is expected
-    assert (batching.seconds_for(1) >= took_s) is expected
+    queue = app.BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=app.CallCost(1e-4, 1e-5))
+    job = app.Job(n_rows, [{}] * n_rows)
+    assert queue.call([job]) == []
+    assert queue.needs_thread([app.Job(1, [{}])]) is expected
+    assert (queue.cost.seconds_for(1) >= took_s) is expected
 
 
 def test_call_that_was_disturbed_once_returns_to_the_loop(clock: Clock) -> None:
     """What was slow at the start or once since, as others had the core, is not held against calls that are quick."""
     delays = [0.03, 0.03]
 
-    def render(rows: app.Rows) -> list[bytes]:
+    def predict(rows: app.Rows) -> app.Predictions:
         clock.pass_s(delays.pop(0) if delays else 1e-4)
-        return [b"{}"] * len(rows)
+        return app.Predictions(b"{}", [])
 
-    batching = app.Batching(render, max_rows=256, max_wait_s=0)
-    jobs = [app.Job([{}], 1)]
-    batching.measure({})
-    assert not batching.is_costly(jobs)
+    queue = app.BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=app.CallCost(*app.measure(predict, {})))
+    jobs = [app.Job(1, [{}])]
+    assert not queue.needs_thread(jobs)
     delays.append(0.15)
-    batching.answer(jobs)
-    assert batching.is_costly(jobs)
+    queue.call(jobs)
+    assert queue.needs_thread(jobs)
     for _ in range(50):
-        batching.answer(jobs)
-    assert not batching.is_costly(jobs)
+        queue.call(jobs)
+    assert not queue.needs_thread(jobs)
 
 
 @pytest.mark.parametrize("stall_s", [0.0, 0.05, 0.2, 1.0, 30.0])
@@ -309,16 +308,17 @@ def test_call_that_was_disturbed_once_returns_to_the_loop(clock: Clock) -> None:
 def test_estimates_return_to_what_calls_take(stall_s: float, call_s: float, row_s: float) -> None:
     """After a stall, and from any estimate, each size of call comes to run where what it takes says."""
     for believed_s in (0.0, 1e-3, 1.0):
-        batching = app.Batching(lambda rows: [], 256, 0.0, call_s=believed_s, row_s=believed_s / 100)
+        cost = app.CallCost(believed_s, believed_s / 100)
         sizes = [1, 1, 1, 64, 500, 1, 3000]
         for turn in range(700):
             n_rows = sizes[turn % len(sizes)]
             took_s = stall_s if turn == 200 and stall_s else call_s + row_s * n_rows
-            batching._learn([app.Job([], n_rows)], took_s)
+            cost.learn(n_rows, took_s)
         for n_rows in sizes:
             took_s = call_s + row_s * n_rows
             if not 0.7 < took_s / app.INLINE_S < 1.4:
-                assert batching.is_costly([app.Job([], n_rows)]) is (took_s > app.INLINE_S), (n_rows, took_s, batching)
+                is_slow = cost.seconds_for(n_rows) > app.INLINE_S
+                assert is_slow is (took_s > app.INLINE_S), (n_rows, took_s, cost)
 
 
 def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
@@ -410,7 +410,7 @@ def test_threads_and_jobs_are_limited_to_the_share_of_a_worker() -> None:
     ]
 
     def threads_of(service: app.Service) -> set[int]:
-        service.model.render([{"x0": 1.0}])
+        service.model.predict_rows([{"x0": 1.0}])
         return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
 
     before = threadpoolctl.threadpool_info()
@@ -450,8 +450,8 @@ def test_request_after_a_fatal_one_is_answered(framework: str, error: type[BaseE
     """Neither the batcher nor the thread beside it ends with what an estimator raises."""
     estimator, native = serve_noting(framework)
     estimator.error = error
-    for batching in (0.0, 1.0):  # in the loop, and in the thread beside it
-        service_of(native).batching.call_s = batching
+    for call_s in (0.0, 1.0):  # in the loop, and in the thread beside it
+        service_of(native).queue.cost.call_s = call_s
         assert call(native, post_case(rows(*[-1] * n_rows))).status == 500
         assert call(native, post_case({"x0": 2})).json == {"prediction": 4.0}
 
@@ -459,7 +459,7 @@ def test_request_after_a_fatal_one_is_answered(framework: str, error: type[BaseE
 def test_estimator_is_asked_one_thing_at_a_time(framework: str) -> None:
     """Small batches and long arrays never overlap, in the loop or beside it: an estimator may keep what it is asked."""
     estimator, native = serve_noting(framework)
-    service_of(native).batching.row_s = 1e-4  # so that long arrays are costly, and single rows are not
+    service_of(native).queue.cost.row_s = 1e-4  # so that long arrays are costly, and single rows are not
     overlaps: list[int] = []
     predict, running = estimator.predict, threading.Lock()
 
@@ -491,8 +491,8 @@ def test_full_batch_waits_for_nobody(framework: str) -> None:
     """`batching.max_wait_ms` is the time to wait for a full call, not for one that is full already."""
     for max_rows, n_requests in ((1, 1), (3, 3)):
         estimator, native = serve_noting(framework, max_rows=max_rows)
-        batching = service_of(native).batching
-        batching.max_wait_s = 3 * batching.timeout_s  # after which the answer would be 503
+        queue = service_of(native).queue
+        queue.max_wait_s = 3 * queue.timeout_s  # after which the answer would be 503
         answers = ask_at_once(native, rows(*range(n_requests)))
         assert [answer.status for answer in answers] == [200] * n_requests
         assert sum(estimator.calls) == n_requests
@@ -579,7 +579,7 @@ def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
         seen = []
         method = estimator.predict_proba
         estimator.predict_proba = lambda X, method=method, seen=seen: (seen.append(sklearn.get_config()), method(X))[1]
-        service.model.render([{"x0": 1.0, "x1": 2.0}])
+        service.model.predict_rows([{"x0": 1.0, "x1": 2.0}])
         assert [config["assume_finite"] for config in seen] == [is_lean]
 
 

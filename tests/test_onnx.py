@@ -458,7 +458,7 @@ def test_file_of_each_kind_is_answered_as_in_sklearn(
 ) -> None:
     """What an export gives has the name and the numbers that it has in scikit-learn, in far rows too, or no name."""
     estimator.fit(X, target)
-    answers = answers_of(prove_graph(tmp_path / "model.onnx", export(estimator, **options)).predictor, WIDE)
+    answers = answers_of(prove_graph(tmp_path / "model.onnx", export(estimator, **options)).model.predictor, WIDE)
     expected = answers_of(app.Predictor(estimator), WIDE)
     if target is not None and target.dtype == bool:  # which ONNX has as integers
         expected = [answer | {"prediction": int(answer["prediction"])} for answer in expected]
@@ -482,7 +482,7 @@ def test_file_of_each_kind_is_answered_as_in_sklearn(
 def test_raw_scores_are_decisions(tmp_path: Path, estimator: Any, labels: Any) -> None:
     """An export with raw_scores has the numbers of decision_function, and no probabilities."""
     graph = export(estimator.fit(X, labels), zipmap=False, raw_scores=True)
-    answers = answers_of(prove_graph(tmp_path / "model.onnx", graph).predictor, WIDE)
+    answers = answers_of(prove_graph(tmp_path / "model.onnx", graph).model.predictor, WIDE)
     given = [answer["decision"] for answer in answers]
     given = [[*row.values()] if isinstance(row, dict) else row for row in given]
     assert np.allclose(given, estimator.decision_function(WIDE), rtol=1e-4, atol=1e-4)
@@ -725,7 +725,7 @@ def test_file_of_trees_alone_is_served(tmp_path: Path, labels: Any) -> None:
     graph = onnx.helper.make_graph([trees, zipped], "trees", model.graph.input, outputs)
     opsets = [onnx.helper.make_opsetid("ai.onnx.ml", 2)]
     data = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=3).SerializeToString()
-    answers = answers_of(prove_graph(tmp_path / "model.onnx", data).predictor, WIDE)
+    answers = answers_of(prove_graph(tmp_path / "model.onnx", data).model.predictor, WIDE)
     expected = answers_of(app.Predictor(estimator), WIDE)
     assert all(map(app.agrees, answers, expected, [1.0] * len(WIDE), [app.OF_FLOAT32] * len(WIDE)))
 
@@ -753,7 +753,7 @@ def test_graph_for_one_row_is_asked_row_by_row(tmp_path: Path, framework: str, o
 def test_requests_of_a_graph_for_one_row_share_calls(tmp_path: Path) -> None:
     """Its answers do not depend on other rows, so that nothing warns of it."""
     service = prove_graph(tmp_path / "model.onnx", export(LogisticRegression(max_iter=1000).fit(X, NAMES), ONE_ROW))
-    assert service.batching.is_possible
+    assert service.queue.can_share
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (None, 1), (1, None)])
