@@ -57,7 +57,20 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NotRequired,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+)
 
 import jiter
 import joblib
@@ -65,7 +78,6 @@ import numpy as np
 import sklearn.utils
 import structlog
 import threadpoolctl  # type: ignore[import-untyped]
-from gunicorn.http.errors import ParseException
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -97,7 +109,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Key = tuple[str, ...]  # of a setting, such as ("server", "workers")
 Sources = dict[Key, str]  # what gives the value of a setting
-HERE = Path(__file__).resolve().parent
+PROJECT = Path(__file__).resolve().parent
 log = structlog.get_logger()
 Array = np.ndarray[Any, Any]
 MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
@@ -296,8 +308,11 @@ class Unprocessable(ServingError):
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
-class Section(BaseModel):
+class SettingsTable(BaseModel):
+    """A table of the settings file. Its owner declares the keys, their types and their defaults."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    is_secret: ClassVar[bool] = False  # its values stay out of messages
 
 
 ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+|fd://[0-9]+", re.ASCII)
@@ -339,7 +354,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Cell = bool | int | Finite | str  # of a row
 
 
-class ServerSettings(Section):
+class ServerSettings(SettingsTable):
     """Gunicorn's own names and units, which `gunicorn.conf.py` hands on, and two for connections, which it reads."""
 
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
@@ -357,7 +372,7 @@ class ServerSettings(Section):
     keyfile: PathText = ""
 
 
-class ModelSettings(Section):
+class ModelSettings(SettingsTable):
     path: Annotated[PathText, Field(min_length=1)] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
     runtime: Literal["sklearn", "onnx"] = "sklearn"
@@ -368,7 +383,7 @@ class ModelSettings(Section):
     load_timeout_s: Annotated[float, Field(ge=0.1, le=86_400)] = 120.0
 
 
-class FeatureSettings(Section):
+class FeatureSettings(SettingsTable):
     """One feature; of what is None here the estimator says what it knows."""
 
     type: Literal["float", "int", "bool", "str"] | None = None
@@ -410,50 +425,43 @@ class FeatureSettings(Section):
         return self
 
 
-class LimitSettings(Section):
+class LimitSettings(SettingsTable):
     max_body_bytes: PositiveInt = 8_388_608
     max_rows: PositiveInt = 10_000
     max_queued_rows: PositiveInt = 10_000
     request_timeout_s: Annotated[float, Field(ge=0.1, le=86_400)] = 10.0
 
 
-class BatchingSettings(Section):
+class BatchingSettings(SettingsTable):
     max_rows: PositiveInt = 256
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
 
 
-class LoggingSettings(Section):
+class LoggingSettings(SettingsTable):
     level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     format: Literal["auto", "json", "console"] = "auto"
     access: bool = True
 
 
-class AuthSettings(Section):
+class AuthSettings(SettingsTable):
+    is_secret = True
+
     api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = []
     open_docs: bool = False
 
 
-class Settings(Section):
-    """Every choice of the service, read once at the start by `load_settings`."""
+class SettingsFile(SettingsTable):
+    """All tables of a settings file, with what gives the value of each key. `read_settings` reads it."""
 
-    framework: Literal["flask", "fastapi"] = "fastapi"
-    server: ServerSettings = ServerSettings()
-    model: ModelSettings = ModelSettings()
-    features: dict[str, FeatureSettings] = {}
-    batching: BatchingSettings = BatchingSettings()
-    limits: LimitSettings = LimitSettings()
-    logging: LoggingSettings = LoggingSettings()
-    auth: AuthSettings = AuthSettings()
-
-    _file: Path = PrivateAttr(default=HERE / "settings.toml")
+    _file: Path = PrivateAttr(default=Path("settings.toml"))
     _sources: Sources = PrivateAttr(default_factory=dict)
 
     def source(self, *key: str) -> str:
-        """Say what gives the value of a setting: the file, a variable of the environment, or its default."""
+        """Name what gives the value of a setting: the file, a variable of the environment, or its default."""
         return _source(key, self._sources)
 
     def place(self, *key: str) -> str:
-        """Say where the value of a setting stands, for a message about it."""
+        """Name the place of the value of a setting, for a message about it."""
         return _place(key, self._sources)
 
     @contextlib.contextmanager
@@ -466,46 +474,17 @@ class Settings(Section):
             raise SettingsError("\n".join(lines)) from None
 
     @property
-    def artifact(self) -> str:
-        """The artifact as the subject of a message."""
-        return f"{self.place('model', 'path')} is {str(self.model_path)!r}, which"
-
-    @property
     def folder(self) -> Path:
-        """Where the settings file is, and `model.path` starts from."""
+        """The folder of the settings file, from which relative paths in it start."""
         return self._file.parent
-
-    @property
-    def model_path(self) -> Path:
-        """The artifact's place."""
-        return self.folder / self.model.path
 
     @property
     def sha256(self) -> str:
         """A hash of every value in force, by which two services can be compared; secrets are masked in it."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
-    @property
-    def worker_class(self) -> Literal["uvicorn", "gevent"]:
-        """The worker that `server.worker_class` means: by default the one of the framework's own interface."""
-        if self.server.worker_class == "auto":
-            return "uvicorn" if self.framework == "fastapi" else "gevent"
-        return self.server.worker_class
 
-    @functools.cached_property
-    def cores(self) -> int:
-        """How many cores affinity and cgroup quota leave to this process."""
-        return int(joblib.cpu_count())
-
-    @property
-    def workers(self) -> int:
-        """How many workers `server.workers` means: by default one for each core."""
-        return self.cores if self.server.workers == "auto" else self.server.workers
-
-    @property
-    def threads(self) -> int:
-        """How many threads a worker's OpenMP and BLAS have: its share of the cores."""
-        return max(1, self.cores // self.workers)
+S = TypeVar("S", bound=SettingsFile)
 
 
 class Environment(EnvSettingsSource):
@@ -518,40 +497,40 @@ class Environment(EnvSettingsSource):
             return value
 
 
-class SettingsWithEnvironment(BaseSettings, Settings):
-    """`Settings` in which the environment wins over the values passed in, those of the file."""
+@functools.cache
+def _with_environment(kind: type[S]) -> type[S]:
+    """Return the settings in which the environment wins over the values passed in, those of the file."""
 
-    model_config = SettingsConfigDict(env_prefix="SERVING_", env_nested_delimiter="__")
+    class WithEnvironment(BaseSettings, kind):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(env_prefix="SERVING_", env_nested_delimiter="__")
 
-    @classmethod
-    def settings_customise_sources(  # type: ignore[override]
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return Environment(settings_cls), init_settings
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return Environment(settings_cls), init_settings
+
+    return WithEnvironment
 
 
-def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+def read_settings(kind: type[S], file: Path) -> S:
     """Read the settings: the environment first, then the file, then defaults.
 
-    `path` is the file; without it `SERVING_SETTINGS`, and without that the `settings.toml` beside this module.
     Raises `SettingsError` with every mistake: place, value seen, what is allowed.
     """
-    file = Path(path or os.environ.get("SERVING_SETTINGS") or HERE / "settings.toml").absolute()
     values = _read_toml(file)
-    _refuse_unknown_variables()
+    _refuse_unknown_variables(kind)
     sources: Sources = dict.fromkeys(leaves(values), file.name)
     try:
         # TOML has types, so its values are held to them; a variable is text, which is parsed.
-        Settings.model_validate(values, strict=True)
-        given = leaves(Environment(SettingsWithEnvironment)())
+        kind.model_validate(values, strict=True)
+        given = leaves(Environment(cast(Any, _with_environment(kind)))())
         environment = {key: f"environment: {_variable_of(key)}" for key in given}
         sources = environment | sources | environment  # it comes first, and its values win
-        settings = SettingsWithEnvironment(**values)
+        settings: S = _with_environment(kind)(**values)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(error, sources))) from None
+        raise SettingsError("\n".join(_explain(kind, error, sources))) from None
     settings._file, settings._sources = file, sources
-    for name, feature in settings.features.items():
-        feature._is_variable = settings.source("features", name, "example").startswith("environment")
     return settings
 
 
@@ -565,22 +544,22 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
 
 
-def _refuse_unknown_variables() -> None:
+def _refuse_unknown_variables(kind: type[BaseModel]) -> None:
     """Refuse a `SERVING_…` variable that is no setting, which pydantic-settings would ignore (its issue 985)."""
-    known = {key[:end] for key in setting_keys() for end in range(1, len(key) + 1)}
+    known = {key[:end] for key in setting_keys(kind) for end in range(1, len(key) + 1)}
     lines: list[str] = []
     for variable in map(str.upper, os.environ):
         key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
         ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
-        if ours and key not in known and key[0] != "features":
-            hint = nearest(variable, map(_variable, setting_keys()))
+        if ours and key not in known and _row_model(kind, key[0]) is None:
+            hint = nearest(variable, map(_variable, setting_keys(kind)))
             lines.append(f"environment: {variable} is not a setting; {hint}")
     if lines:
         raise SettingsError("\n".join(lines))
 
 
-def setting_keys(model: type[BaseModel] = Settings, prefix: Key = ()) -> Iterator[Key]:
-    """Name every setting as its path of keys, such as `("server", "workers")`."""
+def setting_keys(model: type[BaseModel], prefix: Key = ()) -> Iterator[Key]:
+    """Yield every setting as its path of keys, such as `("server", "workers")`."""
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from setting_keys(info.annotation, (*prefix, name))
@@ -588,8 +567,15 @@ def setting_keys(model: type[BaseModel] = Settings, prefix: Key = ()) -> Iterato
             yield (*prefix, name)
 
 
+def _row_model(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """Return the model of the rows of a table whose keys the operator chooses, such as [features]; None for others."""
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    inner = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return inner[0] if get_origin(annotation) is dict and inner else None
+
+
 def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
-    """Name every value of nested tables as its path of keys; an empty table counts as a value."""
+    """Yield every value of nested tables as its path of keys; an empty table counts as a value."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, (*prefix, name))
@@ -602,7 +588,7 @@ def _variable(key: Iterable[str]) -> str:
 
 
 def _variable_of(key: Key) -> str:
-    """Name the variable that gives a value of the environment: its own, or one with a table that it is in."""
+    """Return the variable that gives a value of the environment: its own, or one with a table that it is in."""
     names = [_variable(key[:end]) for end in range(len(key), 0, -1)]
     return next(name for name in names if name in map(str.upper, os.environ))
 
@@ -621,42 +607,124 @@ def toml_key(name: str) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """Write a text, number, truth or list of them: as in JSON, but that TOML wants DEL escaped too."""
+    """Return a text, number, truth or list of them in TOML: as in JSON, but that TOML wants DEL escaped too."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _explain(error: ValidationError, sources: Sources) -> list[str]:
-    """Say each mistake in a line: place, value seen, what is allowed."""
+def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) -> list[str]:
+    """Describe each mistake in a line: place, value seen, what is allowed."""
     shoulds: dict[str, list[str]] = {}
     lines: list[str] = []
     for problem in error.errors(include_url=False):
-        key = _setting_of([str(part) for part in problem["loc"]])
+        key = _setting_of(kind, [str(part) for part in problem["loc"]])
         place = _place(key, sources)
         if problem["type"] == "extra_forbidden":
             level = len(key) - 1
-            siblings = [known[level] for known in setting_keys() if known[:level] == key[:level]]
-            names = FeatureSettings.model_fields if key[0] == "features" else dict.fromkeys(siblings)
+            siblings = [known[level] for known in setting_keys(kind) if known[:level] == key[:level]]
+            row = _row_model(kind, key[0])
+            names = dict.fromkeys(siblings) if row is None else row.model_fields
             lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
         else:
-            seen = "**********" if key[0] == "auth" else repr(shorten(problem["input"]))
+            seen = "**********" if _is_secret(kind, key[0]) else repr(shorten(problem["input"]))
             as_json = " (as JSON)" if isinstance(problem["input"], str) and problem["type"] in NESTED else ""
-            shoulds.setdefault(f"{place} is {seen}", []).append(_should(problem) + as_json)
+            shoulds.setdefault(f"{place} is {seen}", []).append(should(problem) + as_json)
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
 
-def _setting_of(loc: list[str]) -> Key:
-    """Give the setting that pydantic's `loc` is about; it goes on into the branches of a union."""
-    lengths = [len(key) for key in setting_keys() if list(key) == loc[: len(key)]]
-    return tuple(loc[:3] if loc[0] == "features" else loc[: lengths[0]] if lengths else loc)
+def _setting_of(kind: type[BaseModel], loc: list[str]) -> Key:
+    """Return the setting that pydantic's `loc` is about; it goes on into the branches of a union."""
+    lengths = [len(key) for key in setting_keys(kind) if list(key) == loc[: len(key)]]
+    if _row_model(kind, loc[0]) is not None:
+        return tuple(loc[:3])
+    return tuple(loc[: lengths[0]] if lengths else loc)
+
+
+def _is_secret(kind: type[BaseModel], name: str) -> bool:
+    table = kind.model_fields[name].annotation if name in kind.model_fields else None
+    return isinstance(table, type) and issubclass(table, SettingsTable) and table.is_secret
 
 
 NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}
 
 
-def _should(problem: Any) -> str:
+def should(problem: Any) -> str:
+    """Return what one of pydantic's problems says that a value should be."""
     kinds = NESTED | {"extra_forbidden": "not be there", "missing": "be there", "json_invalid": "be JSON"}
     said: str = kinds.get(problem["type"], re.sub(r"^.* should ", "", problem["msg"]))
     return said.partition(", unable to")[0]
+
+
+def print_settings(settings: SettingsFile) -> None:
+    """Print the settings in force as TOML, each with where it comes from; secrets are masked."""
+    table: tuple[str, ...] = ()
+    values = settings.model_dump(mode="json")
+    for key in sorted(leaves(values), key=len):
+        if key[:-1] != table:
+            table = key[:-1]
+            print(f"\n[{'.'.join(map(toml_key, table))}]")
+        value = functools.reduce(lambda level, part: level[part], key, values)
+        name, shown = toml_key(key[-1]), toml_value(value)
+        print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {settings.source(*key)}")
+
+
+class Settings(SettingsFile):
+    """Every choice of the service, read once at the start by `load_settings`."""
+
+    framework: Literal["flask", "fastapi"] = "fastapi"
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    features: dict[str, FeatureSettings] = {}
+    batching: BatchingSettings = BatchingSettings()
+    limits: LimitSettings = LimitSettings()
+    logging: LoggingSettings = LoggingSettings()
+    auth: AuthSettings = AuthSettings()
+
+    _file: Path = PrivateAttr(default=PROJECT / "settings.toml")
+
+    @property
+    def model_path(self) -> Path:
+        """The artifact's place."""
+        return self.folder / self.model.path
+
+    @property
+    def artifact(self) -> str:
+        """The artifact as the subject of a message."""
+        return f"{self.place('model', 'path')} is {str(self.model_path)!r}, which"
+
+    @property
+    def worker_class(self) -> Literal["uvicorn", "gevent"]:
+        """The worker that `server.worker_class` means: by default the one of the framework's own interface."""
+        if self.server.worker_class == "auto":
+            return "uvicorn" if self.framework == "fastapi" else "gevent"
+        return self.server.worker_class
+
+    @functools.cached_property
+    def cores(self) -> int:
+        """The number of cores that affinity and cgroup quota leave to this process."""
+        return int(joblib.cpu_count())
+
+    @property
+    def workers(self) -> int:
+        """The number of workers that `server.workers` means: by default one for each core."""
+        return self.cores if self.server.workers == "auto" else self.server.workers
+
+    @property
+    def threads(self) -> int:
+        """The number of threads of OpenMP and BLAS in a worker: its share of the cores."""
+        return max(1, self.cores // self.workers)
+
+
+def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
+    """Return the settings: the environment over the file over defaults.
+
+    `path` is the file; without it `SERVING_SETTINGS`, and without that the `settings.toml` beside this module. Raises
+    `SettingsError` with every mistake: place, value seen, what is allowed.
+    """
+    file = Path(path or os.environ.get("SERVING_SETTINGS") or PROJECT / "settings.toml").absolute()
+    settings = read_settings(Settings, file)
+    for name, feature in settings.features.items():
+        feature._is_variable = settings.source("features", name, "example").startswith("environment")
+    return settings
 
 
 # Logging --------------------------------------------------------------------------------------------------------------
@@ -1395,21 +1463,20 @@ JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", 
 
 
 class Contract:
-    """The types of input: which features a row has, and how rows become what the estimator takes.
+    """The types of input: which features a row has, and of which type each is.
 
     `inputs` come from the estimator; `given` completes them, and `row`, one that the model is known to answer, gives
-    examples. Raises `MisfitError` where settings and estimator contradict each other, and `ModelError` where a
-    DataFrame is needed without pandas.
+    examples. Raises `MisfitError` where settings and estimator contradict each other.
     """
 
     def __init__(
         self, inputs: Inputs, given: Mapping[str, FeatureSettings], row: Mapping[str, Any] | None = None
     ) -> None:
-        self.inputs = inputs
         columns = name_columns(inputs, given)
         used = {name: column for name, column in columns.items() if column is not None}
         _refuse_contradictions(used, given)
-        self.order = list(columns)  # of the columns that the estimator takes, those that it drops too
+        self.inputs = inputs
+        self.columns = columns  # those that the estimator drops too
         self.names = list(used)
         self.features = {
             name: _complete(name, column, given.get(name, FeatureSettings()), row or {})
@@ -1423,21 +1490,6 @@ class Contract:
         self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row_type)
         self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
         self.query_row: TypeAdapter[dict[str, Any]] = TypeAdapter(query_type)
-        objects = any(self.features[name].type == "str" or used[name].is_object for name in used)
-        self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
-        self._dtype = object if objects else np.float64
-        self.are_numbers = not objects and not self.nullable and self.names == self.order
-        self._bounds = _find_bounds([*self.features.values()]) if self.are_numbers else None
-        names = b"".join(b'"%b"' % name.encode() for name in self.order)
-        self._marks = {mark: names.count(mark) for mark in b'"uf'}  # which strings, true and false have
-        self._cells = _cells_getter(self.order)
-        self._nulls = {name: column.null for name, column in used.items()}
-        if self.form == "frame":
-            self._pandas = _import_pandas()
-            self._dtypes = {name: self._column_dtype(name, column) for name, column in columns.items()}
-        elif not objects:  # None becomes NaN by itself, which any null is but a number
-            numbers = {name: null for name, null in self._nulls.items() if isinstance(null, int | float)}
-            self._nulls = {name: null for name, null in numbers.items() if not is_nan(null)}
 
     @property
     def example(self) -> dict[str, Any]:
@@ -1532,68 +1584,6 @@ class Contract:
                 given = None  # not the whole row, once for each feature that it lacks
             yield _problem(kind, [*place, *problem["loc"]], message, given)
 
-    def to_input(self, rows: list[dict[str, Any]]) -> Any:
-        """Give checked rows as the estimator takes them: X, with a column for each of `order`, or a list of texts."""
-        if self.form == "texts":
-            return [row[self.names[0]] for row in rows]
-        if self._nulls:
-            rows = [row | {name: null for name, null in self._nulls.items() if row[name] is None} for row in rows]
-        if self.form == "frame":
-            columns = {name: [row.get(name) for row in rows] for name in self.order}
-            series = {name: self._pandas.Series(columns[name], dtype=self._dtypes[name]) for name in self.order}
-            return self._pandas.DataFrame(series)
-        if self.are_numbers:
-            return self._to_numbers(rows)
-        X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
-        return X.reshape(len(rows), len(self.order))
-
-    def read_numbers(self, body: bytes) -> Array | None:
-        """Give X for a JSON array of rows, where all that a row may have is floats; None if one may not fit.
-
-        It takes half the time of checking each cell. If each row has all features, and there are no more marks than
-        their names have, none of them escaped, then there is no other name, no name twice, no string and no boolean.
-        """
-        if self._bounds is None or b"\\" in body:
-            return None
-        try:
-            rows = jiter.from_json(body, allow_inf_nan=False, cache_mode="keys")
-            if len(rows) * len(self.order) > len(body):
-                return None  # which would have room made for more cells than there can be
-            X = self._to_numbers(rows)
-        except (ValueError, TypeError, KeyError, OverflowError):
-            return None
-        marks = np.frombuffer(body, np.uint8)
-        if any(np.count_nonzero(marks == mark) != len(X) * number for mark, number in self._marks.items()):
-            return None
-        low, high = self._bounds
-        return X if ((low <= X) & (high >= X)).all() else None
-
-    def _to_numbers(self, rows: Rows) -> Array:
-        cells = itertools.chain.from_iterable(map(self._cells, rows))
-        return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), len(self.order))
-
-    def join(self, inputs: list[Any]) -> Any:
-        """Put together what `to_input` gave of some rows each."""
-        if self.form == "texts":
-            return [*itertools.chain.from_iterable(inputs)]
-        return self._pandas.concat(inputs, ignore_index=True) if self.form == "frame" else np.concatenate(inputs)
-
-    def _column_dtype(self, name: str, column: Column | None) -> Any:
-        """Give the type of a DataFrame's column, as the estimator was fitted; one that it drops can be of any."""
-        if column is None or column.is_object:
-            return "object"
-        feature = self.features[name]
-        kind = column.type or feature.type
-        if column.null is self._pandas.NA:
-            return {"float": "Float64", "int": "Int64", "bool": "boolean"}.get(kind or "", "object")
-        if column.is_category and feature.choices is not None:
-            return self._pandas.CategoricalDtype(feature.choices)
-        if feature.missing and is_nan(column.null) and kind == "int":
-            return "float64"
-        return {"float": "float64", "int": "int64", "bool": "object" if feature.missing else "bool"}.get(
-            kind or "", "object"
-        )
-
 
 class Hints:
     """The suggestions of one answer, of which only its first problems get one, and each name is looked up once."""
@@ -1674,7 +1664,7 @@ def _complete(name: str, column: Column, given: FeatureSettings, row: Mapping[st
     try:
         feature = FeatureSettings.model_validate(said)
     except ValidationError as error:
-        problem = f"does not fit the model: it should {_should(error.errors()[0])}"
+        problem = f"does not fit the model: it should {should(error.errors()[0])}"
         raise MisfitError((("features", name), problem)) from None
     if given.example is not None:
         example = _check_example(name, given, feature)
@@ -1712,7 +1702,7 @@ def _check_example(name: str, given: FeatureSettings, feature: FeatureSettings) 
     try:
         return cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
     except ValidationError as error:
-        problem = f"is {example!r}; it should {_should(error.errors()[0])}"
+        problem = f"is {example!r}; it should {should(error.errors()[0])}"
         raise MisfitError((("features", name, "example"), problem)) from None
 
 
@@ -1797,6 +1787,98 @@ def _choice_type(kind: type, choices: list[Cell]) -> Any:
     return Annotated[kind, AfterValidator(check), WithJsonSchema({"type": JSON_TYPES[kind], "enum": choices})]
 
 
+class Arrays:
+    """Checked rows as the estimator takes them: X of shape (n_samples, n_features), a DataFrame, or texts.
+
+    Raises `ModelError` where a DataFrame is needed without pandas.
+    """
+
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        self.order = list(contract.columns)  # the columns of X
+        features = contract.features
+        used = {name: column for name, column in contract.columns.items() if column is not None}
+        objects = any(features[name].type == "str" or column.is_object for name, column in used.items())
+        inputs = contract.inputs
+        self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
+        self.are_numbers = not objects and not contract.nullable and contract.names == self.order
+        self._dtype = object if objects else np.float64
+        self._bounds = _find_bounds([*features.values()]) if self.are_numbers else None
+        names = b"".join(b'"%b"' % name.encode() for name in self.order)
+        self._marks = {mark: names.count(mark) for mark in b'"uf'}  # which strings, true and false have
+        self._cells = _cells_getter(self.order)
+        self._nulls = {name: column.null for name, column in used.items()}
+        if self.form == "frame":
+            self._pandas = _import_pandas()
+            self._dtypes = {name: self._column_dtype(name, column) for name, column in contract.columns.items()}
+        elif not objects:  # None becomes NaN by itself, which any null is but a number
+            numbers = {name: null for name, null in self._nulls.items() if isinstance(null, int | float)}
+            self._nulls = {name: null for name, null in numbers.items() if not is_nan(null)}
+
+    def of_rows(self, rows: Rows) -> Any:
+        """Return X for checked rows, with a column for each of `order`; or a list of texts."""
+        if self.are_numbers:
+            return self._of_numbers(rows)
+        if self.form == "texts":
+            return [row[self.order[0]] for row in rows]
+        if self._nulls:
+            rows = [row | {name: null for name, null in self._nulls.items() if row[name] is None} for row in rows]
+        if self.form == "frame":
+            columns = {name: [row.get(name) for row in rows] for name in self.order}
+            series = {name: self._pandas.Series(columns[name], dtype=self._dtypes[name]) for name in self.order}
+            return self._pandas.DataFrame(series)
+        X = np.array([[row.get(name) for name in self.order] for row in rows], dtype=self._dtype)
+        return X.reshape(len(rows), len(self.order))
+
+    def of_numbers_in(self, body: bytes) -> Array | None:
+        """Return X for a JSON array of rows, where all that a row may have is floats; None if one may not fit.
+
+        It takes half the time of checking each cell, because it counts bytes: if every row has all features, and the
+        body has exactly as many quotes and letters "u" and "f" as their names need, then it holds no other key, no
+        repeated key, no string and no boolean.
+        """
+        if self._bounds is None or b"\\" in body:
+            return None
+        try:
+            rows = jiter.from_json(body, allow_inf_nan=False, cache_mode="keys")
+            if len(rows) * len(self.order) > len(body):
+                return None  # which would have room made for more cells than there can be
+            X = self._of_numbers(rows)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            return None
+        marks = np.frombuffer(body, np.uint8)
+        if any(np.count_nonzero(marks == mark) != len(X) * number for mark, number in self._marks.items()):
+            return None
+        low, high = self._bounds
+        return X if ((low <= X) & (high >= X)).all() else None
+
+    def _of_numbers(self, rows: Rows) -> Array:
+        cells = itertools.chain.from_iterable(map(self._cells, rows))
+        return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), len(self.order))
+
+    def join(self, parts: list[Any]) -> Any:
+        """Return the X of all rows, which are in parts."""
+        if self.form == "texts":
+            return [*itertools.chain.from_iterable(parts)]
+        return self._pandas.concat(parts, ignore_index=True) if self.form == "frame" else np.concatenate(parts)
+
+    def _column_dtype(self, name: str, column: Column | None) -> Any:
+        """Return the type of a DataFrame's column, as the estimator was fitted; one that it drops can be of any."""
+        if column is None or column.is_object:
+            return "object"
+        feature = self.contract.features[name]
+        kind = column.type or feature.type
+        if column.null is self._pandas.NA:
+            return {"float": "Float64", "int": "Int64", "bool": "boolean"}.get(kind or "", "object")
+        if column.is_category and feature.choices is not None:
+            return self._pandas.CategoricalDtype(feature.choices)
+        if feature.missing and is_nan(column.null) and kind == "int":
+            return "float64"
+        return {"float": "float64", "int": "int64", "bool": "object" if feature.missing else "bool"}.get(
+            kind or "", "object"
+        )
+
+
 def vary(rows: Rows, contract: Contract, n_rows: int, edges: Mapping[str, list[float]] | None = None) -> Rows:
     """Make up rows around some, which are the same each time, and all within what the contract admits.
 
@@ -1847,18 +1929,18 @@ def _within(value: float, feature: FeatureSettings) -> float:
 Tree = Any  # of an answer: dicts by name and lists, with a column of shape (n_samples,) at each end
 
 
-def prepare(estimator: Any, contract: Contract, outputs: Sequence[str] = ()) -> Predictor:
-    """Return the predictor of a fitted estimator, which is changed to take what the contract makes of rows.
+def prepare(estimator: Any, arrays: Arrays, outputs: Sequence[str] = ()) -> Predictor:
+    """Return the predictor of a fitted estimator, which is changed to take rows as `arrays` makes them.
 
     `outputs` names the outputs of an estimator that has several, which else are y0, y1, …
     """
     for part in find_parts(estimator):
         if getattr(part, "n_jobs", None) is not None or _takes_all_cores(part):
             part.n_jobs = 1  # the cores are the workers'
-    if contract.inputs.names is not None and contract.form != "frame":
+    if arrays.contract.inputs.names is not None and arrays.form != "frame":
         strip_feature_names(estimator)
-    predictor = Predictor(estimator, outputs, assume_finite=contract.are_numbers and _keeps_numbers(estimator))
-    return predictor.with_graph(estimator.session) if isinstance(estimator, OnnxArtifact) else predictor
+    predictor = Predictor(estimator, outputs, assume_finite=arrays.are_numbers and _keeps_numbers(estimator))
+    return predictor.with_graph(estimator.open) if isinstance(estimator, GraphFile) else predictor
 
 
 def strip_feature_names(estimator: Any) -> None:
@@ -1874,13 +1956,40 @@ def _keeps_numbers(estimator: Any) -> bool:
     return not any(hasattr(part, "transform") or _is_opaque(part) for part in find_parts(estimator))
 
 
+class Graph(Protocol):
+    """What answers X in an estimator's place."""
+
+    how: str  # the way in which it was made
+
+    def __call__(self, X: Any) -> tuple[Any, Any]:
+        """Return predictions and scores as the estimator would."""
+
+
+class GraphFile:
+    """A graph that came as a file, in an estimator's place.
+
+    `inputs` are its features, and `score` is what its scores are, if it has any.
+    """
+
+    inputs: Inputs
+    score: str | None = None
+
+    def open(self, predictor: Predictor, takes_one: bool = False) -> Graph:
+        """Return what answers for a predictor; `takes_one` row at a time, or many."""
+        raise NotImplementedError
+
+    def judge(self, predictor: Predictor, arrays: Arrays, known: Rows) -> tuple[str | None, bool]:
+        """Return what its scores are, and whether it takes one row at a time. Raises `ModelError`."""
+        raise NotImplementedError
+
+
 class Predictor:
     """A fitted estimator that answers rows, as `prepare` makes it. Nothing changes it.
 
     `assume_finite` tells scikit-learn not to look for NaN and infinity in X.
     """
 
-    onnx: OnnxModel | None = None  # what answers in the estimator's place
+    graph: Graph | None = None  # what answers in the estimator's place
 
     def __init__(self, estimator: Any, outputs: Sequence[str] = (), assume_finite: bool = False) -> None:
         self.estimator = estimator
@@ -1899,21 +2008,20 @@ class Predictor:
         self._assume_finite = assume_finite
         self._templates: dict[int, bytes] = {}  # of an answer's JSON, by the number of its values
 
-    def with_graph(self, session: Any, how: str = "", score: str | None = None, takes_one: bool = False) -> Predictor:
-        """Return a predictor that answers by an ONNX graph. Raises `ModelError`.
+    def with_graph(self, make: Callable[[Predictor], Graph], score: str | None = None) -> Predictor:
+        """Return a predictor that answers by a graph, which is made for it.
 
-        `how` names the way in which the graph was made, and `score` what its scores are, if its values say so. A graph
-        that `takes_one` row is asked row by row.
+        `score` is what the graph's scores are, where only its values say it. Raises `ModelError`.
         """
         other = copy.copy(self)
         other._templates = {}
         other.score = score or self.score
-        other.onnx = OnnxModel(session, other, how, takes_one)
+        other.graph = make(other)
         return other
 
     def _find_score(self) -> tuple[str | None, str]:
         """Name what the estimator says besides its prediction, and the method for it."""
-        if isinstance(self.estimator, OnnxArtifact):
+        if isinstance(self.estimator, GraphFile):
             return self.estimator.score, ""
         if kind_of(self.estimator) == "outlier_detector":
             scores = {"score": "decision_function"}
@@ -1944,8 +2052,8 @@ class Predictor:
 
     def ask(self, X: Any) -> tuple[Any, Any]:
         """Return what the estimator, or a graph in its place, predicts for X, and its scores, or None without any."""
-        if self.onnx is not None:
-            return self.onnx(X)
+        if self.graph is not None:
+            return self.graph(X)
         if not self._assume_finite:
             return self._ask(X)
         before = sklearn.get_config()["assume_finite"]
@@ -2268,7 +2376,7 @@ class OnnxModel:
         self._run = session.run
         self._outputs = outputs
         self._inputs = [(item.name, ONNX_TYPES[item.type][1]) for item in session.get_inputs()]
-        self._takes_one: bool = takes_one or getattr(predictor.estimator, "takes_one", False)
+        self._takes_one = takes_one
         self._is_file = isinstance(predictor.estimator, OnnxArtifact)
         classes = None if self._is_file else getattr(predictor.estimator, "classes_", None)
         self._by_output = [len(labels) for labels in predictor.classes_by_output]
@@ -2336,12 +2444,12 @@ def _by_row(values: Any, n_rows: int) -> Any:
     return values.reshape(n_rows, -1)
 
 
-def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[Predictor]:
+def convert_to_onnx(predictor: Predictor, arrays: Arrays) -> list[Predictor]:
     """Return a predictor for each way to convert an estimator that ONNX Runtime can run, the most exact first.
 
     Raises `ModelError` if there is none.
     """
-    if contract.form == "texts":  # which ONNX Runtime splits into words by rules of its own, seen in few texts only
+    if arrays.form == "texts":  # which ONNX Runtime splits into words by rules of its own, seen in few texts only
         raise ModelError(f"takes texts, which are not run in ONNX Runtime; {USE_SKLEARN}")
     for name in ("onnx", "onnxruntime", "skl2onnx"):
         _import_onnx(name)
@@ -2349,8 +2457,8 @@ def convert_to_onnx(predictor: Predictor, contract: Contract) -> list[Predictor]
     for how, float_type, estimator in _ways_to_convert(predictor.estimator):
         try:
             with warnings.catch_warnings(action="ignore"):  # of what scikit-learn deprecates and skl2onnx reads
-                graph = _convert(estimator, predictor, contract, float_type)
-            graphs.append(predictor.with_graph(open_session(graph), how))
+                graph = _convert(estimator, predictor, arrays, float_type)
+            graphs.append(predictor.with_graph(functools.partial(OnnxModel, open_session(graph), how=how)))
         except (Exception, SystemExit) as error:  # what converters and ONNX Runtime raise has no bounds
             reasons.append(f"with {how}, {reason_of(error)}")
     if not graphs:
@@ -2377,15 +2485,15 @@ def _ways_to_convert(estimator: Any) -> Iterator[tuple[str, str, Any]]:
         yield "float32 inputs", "FloatTensorType", estimator
 
 
-def _input_types(contract: Contract, float_type: str) -> list[tuple[str, Any]]:
+def _input_types(arrays: Arrays, float_type: str) -> list[tuple[str, Any]]:
     """Give names and types of inputs: one tensor of all features, or one for each where they are not alike."""
     types = _import_onnx("skl2onnx.common.data_types")
+    features = arrays.contract.features
     names = {
-        name: _tensor_type(contract.features[name], float_type) if name in contract.features else float_type
-        for name in contract.order
+        name: _tensor_type(features[name], float_type) if name in features else float_type for name in arrays.order
     }
     kinds = {*names.values()}
-    if contract.form == "frame" or len(kinds) > 1:
+    if arrays.form == "frame" or len(kinds) > 1:
         return [(name, getattr(types, kind)([None, 1])) for name, kind in names.items()]
     return [("X", getattr(types, kinds.pop())([None, len(names)]))]
 
@@ -2396,14 +2504,14 @@ def _tensor_type(feature: FeatureSettings, float_type: str) -> str:
     return "Int64TensorType" if feature.type == "int" and feature.choices is not None else float_type
 
 
-def _convert(estimator: Any, predictor: Predictor, contract: Contract, float_type: str) -> bytes:
+def _convert(estimator: Any, predictor: Predictor, arrays: Arrays, float_type: str) -> bytes:
     """Convert an estimator with skl2onnx."""
     last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
     wanted = {"zipmap": False} | ({"raw_scores": True} if predictor.score == "decision" else {})
     options = {key: value for key, value in wanted.items() if key in _known_options(last)}
     model = _import_onnx("skl2onnx").to_onnx(
         estimator,
-        initial_types=_input_types(contract, float_type),
+        initial_types=_input_types(arrays, float_type),
         options={id(last): options},
         target_opset=OPSETS,
     )
@@ -2458,10 +2566,11 @@ def find_learnt(estimator: Any, contract: Contract) -> list[dict[str, Any]]:
 def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
     """Give the thresholds of trees by the feature that they part, with the float32 on either side of each."""
     edges: dict[str, set[float]] = {}
+    order = list(contract.columns)
     for part in find_parts(estimator):
-        if (tree := getattr(part, "tree_", None)) is not None and tree.n_features == len(contract.order):
+        if (tree := getattr(part, "tree_", None)) is not None and tree.n_features == len(contract.columns):
             for position, threshold in zip(tree.feature.tolist(), tree.threshold.tolist(), strict=True):
-                name = contract.order[position]
+                name = order[position]
                 if position >= 0 and contract.features[name].type == "float" and math.isfinite(threshold):
                     near = np.float32(threshold)
                     beside = (np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf))
@@ -2469,22 +2578,21 @@ def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
     return {name: sorted(values) for name, values in edges.items()}
 
 
-def choose_graph(
-    graphs: Sequence[Predictor], predictor: Predictor, contract: Contract, known: list[dict[str, Any]]
-) -> int:
+def choose_graph(graphs: Sequence[Predictor], predictor: Predictor, arrays: Arrays, known: list[dict[str, Any]]) -> int:
     """Return the position of the first graph that answers known rows, and others around them, as the estimator does.
 
     Raises `ModelError` if none does, with the row.
     """
     reasons = []
+    contract = arrays.contract
     with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
         near = [*known, *find_learnt(predictor.estimator, contract)]
         made_up = near[len(known) :] + vary(near, contract, N_VARIED, find_edges(predictor.estimator, contract))
-        rows = [*known, *_keep_answered(made_up, predictor, contract)]
-        inputs = [contract.to_input(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
+        rows = [*known, *keep_answered(made_up, predictor, arrays)]
+        inputs = [arrays.of_rows(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
         cases = [(X, predictor.ask(X)) for X in inputs]
         for position, graph in enumerate(graphs):
-            way = graph.onnx.how if graph.onnx else ""
+            way = graph.graph.how if graph.graph else ""
             try:
                 found = next(filter(None, (find_disagreement(graph, *case) for case in cases)), None)
             except Exception as error:  # what ONNX Runtime raises has no bounds
@@ -2497,13 +2605,13 @@ def choose_graph(
     raise ModelError(f"does not agree with scikit-learn in ONNX Runtime: {'; '.join(reasons)}; {USE_SKLEARN}")
 
 
-def _keep_answered(rows: list[dict[str, Any]], predictor: Predictor, contract: Contract) -> list[dict[str, Any]]:
+def keep_answered(rows: list[dict[str, Any]], predictor: Predictor, arrays: Arrays) -> list[dict[str, Any]]:
     """Leave out the rows for which the estimator fails, as a step of it may for a number that it cannot take."""
     try:
-        predictor.ask(contract.to_input(rows))
+        predictor.ask(arrays.of_rows(rows))
     except Exception:  # what an estimator raises has no bounds
         halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ()
-        return [row for half in halves for row in _keep_answered(half, predictor, contract)]
+        return [row for half in halves for row in keep_answered(half, predictor, arrays)]
     return rows
 
 
@@ -2576,11 +2684,10 @@ SAVE_ITSELF = "it was not converted as it should be; serve the estimator itself"
 LEAVE_OUT = "leave it out, as skl2onnx.helpers.onnx_helper.select_model_inputs_outputs does"
 
 
-class OnnxArtifact:
+class OnnxArtifact(GraphFile):
     """An ONNX graph that came in an estimator's place. `outputs` names its prediction, and the scores that go with it:
     one output, or one for each class."""
 
-    score: str | None = None  # what its scores are, if it has any
     is_raw = False  # its scores of classes are sums of weights, of which nothing has made probabilities
     is_sure = False  # of which class each score is: its name says so, or one operator gives both labels and scores
 
@@ -2592,9 +2699,32 @@ class OnnxArtifact:
         if classes is not None:
             self.classes_ = classes
 
+    def open(self, predictor: Predictor, takes_one: bool = False) -> Graph:
+        return OnnxModel(self.session, predictor, takes_one=takes_one or self.takes_one)
+
+    def judge(self, predictor: Predictor, arrays: Arrays, known: Rows) -> tuple[str | None, bool]:
+        """Name its scores by their values for known rows and others around them, and find out whether it answers many
+        rows at once. Raises `ModelError` where the values fit no name."""
+        model = OnnxModel(self.session, predictor, takes_one=self.takes_one)
+        with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
+            made_up = vary(known, arrays.contract, N_VARIED)
+            X = arrays.of_rows([*known, *keep_answered(made_up, predictor, arrays)])
+        takes_one = self.takes_one or not _answers_many(model, X)
+        if takes_one != self.takes_one:
+            model = OnnxModel(self.session, predictor, takes_one=True)
+        y, scores = model.ask(X)
+        _refuse_unknown_label(self, y, scores)
+        if scores is None:
+            return None, takes_one
+        named = " and ".join(map(repr, self.outputs[1:]))
+        is_number = np.isfinite(scores).all(axis=1) & scores.any(axis=1)  # float32 makes nothing of small ones
+        if not is_number.any():
+            raise ModelError(f"gives no number as {named} for any row; {LEAVE_OUT}")
+        return _name_by_values(self, y[is_number], scores[is_number].astype(np.float64), named), takes_one
+
 
 class OnnxClassifier(OnnxArtifact):
-    """One with scores of classes. Only values say whether they are probabilities: `name_scores` finds out."""
+    """One with scores of classes. Only values say whether they are probabilities: `judge` finds out."""
 
     score = "probabilities"
 
@@ -2843,26 +2973,6 @@ def _order_columns(names: list[str], classes: Any) -> list[str]:
     return next((ordered for ordered in ways if set(ordered) == set(names)), [])
 
 
-def name_scores(predictor: Predictor, contract: Contract, known: list[dict[str, Any]]) -> tuple[str | None, bool]:
-    """Return what the scores of a graph are that came as a file, by their values for known rows and others around them,
-    and whether the graph has to be asked row by row. Raises `ModelError` where the values fit no name."""
-    artifact, model = predictor.estimator, cast(OnnxModel, predictor.onnx)
-    with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
-        X = contract.to_input([*known, *_keep_answered(vary(known, contract, N_VARIED), predictor, contract)])
-    takes_one = artifact.takes_one or not _answers_many(model, X)
-    if takes_one != artifact.takes_one:
-        model = cast(OnnxModel, predictor.with_graph(artifact.session, takes_one=True).onnx)
-    y, scores = model.ask(X)
-    _refuse_unknown_label(artifact, y, scores)
-    if scores is None:
-        return None, takes_one
-    named = " and ".join(map(repr, artifact.outputs[1:]))
-    is_number = np.isfinite(scores).all(axis=1) & scores.any(axis=1)  # float32 makes nothing of small ones
-    if not is_number.any():
-        raise ModelError(f"gives no number as {named} for any row; {LEAVE_OUT}")
-    return _name_by_values(artifact, y[is_number], scores[is_number].astype(np.float64), named), takes_one
-
-
 def _answers_many(model: OnnxModel, X: Any) -> bool:
     """Whether a graph answers rows together as it answers each alone, in numbers up to rounding."""
     try:
@@ -3053,7 +3163,7 @@ def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
     refuse_old_sklearn(sklearn.__version__)
     load, _ = FORMATS[path.suffix.lower()]
     estimator = load(data, trusted_types)
-    if not isinstance(estimator, OnnxArtifact):
+    if not isinstance(estimator, GraphFile):
         refuse_no_predictor(estimator)
     return estimator
 
@@ -3134,7 +3244,7 @@ STARTS = {
 # Golden rows ----------------------------------------------------------------------------------------------------------
 
 
-class Golden(Section):
+class Golden(SettingsTable):
     """Rows that the artifact answered when it was made, what it answered, and with which versions."""
 
     versions: dict[str, str]
@@ -3180,7 +3290,7 @@ def load_golden(artifact: Path, is_strict: bool = False) -> Golden | None:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         what = f"in which {where}" if where else "which"
-        raise ModelError(f"has {path.name} beside it, {what} should {_should(problem)}") from None
+        raise ModelError(f"has {path.name} beside it, {what} should {should(problem)}") from None
     running = running_versions()
     if golden.versions | {"python": running["python"]} != running:
         if is_strict:
@@ -3253,7 +3363,7 @@ class Model:
     """
 
     path: Path
-    contract: Contract
+    arrays: Arrays
     predictor: Predictor
     golden: Golden | None = None
     sha256: str = ""  # of the artifact
@@ -3261,23 +3371,29 @@ class Model:
     graphs: Sequence[Predictor] = ()
     report: Callable[[str], None] = lambda doing: None
 
+    @property
+    def contract(self) -> Contract:
+        """The types of a row."""
+        return self.arrays.contract
+
     def proven(self, proof: Proof) -> Model:
         """Return the model that a proof is about."""
         predictor = self.predictor
         if proof.graph is not None:
             predictor = self.graphs[proof.graph]
-        elif isinstance(predictor.estimator, OnnxArtifact):
-            predictor = predictor.with_graph(predictor.estimator.session, "", proof.score, proof.takes_one)
+        elif isinstance(predictor.estimator, GraphFile):
+            make = functools.partial(predictor.estimator.open, takes_one=proof.takes_one)
+            predictor = predictor.with_graph(make, proof.score)
         return replace(self, predictor=predictor, graphs=())
 
     def predict(self, X: Any) -> Predictions:
-        """Return the answers to X, as the contract gives it. Raises what the estimator raises."""
+        """Return the answers to X, as `arrays` makes it. Raises what the estimator raises."""
         limit_threads(self.n_threads)
         return self.predictor.predict(X)
 
     def predict_rows(self, rows: Rows) -> Predictions:
         """Return the answers to checked rows. Raises what the estimator raises."""
-        return self.predict(self.contract.to_input(rows))
+        return self.predict(self.arrays.of_rows(rows))
 
     def answer(self, rows: Rows, what: str) -> list[dict[str, Any]]:
         """Return the answers to rows that are no request's. Raises `EstimatorError`, which says on `what` it fails."""
@@ -3339,9 +3455,9 @@ def load_model(
     estimator, sha256 = load_artifact(settings, path)
     model = make_model(estimator, path, features, load_golden(path, settings.strict_versions), settings.outputs)
     graphs: Sequence[Predictor] = ()
-    if settings.runtime == "onnx" and model.predictor.onnx is None:
+    if settings.runtime == "onnx" and model.predictor.graph is None:
         report("converting it to ONNX")
-        graphs = convert_to_onnx(model.predictor, model.contract)
+        graphs = convert_to_onnx(model.predictor, model.arrays)
     return replace(model, sha256=sha256, n_threads=n_threads, graphs=graphs, report=report)
 
 
@@ -3354,7 +3470,8 @@ def make_model(
 ) -> Model:
     """Return the model of an estimator that was loaded from `path`. Raises `ModelError`, `MisfitError`."""
     contract = Contract(read_inputs(estimator), features, golden.rows[0] if golden else None)
-    return Model(path, contract, prepare(estimator, contract, outputs), golden)
+    arrays = Arrays(contract)
+    return Model(path, arrays, prepare(estimator, arrays, outputs), golden)
 
 
 def prove(model: Model) -> Proof:
@@ -3385,7 +3502,7 @@ def _prove_graph(model: Model, what: str) -> Proof:
     """Find the first graph that answers as the estimator does. Raises `ModelError`."""
     model.answer(model.known_rows, what)
     model.report("comparing it with ONNX Runtime")
-    return Proof(graph=choose_graph(model.graphs, model.predictor, model.contract, model.known_rows))
+    return Proof(graph=choose_graph(model.graphs, model.predictor, model.arrays, model.known_rows))
 
 
 def prove_scores(model: Model, rows: Rows, what: str) -> Proof:
@@ -3393,10 +3510,11 @@ def prove_scores(model: Model, rows: Rows, what: str) -> Proof:
 
     Raises `ModelError`.
     """
-    if not isinstance(model.predictor.estimator, OnnxArtifact):
+    estimator = model.predictor.estimator
+    if not isinstance(estimator, GraphFile):
         return Proof()
     model.answer(rows, what)
-    score, takes_one = name_scores(model.predictor, model.contract, rows)
+    score, takes_one = estimator.judge(model.predictor, model.arrays, rows)
     return Proof(score=score, takes_one=takes_one)
 
 
@@ -3413,7 +3531,7 @@ def _reproduce(model: Model, golden: Golden) -> None:
 
 
 def _rounding_of(model: Model) -> Rounding:
-    return OF_LIBRARIES if model.predictor.onnx is None else OF_FLOAT32
+    return OF_LIBRARIES if model.predictor.graph is None else OF_FLOAT32
 
 
 def _try_missing(model: Model) -> None:
@@ -4006,7 +4124,7 @@ async def predict_body(service: Service, request: Request) -> Response:
     limit = service.settings.limits.max_rows
     if len(body) > PIECE_BYTES:
         request.body = b""  # the job holds it
-        return Response(await service.predict_long(request, LongBody(service.contract, body, limit)))
+        return Response(await service.predict_long(request, LongBody(service.model.arrays, body, limit)))
     rows, is_array = read_rows(service.contract, body, limit)
     answers = (await service.predict(request, rows)).render() if rows else []
     return Response([b"[%b]" % b",".join(answers)] if is_array else answers)
@@ -4024,27 +4142,27 @@ def read_rows(contract: Contract, body: bytes, max_rows: int) -> tuple[Rows, boo
 class LongBody:
     """A body that takes long to decode. It is decoded, and its answers are written, in the call that predicts them."""
 
-    def __init__(self, contract: Contract, body: bytes, max_rows: int) -> None:
+    def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
         self.n_rows = max(1, body.count(b"{"))  # or fewer, where braces are in texts
         self.is_long = len(body) > LONG_BYTES
-        self._contract, self._body, self._max_rows = contract, body, max_rows
+        self._arrays, self._body, self._max_rows = arrays, body, max_rows
         self._is_array = True
 
     def decode(self) -> Any:
         """Return X, or None for an empty array. Raises `ServingError`."""
         body, self._body = self._body, b""
-        inputs = read_long_array(self._contract, body, self._max_rows)
+        inputs = read_long_array(self._arrays, body, self._max_rows)
         if inputs is not None:
-            X = self._contract.join(inputs)
+            X = self._arrays.join(inputs)
         else:
             with collector_off():
                 try:
-                    rows, self._is_array = read_rows(self._contract, body, self._max_rows)
+                    rows, self._is_array = read_rows(self._arrays.contract, body, self._max_rows)
                 except ServingError as error:
                     # They hold what was decoded, which should end before the collector sees it.
                     error.__traceback__ = error.__context__ = None
                     raise
-                X = self._contract.to_input(rows) if rows else None
+                X = self._arrays.of_rows(rows) if rows else None
         self.n_rows = 0 if X is None else len(X)
         return X
 
@@ -4069,8 +4187,8 @@ def collector_off() -> Iterator[None]:
                 gc.enable()
 
 
-def read_long_array(contract: Contract, body: bytes, max_rows: int) -> list[Any] | None:
-    """Return what the contract makes of an array of rows, in parts: decoded as a whole it takes many times its size.
+def read_long_array(arrays: Arrays, body: bytes, max_rows: int) -> list[Any] | None:
+    """Return X for an array of rows, in parts: decoded as a whole it takes many times its size.
 
     Return None for all else, and for rows that should be refused: the whole says why.
     """
@@ -4082,12 +4200,12 @@ def read_long_array(contract: Contract, body: bytes, max_rows: int) -> list[Any]
         for part in split_array(body):
             if len(part) > MAX_PIECE_BYTES:
                 return None  # or what may be no row at all would be decoded twice
-            X = contract.read_numbers(part)
+            X = arrays.of_numbers_in(part)
             if X is None:
-                rows = contract.check(parse_json(part))
+                rows = arrays.contract.check(parse_json(part))
                 if rows is None:
                     return None
-                X = contract.to_input(rows)
+                X = arrays.of_rows(rows)
             inputs.append(X)
             n_rows += len(X)
             if n_rows > max_rows:
@@ -4578,12 +4696,18 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
     async def read(size: int) -> bytes:
         try:
             return stream.read(size) if has_end else b""
-        except (OSError, ParseException):
+        except _stream_errors():
             raise BodyCutShort from None
 
     path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
     query = environ.get("QUERY_STRING", "")
     return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher)
+
+
+def _stream_errors() -> tuple[type[Exception], ...]:
+    """Return what a server's stream raises for a body that is cut short or malformed."""
+    gunicorn = sys.modules.get("gunicorn.http.errors")
+    return (OSError, gunicorn.ParseException) if gunicorn else (OSError,)
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -5011,19 +5135,6 @@ def exit_on_startup_error() -> Iterator[None]:
     except StartupError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(STARTUP_STATUS)
-
-
-def print_settings(settings: Settings) -> None:
-    """Print the settings in force as TOML, each with where it comes from; secrets are masked."""
-    table: tuple[str, ...] = ()
-    values = settings.model_dump(mode="json")
-    for key in sorted(leaves(values), key=len):
-        if key[:-1] != table:
-            table = key[:-1]
-            print(f"\n[{'.'.join(map(toml_key, table))}]")
-        value = functools.reduce(lambda level, part: level[part], key, values)
-        name, shown = toml_key(key[-1]), toml_value(value)
-        print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {settings.source(*key)}")
 
 
 if __name__ == "__main__":

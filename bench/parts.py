@@ -33,7 +33,7 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
     """Return the parts by name, of services that log to where stderr goes."""
     service, logging_service = make_service("false"), make_service("true")
     one, many, body = flowers()[:1], flowers()[:64], make_bodies(1000)[0].encode()
-    X, X_1000 = (service.contract.to_input(rows) for rows in (one, json.loads(body)))
+    X, X_1000 = (service.model.arrays.of_rows(rows) for rows in (one, json.loads(body)))
     model = service.model
     predictions = model.predict(X_1000)
     return [
@@ -42,7 +42,7 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
         ("`predict_proba`, 1 row", lambda: model.predictor.estimator.predict_proba(X)),
         ("a call for 1 row: input, `predict_proba`, JSON", lambda: model.predict_rows(one).render()),
         ("a call for 64 rows", lambda: model.predict_rows(many).render()),
-        ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(service.contract, body, 1000)),
+        ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(model.arrays, body, 1000)),
         ("1000 rows: `predict_proba` and classes", lambda: model.predictor.predict(X_1000)),
         ("1000 rows: numbers to JSON", lambda: predictions.render_array(1000)),
     ]

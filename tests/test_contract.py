@@ -35,7 +35,7 @@ def test_array_keeps_the_order_of_the_features() -> None:
     """Columns follow the estimator's order, whatever the order of the keys."""
     contract = app.make_service(make_settings()).contract
     rows = contract.parse_payload([dict(reversed(ROW.items())), ROW])
-    assert contract.to_input(rows).tolist() == [list(ROW.values())] * 2
+    assert app.Arrays(contract).of_rows(rows).tolist() == [list(ROW.values())] * 2
 
 
 FEATURES = {
@@ -99,7 +99,7 @@ def test_missing_value_reaches_the_estimator_as_nan(forest: dict[str, str]) -> N
     """A null is NaN in the array where the feature may be missing, and true is 1."""
     contract = app.make_service(make_settings(model=forest, features=FEATURES)).contract
     rows = contract.parse_payload({"sepal_length": 5, "sepal_width": 3, "petal_length": True, "petal_width": None})
-    np.testing.assert_array_equal(contract.to_input(rows), [[5.0, 3.0, 1.0, np.nan]])
+    np.testing.assert_array_equal(app.Arrays(contract).of_rows(rows), [[5.0, 3.0, 1.0, np.nan]])
 
 
 def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:

@@ -89,8 +89,9 @@ def test_dataframe_is_made_only_where_it_is_needed(name: str, form: str) -> None
     """Numbers go to scikit-learn's own as one float array, though it was fitted on named columns."""
     estimator, table = fitted(name)
     contract = contract_of(estimator)
-    X = contract.to_input(contract.parse_payload(rows_of(table)[:5]))
-    assert contract.form == form
+    arrays = app.Arrays(contract)
+    X = arrays.of_rows(contract.parse_payload(rows_of(table)[:5]))
+    assert arrays.form == form
     if form == "frame":
         assert list(X.columns) == list(table.columns)
         assert [X[column].dtype.kind for column in NUMBERS if column in X] == ["f"] * len(set(NUMBERS) & set(X))
@@ -274,7 +275,7 @@ def test_truths_can_be_asked_for_where_categories_are_0_and_1() -> None:
     """An encoder that was fitted on 0 and 1 is asked with false and true, if the settings have it so."""
     contract = contract_of(encoded(OneHotEncoder()).fit(COUNTS[["b"]].set_axis(["a"], axis=1), Y), a={"type": "bool"})
     assert contract.features["a"].choices == [False, True]
-    assert contract.to_input(contract.parse_payload({"a": True})) == [[1.0]]
+    assert app.Arrays(contract).of_rows(contract.parse_payload({"a": True})) == [[1.0]]
 
 
 def test_nameless_pipeline_with_dataframes_inside_does_not_warn(tmp_path: Path) -> None:

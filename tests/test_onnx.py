@@ -81,13 +81,13 @@ def prove(path: Path, estimator: Any, features: Any = None, row: Any = None) -> 
         answers = loaded.answer([row], "the golden row")
         loaded = dataclasses.replace(loaded, golden=app.Golden(versions={}, rows=[row], predictions=answers))
     service = app.Service(settings, loaded, app.prove(loaded))
-    assert service.model.predictor.onnx is not None
+    assert service.model.predictor.graph is not None
     return service
 
 
 def agree(service: app.Service, X: Any) -> bool:
     """Whether both runtimes answer X alike."""
-    assert service.model.predictor.onnx is not None
+    assert service.model.predictor.graph is not None
     expected = app.Predictor(service.model.predictor.estimator).ask(X)
     return app.find_disagreement(service.model.predictor, X, expected) is None
 
@@ -193,7 +193,7 @@ def test_table_is_answered_as_in_sklearn(tmp_path: Path, encoder: Any, last: Any
     columns = make_column_transformer((encoder, ["island", "year"]), (StandardScaler(), ["mass"]))
     estimator = make_pipeline(columns, last).fit(TABLE, NAMES)
     service = prove(tmp_path / "model.joblib", estimator, row={"island": "Dream", "mass": 4700.0, "year": 1})
-    assert service.contract.form == "frame"
+    assert service.model.arrays.form == "frame"
     assert agree(service, TABLE)
 
 

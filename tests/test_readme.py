@@ -54,7 +54,7 @@ def test_settings_table_lists_every_key() -> None:
     rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `([^`]+)` \|", README, re.MULTILINE)
     defaults = app.Settings().model_dump()
     expected = []
-    for key in app.setting_keys():
+    for key in app.setting_keys(app.Settings):
         value: Any = defaults
         for part in key:
             value = value[part]

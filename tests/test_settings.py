@@ -73,7 +73,7 @@ def test_shipped_file_shows_every_default() -> None:
     assert shipped == defaults
 
 
-@pytest.mark.parametrize("key", list(app.setting_keys()), ids=".".join)
+@pytest.mark.parametrize("key", list(app.setting_keys(app.Settings)), ids=".".join)
 def test_environment_wins_over_file(monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...]) -> None:
     """Every key can be set by its variable, over the value of the shipped file."""
     text, expected = CHANGED[key]
