@@ -55,8 +55,31 @@ from gunicorn.sock import TCP6Socket, TCPSocket, UnixSocket, close_sockets
 from gunicorn.workers.base import Worker
 
 import app
+from serving import errors
+from serving.errors import (
+    STARTUP_STATUS,
+    BodyCutShort,
+    BodyTooSlow,
+    ModelError,
+    ServingError,
+    SettingsError,
+    StartupError,
+    about,
+    exit_on_startup_error,
+    listed,
+    reason_of,
+)
+from serving.logs import configure_logging
+from serving.output import finish_output, flush_output, protect_output, reopen_output
+from serving.predictor.artifact import ModelSettings
+from serving.predictor.model import Model
+from serving.predictor.proof import Proof
+from serving.web.asgi import CUT_SHORT
+from serving.web.bridges import FastAPIOverWSGI
+from serving.web.messages import LINGER_S, Response, make_request_id
+from serving.web.service import Service
 
-app.protect_output()
+protect_output()
 log = structlog.get_logger()
 
 PROVEN, REFUSED = "+", "-"
@@ -119,16 +142,16 @@ class Trial:
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             said = PROVEN + call()
-        except app.StartupError as error:
+        except StartupError as error:
             said = f"{REFUSED}{type(error).__name__}: {error}"
         except Exception as error:  # of a user's module, or of what an artifact holds
             log.exception("trial_failed")
-            said = f"{REFUSED}StartupError: {app.reason_of(error)}"
+            said = f"{REFUSED}StartupError: {reason_of(error)}"
         finally:
             try:
                 os.write(writing, said.encode(errors="backslashreplace")[:MAX_SAID_BYTES])
             finally:
-                app.finish_output()
+                finish_output()
                 os._exit(0)  # and wait for no thread
 
     def has_ended(self) -> bool:
@@ -153,9 +176,9 @@ class Trial:
             return said.removeprefix(PROVEN)
         if said.startswith(REFUSED):
             kind, _, text = said.removeprefix(REFUSED).partition(": ")
-            raise getattr(app, kind, app.StartupError)(text)
+            raise getattr(errors, kind, StartupError)(text)
         status = os.waitstatus_to_exitcode(self._status or 0)
-        raise app.ModelError(f"{self.what} ended the process that tried it, with status {status}")
+        raise ModelError(f"{self.what} ended the process that tried it, with status {status}")
 
     def stop(self) -> None:
         """End the child, if it has not ended."""
@@ -170,17 +193,17 @@ def check_tls(loaded: app.Settings) -> None:
     files = dict(zip(("certfile", "keyfile"), tls_files(loaded), strict=True))
     for name, file in files.items():
         if file and not os.access(file, os.R_OK):
-            raise app.SettingsError(f"{loaded.place('server', name)} is {file!r}, which cannot be read")
+            raise SettingsError(f"{loaded.place('server', name)} is {file!r}, which cannot be read")
     certificate, key = files.values()
     if key and not certificate:
-        raise app.SettingsError(f"{loaded.place('server', 'keyfile')} needs server.certfile beside it")
+        raise SettingsError(f"{loaded.place('server', 'keyfile')} needs server.certfile beside it")
     try:
         if certificate:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(certificate, key, password="")
     except (OSError, ValueError):  # of which ssl.SSLError is one; it does not say more
         rule = "should be a certificate in PEM, with its key, which is not encrypted, in server.keyfile or behind it"
-        raise app.SettingsError(f"{loaded.place('server', 'certfile')} is {certificate!r}; it {rule}") from None
+        raise SettingsError(f"{loaded.place('server', 'certfile')} is {certificate!r}; it {rule}") from None
 
 
 def tls_files(loaded: app.Settings) -> list[str | None]:
@@ -239,17 +262,17 @@ class Deadline:
             doing = self._read(self.DOING)
             log.warning("model_takes_long", doing=doing, for_s=round(took_s, 1), limit_s=limit_s)
 
-    def error(self) -> app.ModelError:
+    def error(self) -> ModelError:
         """Return what to raise when it takes too long."""
         what = f"{self._read(self.ARTIFACT)} takes longer than model.load_timeout_s = {self.limit_s:g} s"
         left = 0 if self.threads_before is None else count_native_threads() - self.threads_before
         hint = (
             f"; loading it left {left} native threads behind, for which a forked process may wait" if left > 0 else ""
         )
-        return app.ModelError(f"{what} while {self._read(self.DOING)}{hint}")
+        return ModelError(f"{what} while {self._read(self.DOING)}{hint}")
 
 
-Loaded = tuple[app.Settings, app.Model]
+Loaded = tuple[app.Settings, Model]
 
 
 class Loading:
@@ -281,10 +304,10 @@ class Loading:
         """Return the settings and the model that they describe. Raises `StartupError`."""
         self._thread.join()
         (result,) = self._results
-        if isinstance(result, app.StartupError):
+        if isinstance(result, StartupError):
             raise result
         if isinstance(result, BaseException):
-            raise app.StartupError(app.reason_of(result))
+            raise StartupError(reason_of(result))
         self._deadline.threads_before = self._threads_before
         return result
 
@@ -301,27 +324,27 @@ def load(deadline: Deadline) -> Loaded:
     loaded = app.load_settings()
     deadline.set(loaded.artifact, loaded.model.load_timeout_s)
     if app.current_service() is None:
-        app.configure_logging(loaded.logging)
+        configure_logging(loaded.logging)
     check_tls(loaded)
     model = app.load(loaded, deadline.report)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
-        with app.about(loaded.artifact):
-            raise app.ModelError(f"starts threads when it is loaded, which forked workers lack: {app.listed(others)}")
+        with about(loaded.artifact):
+            raise ModelError(f"starts threads when it is loaded, which forked workers lack: {listed(others)}")
     importlib.import_module(loaded.framework)  # once for all workers
     return loaded, model
 
 
-def prove(settings: app.Settings, model: app.Model) -> str:
+def prove(settings: app.Settings, model: Model) -> str:
     """Prove a model, and return the proof as text. Raises `ModelError`."""
     return json.dumps(dataclasses.asdict(app.prove_here(settings, model)))
 
 
-def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, app.Service]:
+def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, Service[app.Settings]]:
     """Yield until a child has proven a model, and return the service around it. Raises `StartupError`."""
     settings, model = loaded
     proof = yield from try_out(functools.partial(prove, settings, model), settings.artifact, deadline)
-    return app.Service(settings, model, app.Proof(**json.loads(proof)))
+    return app.make_service(settings, model, Proof(**json.loads(proof)))
 
 
 def wait_for(task: Any, deadline: Deadline) -> Generator[None, None, Any]:
@@ -361,7 +384,7 @@ def end_when_late(pid: int, deadline: Deadline) -> str:
             return ""  # it has ended, and its number may be another's by now
         time.sleep(TICK_S)
     print_error(deadline.error())
-    app.finish_output()
+    finish_output()
     os.kill(pid, signal.SIGKILL)
     return ""
 
@@ -381,19 +404,19 @@ def read_command_line() -> dict[str, Any]:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `StartupError` if the service cannot work with gunicorn's options."""
     if options.get("preload_app"):
-        raise app.StartupError(
+        raise StartupError(
             "preload_app would have the master predict; leave it out: the workers share the model anyway"
         )
     kind = options.get("worker_class")
     if not (kind is None or kind in OTHER_WORKERS or hasattr(kind, "begin_drain")):
         rule = "leave it out, and set server.worker_class to 'uvicorn' or 'gevent'"
-        raise app.StartupError(f"gunicorn's worker_class is {getattr(kind, '__name__', kind)!r}; {rule}")
+        raise StartupError(f"gunicorn's worker_class is {getattr(kind, '__name__', kind)!r}; {rule}")
     for name, allowed in CHOICES.items():
         if (given := options.get(name, allowed[0])) not in allowed:
-            raise app.StartupError(f"gunicorn's {name} is {given!r}; leave it out, or use one of {app.listed(allowed)}")
+            raise StartupError(f"gunicorn's {name} is {given!r}; leave it out, or use one of {listed(allowed)}")
     for name in ("workers", "worker_connections", "keepalive"):
         if (number := options.get(name, 1)) < 1:
-            raise app.StartupError(f"gunicorn's {name} is {number}; use 1 or more, or nobody is answered")
+            raise StartupError(f"gunicorn's {name} is {number}; use 1 or more, or nobody is answered")
     folder = options.get("worker_tmp_dir")
     check_folder(f"worker_tmp_dir is {folder!r}, where no file" if folder else "no temporary file", folder)
     if pidfile := options.get("pidfile"):
@@ -408,7 +431,7 @@ def check_folder(problem: str, folder: str | None) -> None:
         os.unlink(name)
     except OSError as error:
         rule = "gunicorn needs one; see --worker-tmp-dir, --pid and TMPDIR"
-        raise app.StartupError(f"{problem} can be made: {error.strerror or error}; {rule}") from None
+        raise StartupError(f"{problem} can be made: {error.strerror or error}; {rule}") from None
 
 
 def check_app(uri: str, options: Mapping[str, Any]) -> None:
@@ -416,17 +439,17 @@ def check_app(uri: str, options: Mapping[str, Any]) -> None:
     settings = the_service().settings
     called = OTHER_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
     if called == APPS["uvicorn"] and options.get("proxy_protocol") not in (None, False, "off"):
-        raise app.StartupError("proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's")
+        raise StartupError("proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's")
     native = {"fastapi": "app:asgi", "flask": "app:wsgi"}[settings.framework]
     given = native if uri in ("app:app", "app:create_app()") else uri
     if given in APPS.values() and given != called:
         worker = next(name for name, needed in APPS.items() if needed == called)
-        raise app.StartupError(f"the app is {uri!r}, which {worker}'s worker cannot run; use {called!r}")
+        raise StartupError(f"the app is {uri!r}, which {worker}'s worker cannot run; use {called!r}")
 
 
-def the_service() -> app.Service:
+def the_service() -> Service[app.Settings]:
     """Return the service of this process, which a start has made."""
-    return cast(app.Service, app.current_service())
+    return cast(Service[app.Settings], app.current_service())
 
 
 def freeze() -> None:
@@ -435,14 +458,14 @@ def freeze() -> None:
     gc.freeze()
 
 
-def refuse_start(error: app.StartupError) -> NoReturn:
+def refuse_start(error: StartupError) -> NoReturn:
     """End the process with the message alone, without waiting for threads that an artifact has started."""
     print_error(error)
-    app.finish_output()
-    os._exit(app.STARTUP_STATUS)
+    finish_output()
+    os._exit(STARTUP_STATUS)
 
 
-def print_error(error: app.StartupError) -> None:
+def print_error(error: StartupError) -> None:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
@@ -450,7 +473,7 @@ def start() -> float:
     """Load and prove what is served, and return the seconds that the proof took. Raises `StartupError`."""
     options = read_command_line()
     check_options(options)
-    deadline = Deadline(app.ModelSettings().load_timeout_s)
+    deadline = Deadline(ModelSettings().load_timeout_s)
     watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
     loaded = finish(wait_for(Loading(deadline), deadline))
     started = time.monotonic()
@@ -467,7 +490,7 @@ if app.current_service() is None:  # else a reload runs this file again, with a 
     freeze()  # the libraries, but no service, for a reload drops it
     try:
         proving_s = start()
-    except app.StartupError as error:
+    except StartupError as error:
         refuse_start(error)
 settings = the_service().settings
 
@@ -531,9 +554,9 @@ def refuse(status: int) -> bytes:
         431: f"the header is too large; send at most {limit_request_fields} fields of {limit_request_field_size} bytes",
         500: "internal error",
     }
-    request_id = app.make_request_id()
+    request_id = make_request_id()
     log.warning("request_refused", status=status, request_id=request_id)
-    response = app.Response.of({"detail": details[status]}, status, {"Connection": "close"})
+    response = Response.of({"detail": details[status]}, status, {"Connection": "close"})
     response.request_id = request_id
     head = [f"HTTP/1.1 {response.status_line}", *map(": ".join, response.headers)]
     return "\r\n".join([*head, "", ""]).encode() + b"".join(response.pieces)
@@ -586,7 +609,7 @@ class Together:
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.transport.resume_reading()  # and the protocol throws it away
-        self.loop.call_later(app.LINGER_S, self.transport.close)
+        self.loop.call_later(LINGER_S, self.transport.close)
 
     def flush_pending(self) -> None:
         try:
@@ -739,7 +762,7 @@ def http_protocol() -> type:
                         self._queue_up()
             cycle = self.cycle
             if self.body_timer is None and cycle is not None and cycle.more_body and not cycle.response_complete:
-                self.body_timer = self.loop.call_later(request_timeout_s, self._cut_short, app.BodyTooSlow)
+                self.body_timer = self.loop.call_later(request_timeout_s, self._cut_short, BodyTooSlow)
             if self.waste_bytes > limit_request_field_size and not self.failed:
                 self._check_waste()
 
@@ -882,12 +905,12 @@ def http_protocol() -> type:
                 self.cycle.keep_alive = False
             return waiting
 
-        def _cut_short(self, error: type[app.ServingError] = app.BodyCutShort) -> bool:
+        def _cut_short(self, error: type[ServingError] = BodyCutShort) -> bool:
             """Tell the app, if it waits for the rest of a body, that there is none."""
             if self.cycle is None or not self.cycle.more_body or self.cycle.response_complete:
                 return False
             scope: Any = self.cycle.scope
-            scope[app.CUT_SHORT] = error
+            scope[CUT_SHORT] = error
             self.cycle.more_body = False
             self.cycle.message_event.set()
             return True
@@ -929,7 +952,7 @@ class Serving(Worker):
 
     def notify(self) -> None:
         """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
-        app.flush_output()
+        flush_output()
         self.tmp.notify()
         if self.stage == BOOTING:
             self._tell(READY)
@@ -957,8 +980,9 @@ class Serving(Worker):
     def begin_drain(self) -> tuple[float, float]:
         """Say that this worker ends. Give the time by which it must have, before the master loses its patience, and the
         seconds for which clients may come back."""
-        app.Service.is_ending = bool(self.fate[0]) or self.is_orphan
-        log.info("draining", service_ends=app.Service.is_ending)
+        service = the_service()
+        service.is_stopping = bool(self.fate[0]) or self.is_orphan
+        log.info("draining", service_ends=service.is_stopping)
         if not self.is_orphan:
             self._tell(DRAINING)
         left_s = float(self.cfg.graceful_timeout) - MARGIN_S
@@ -1076,7 +1100,7 @@ def uvicorn_worker() -> type:
 
 def linger(sock: Any) -> None:
     """Close a connection on which the client may still send, but not before it could read the answer."""
-    end = time.monotonic() + app.LINGER_S
+    end = time.monotonic() + LINGER_S
     with contextlib.suppress(OSError), contextlib.closing(sock):
         sock.shutdown(socket.SHUT_WR)
         while (left_s := end - time.monotonic()) > 0:
@@ -1116,7 +1140,7 @@ def gevent_worker() -> type:
             return iter(self.readline, b"")
 
         def _in_time(self, read: Callable[..., Any], *size: Any) -> Any:
-            with gevent.Timeout(self.end - time.monotonic(), app.BodyTooSlow):
+            with gevent.Timeout(self.end - time.monotonic(), BodyTooSlow):
                 return read(*size)
 
     class Client:
@@ -1218,7 +1242,7 @@ def gevent_worker() -> type:
                     server.max_accept = 1 + min(MAX_ACCEPTS, int(late_s * ACCEPTS_PER_S))
             self.alive = False
             self.drain(servers)
-            if isinstance(self.inner, app.FastAPIOverWSGI):
+            if isinstance(self.inner, FastAPIOverWSGI):
                 self.inner.stop()
 
         def drain(self, servers: list[Any]) -> None:
@@ -1253,7 +1277,7 @@ def gevent_worker() -> type:
         def load_wsgi(self) -> None:
             super().load_wsgi()
             self.inner = inner = self.wsgi
-            if isinstance(inner, app.FastAPIOverWSGI):
+            if isinstance(inner, FastAPIOverWSGI):
                 inner.start()
 
             def wsgi(environ: dict[str, Any], start_response: Any) -> Any:
@@ -1309,7 +1333,7 @@ def gevent_worker() -> type:
 class Before:
     """What goes on if a reload is refused."""
 
-    service: app.Service
+    service: Service[app.Settings]
     application: dict[str, Any]  # the attributes of gunicorn's application object, its configuration among them
     listeners: list[Any]
     workers: list[int]
@@ -1366,8 +1390,8 @@ class Master(Arbiter):
         except StopIteration:
             log.info("reloaded", **the_service().identity)
         except Exception as error:  # whatever is wrong, what there was goes on
-            is_ours = isinstance(error, app.StartupError)
-            reason = str(error) if type(error) is app.StartupError else f"{type(error).__name__}: {error}"
+            is_ours = isinstance(error, StartupError)
+            reason = str(error) if type(error) is StartupError else f"{type(error).__name__}: {error}"
             log.error("reload_refused", reason=reason, serving=the_service().identity, exc_info=not is_ours)
         self.reloading = None
         gc.collect()  # what is served no more, which refers to itself; nothing of a service is frozen here
@@ -1378,28 +1402,28 @@ class Master(Arbiter):
         """Take new settings and a new model, or raise and leave all as it was."""
         log.info("reload_started")
         if self.loading is not None and not self.loading.has_ended():  # its thread cannot be stopped
-            raise app.StartupError("the model of an earlier reload is still being loaded; send HUP later, or restart")
+            raise StartupError("the model of an earlier reload is still being loaded; send HUP later, or restart")
         deadline = Deadline(the_service().settings.model.load_timeout_s)
         started = time.monotonic()
         identity = yield from try_out(functools.partial(self._rehearse, deadline), "the new model", deadline)
         took_s = time.monotonic() - started
         service = yield from self._load()
         if json.dumps(service.identity) != identity:
-            raise app.StartupError("settings or model were changed while they were loaded; send HUP again")
+            raise StartupError("settings or model were changed while they were loaded; send HUP again")
         self.boot_s = BOOT_S + BOOTS * took_s
         yield from self._replace(service)
 
     def _rehearse(self, deadline: Deadline) -> str:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
         settings, model = load(deadline)
-        service = app.Service(settings, model, app.prove_here(settings, model))
+        service = app.make_service(settings, model)
         app.set_current_service(service)
         self._configure()
         if not self.app.app_uri.startswith("app:"):
             self.app.load()  # a user's module
         return json.dumps(service.identity)
 
-    def _load(self) -> Generator[None, None, app.Service]:
+    def _load(self) -> Generator[None, None, Service[app.Settings]]:
         """Load beside the arbiter's loop, which goes on, and have a child prove that what is forked from here answers.
 
         It is what a start does, so that no reload takes what the next start would refuse.
@@ -1412,7 +1436,7 @@ class Master(Arbiter):
             self.is_loading = False
         return (yield from prove_in_child(loaded, deadline))
 
-    def _replace(self, service: app.Service) -> Generator[None, None, None]:
+    def _replace(self, service: Service[app.Settings]) -> Generator[None, None, None]:
         """Fork workers of the new service, and retire the old ones once all the new ones are ready.
 
         No frame that is on the stack while they are forked may refer to the old service: they would for ever.
@@ -1445,11 +1469,11 @@ class Master(Arbiter):
         end = time.monotonic() + latest_s
         while not ready.issuperset(new):
             if time.monotonic() > end:
-                raise app.StartupError(f"a new worker was not ready after {latest_s:.0f} s")
+                raise StartupError(f"a new worker was not ready after {latest_s:.0f} s")
             yield
             ready |= {pid for pid in new if self._stage(pid) != BOOTING}
             if not ready.union(self.WORKERS).issuperset(new):
-                raise app.StartupError("a new worker ended before it was ready; the log says why")
+                raise StartupError("a new worker ended before it was ready; the log says why")
 
     def _restore(self, before: Before, new: list[int]) -> None:
         """Go back to what was before."""
@@ -1492,7 +1516,7 @@ class Master(Arbiter):
             self.app.reload()
         except SystemExit:
             problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
-            raise app.StartupError(problem) from None
+            raise StartupError(problem) from None
         check_options(final_options(self.app.cfg))
         check_app(self.app.app_uri, final_options(self.app.cfg))
 
@@ -1512,12 +1536,12 @@ class Master(Arbiter):
             where = the_service().settings.place("server", "bind")
             shown = ":".join(map(str, address)) if isinstance(address, tuple) else address
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise app.SettingsError(f"{where}: cannot listen at {shown!r}: {reason}") from None
+            raise SettingsError(f"{where}: cannot listen at {shown!r}: {reason}") from None
         return listeners
 
     def manage_workers(self) -> None:
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
-        app.flush_output()
+        flush_output()
         self._go_on()
         self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
         for pid in self.WORKERS.keys() - self.retired.keys():
@@ -1554,8 +1578,8 @@ class Master(Arbiter):
                 self.spawn_worker()
         except (OSError, RuntimeError) as error:  # no process more, or no file for signs of life
             if not self.has_served and not self.WORKERS:
-                raise HaltServer(app.reason_of(error), app.STARTUP_STATUS) from error
-            self._hold_off(app.reason_of(error))
+                raise HaltServer(reason_of(error), STARTUP_STATUS) from error
+            self._hold_off(reason_of(error))
 
     def _hold_off(self, reason: str) -> None:
         """Start workers later, and after each failure later still."""
@@ -1591,7 +1615,7 @@ class Master(Arbiter):
                     raise
         failed = [pid for pid in booting if pid not in self.WORKERS and pid not in self.retired]
         if failed and self.before is None and not self.is_stopping:
-            self._hold_off(f"{app.listed(failed)} ended before it was ready")
+            self._hold_off(f"{listed(failed)} ended before it was ready")
 
     def stop(self, graceful: bool = True) -> None:
         """End the workers. They know by their fate that the service ends, and whether anyone else has their listeners:
@@ -1654,7 +1678,7 @@ def announce() -> None:
     log.info("serving", **named, **service.identity)
     budget = {name: getattr(service.settings, name) for name in ("cores", "workers", "threads")}
     log.info("core_budget", **budget)
-    service.note_python()
+    service.model.note_python()
 
 
 def final_options(config: Config) -> dict[str, Any]:
@@ -1667,12 +1691,12 @@ def on_starting(server: Any) -> None:
     try:
         check_options(final_options(server.cfg))
         check_app(server.app.app_uri, final_options(server.cfg))
-    except app.StartupError as error:
+    except StartupError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()
         refuse_start(error)
     if server.cfg.daemon:
-        app.reopen_output()
+        reopen_output()
     Master.adopt(server)
 
 
@@ -1705,14 +1729,14 @@ def post_fork(server: Any, worker: Any) -> None:
 def worker_exit(server: Any, worker: Any) -> None:
     """End a worker in which a call is still made: Python would wait for its thread."""
     if the_service().queue.called_at is not None:
-        app.finish_output()
+        finish_output()
         os._exit(0)
 
 
 def post_worker_init(worker: Any) -> None:
     """Answer the first rows, and spare the garbage collector what the worker has loaded."""
     service = the_service()
-    with app.exit_on_startup_error(), app.about(service.settings.artifact):
+    with exit_on_startup_error(), about(service.settings.artifact):
         service.model.warm_up()
     freeze()
     gc.set_threshold(GC_THRESHOLD)

@@ -15,6 +15,13 @@ from typing import Any, cast
 
 import app
 from bench.wrk import flowers, make_bodies
+from serving.logs import configure_logging
+from serving.predictor.arrays import read_long_array
+from serving.predictor.batcher import Job
+from serving.predictor.predictions import Predictions
+from serving.web.asgi import ASGIEndpoint, asgi_request
+from serving.web.service import Service
+from serving.web.wsgi import run_now
 
 LOOP_S = 0.002  # so short that some are without a turn of another process
 
@@ -42,25 +49,25 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
         ("`predict_proba`, 1 row", lambda: model.predictor.estimator.predict_proba(X)),
         ("a call for 1 row: input, `predict_proba`, JSON", lambda: model.predict_rows(one).render()),
         ("a call for 64 rows", lambda: model.predict_rows(many).render()),
-        ("1000 rows: JSON to numbers, checked", lambda: app.read_long_array(model.arrays, body, 1000)),
+        ("1000 rows: JSON to numbers, checked", lambda: read_long_array(model.arrays, body, 1000)),
         ("1000 rows: `predict_proba` and classes", lambda: model.predictor.predict(X_1000)),
         ("1000 rows: numbers to JSON", lambda: predictions.render_array(1000)),
     ]
 
 
-def make_service(access: str) -> app.Service:
+def make_service(access: str) -> Service[app.Settings]:
     """Load the shipped model into a service with or without access lines."""
     os.environ["SERVING_LOGGING__ACCESS"] = access
     settings = app.load_settings()
-    app.configure_logging(settings.logging)
+    configure_logging(settings.logging)
     return app.make_service(settings)
 
 
-def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
+def make_request(service: Service[app.Settings], body: bytes) -> Callable[[], Any]:
     """Return a call that has a request read, checked and answered, as uvicorn does, with an answer that is there."""
 
     class Answered:
-        async def predict(self, job: app.Job) -> app.Predictions:
+        async def predict(self, job: Job) -> Predictions:
             return answers
 
     async def receive() -> dict[str, Any]:
@@ -69,12 +76,12 @@ def make_request(service: app.Service, body: bytes) -> Callable[[], Any]:
     async def send(message: dict[str, Any]) -> None:
         pass
 
-    answers = app.Predictions(b"{}", [])
+    answers = Predictions(b"{}", [])
     answers._rendered = [b"{}"]
     headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    scope = {"type": "http", "method": "POST", "path": app.PREDICTIONS, "query_string": b"", "headers": headers}
-    endpoint, batcher = app.ASGIEndpoint(service), cast(Any, Answered())
-    return lambda: app.run_now(endpoint.answer(app.asgi_request(scope, receive, batcher), receive, send))
+    scope = {"type": "http", "method": "POST", "path": "/predictions", "query_string": b"", "headers": headers}
+    endpoint, batcher = ASGIEndpoint(service), cast(Any, Answered())
+    return lambda: run_now(endpoint.respond(asgi_request(scope, receive, batcher), receive, send))
 
 
 def measure_us(call: Callable[[], Any], loops: int) -> float:

@@ -17,6 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import app
+from serving.errors import ModelError, ServingError, SettingsError, Unprocessable, about, exit_on_startup_error
+from serving.logs import configure_logging
+from serving.predictor.arrays import parse_json
+from serving.predictor.artifact import SAFE_FORMATS, ModelSettings, find_untrusted_types, load_estimator, read_artifact
+from serving.predictor.contract import Contract, name_columns
+from serving.predictor.features import FeatureSettings
+from serving.predictor.golden import golden_path, load_golden, running_versions
+from serving.predictor.inputs import Column, Inputs, read_inputs, type_of
+from serving.predictor.model import Model, make_model
+from serving.predictor.proof import prove_scores
+from serving.settings import toml_key, toml_value
 
 
 def main(words: list[str] | None = None) -> None:
@@ -25,52 +36,52 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--trust", action="store_true", help="load it, though it may run code that is inside")
     parser.add_argument("--golden", type=Path, metavar="ROWS.json", help="rows to answer and keep beside the artifact")
     arguments = parser.parse_args(words)
-    with app.exit_on_startup_error(), app.about(repr(str(arguments.path))):
+    with exit_on_startup_error(), about(repr(str(arguments.path))):
         describe(arguments.path, arguments.trust, arguments.golden)
 
 
 def describe(path: Path, trust: bool, golden: Path | None) -> None:
     """Print the tables of an artifact; with a file of rows, make them golden. Raises `StartupError`."""
     settings = app.load_settings()
-    app.configure_logging(settings.logging)
-    data = app.read_artifact(path)
+    configure_logging(settings.logging)
+    data = read_artifact(path)
     suffix = path.suffix.lower()
-    untrusted = app.find_untrusted_types(data) if suffix == ".skops" else set()
-    trusted = trust or (suffix in app.CODELESS and not untrusted)
+    untrusted = find_untrusted_types(data) if suffix == ".skops" else set()
+    trusted = trust or (suffix in SAFE_FORMATS and not untrusted)
     if golden and not trusted:
-        raise app.ModelError("can answer golden rows only with --trust")
+        raise ModelError("can answer golden rows only with --trust")
     print_model(path, data, untrusted, settings)
     if not trusted:
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
         return
-    estimator = app.load_estimator(path, data, sorted(untrusted))
-    inputs = app.read_inputs(estimator)
+    estimator = load_estimator(path, data, sorted(untrusted))
+    inputs = read_inputs(estimator)
     own = choose_settings(settings, path, inputs)
-    known = app.load_golden(path) if golden is None else None
+    known = load_golden(path) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
-    columns = app.name_columns(inputs, own.features, rows[0] if rows else ())
-    rows = [{name: cell for name, cell in row.items() if columns.get(name, app.Column()) is not None} for row in rows]
+    columns = name_columns(inputs, own.features, rows[0] if rows else ())
+    rows = [{name: cell for name, cell in row.items() if columns.get(name, Column()) is not None} for row in rows]
     features = complete(columns, own.features, rows)
     with own.locate():
         if golden:
-            write_golden(app.make_model(estimator, path, features), rows)
-        contract = app.Contract(inputs, features, rows[0] if rows else None)
+            write_golden(make_model(estimator, path, features), rows)
+        contract = Contract(inputs, features, rows[0] if rows else None)
     print_features(contract, columns, features)
     if golden:
-        print(f"# wrote {app.golden_path(path)}")
+        print(f"# wrote {golden_path(path)}")
 
 
-def choose_settings(settings: app.Settings, path: Path, inputs: app.Inputs) -> app.Settings:
+def choose_settings(settings: app.Settings, path: Path, inputs: Inputs) -> app.Settings:
     """Return the settings for an artifact: with the [features] in force where these are about it, and still fit it."""
-    own = settings.model_copy(update={"model": app.ModelSettings(path=str(path.absolute())), "features": {}})
+    own = settings.model_copy(update={"model": ModelSettings(path=str(path.absolute())), "features": {}})
     current = own.model_copy(update={"features": settings.features})
     if settings.model_path.absolute() != path.absolute():
         return own
     try:
         with current.locate():
-            app.Contract(inputs, current.features)
-    except app.SettingsError as error:
+            Contract(inputs, current.features)
+    except SettingsError as error:
         print("\n# Left out, for the artifact has changed:")
         print("\n".join(f"# {line}" for line in str(error).splitlines()))
         return own
@@ -78,16 +89,16 @@ def choose_settings(settings: app.Settings, path: Path, inputs: app.Inputs) -> a
 
 
 def complete(
-    columns: Mapping[str, app.Column | None], given: Mapping[str, app.FeatureSettings], rows: list[dict[str, Any]]
-) -> dict[str, app.FeatureSettings]:
+    columns: Mapping[str, Column | None], given: Mapping[str, FeatureSettings], rows: list[dict[str, Any]]
+) -> dict[str, FeatureSettings]:
     """Add to the settings of features what the estimator does not say, but rows that it takes do."""
-    features: dict[str, app.FeatureSettings] = {}
+    features: dict[str, FeatureSettings] = {}
     for name, column in columns.items():
         if column is None:
             continue
         cells = [row.get(name) for row in rows]
-        kind = app.type_of(cell for cell in cells if cell is not None)
-        feature = given.get(name, app.FeatureSettings())
+        kind = type_of(cell for cell in cells if cell is not None)
+        feature = given.get(name, FeatureSettings())
         said: dict[str, Any] = {}
         if feature.type is None and (column.type is None or (column.type == "float" and kind == "bool")):
             said["type"] = kind
@@ -100,29 +111,29 @@ def complete(
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a JSON array of rows. Raises `ModelError`."""
     try:
-        rows = app.parse_json(path.read_bytes())
+        rows = parse_json(path.read_bytes())
     except OSError as error:
-        raise app.ModelError(f"cannot have the golden rows of {path}, which cannot be read: {error.strerror}") from None
-    except app.ServingError as error:
-        raise app.ModelError(f"cannot have the golden rows of {path}: {error}") from None
+        raise ModelError(f"cannot have the golden rows of {path}, which cannot be read: {error.strerror}") from None
+    except ServingError as error:
+        raise ModelError(f"cannot have the golden rows of {path}: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise app.ModelError(f"cannot have the golden rows of {path}, which should be a JSON array of objects")
+        raise ModelError(f"cannot have the golden rows of {path}, which should be a JSON array of objects")
     return rows
 
 
-def write_golden(model: app.Model, rows: list[dict[str, Any]]) -> None:
+def write_golden(model: Model, rows: list[dict[str, Any]]) -> None:
     """Write rows, the answers to them and the running versions beside the artifact. Raises `ModelError`."""
     try:
         checked = model.contract.parse_payload(rows)
-    except app.Unprocessable as error:
+    except Unprocessable as error:
         problem = error.detail[0]
-        raise app.ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
-    proof = app.prove_scores(model, checked, "the golden rows")
-    answers = model.proven(proof).answer(checked, "the golden rows")
+        raise ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
+    proof = prove_scores(model, checked, "the golden rows")
+    answers = proof.applied_to(model).answer(checked, "the golden rows")
     rows = [{name: row[name] for name in model.contract.names} for row in rows]  # in the order of a nameless estimator
-    document = {"versions": app.running_versions(), "rows": rows, "predictions": answers}
+    document = {"versions": running_versions(), "rows": rows, "predictions": answers}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    app.golden_path(model.path).write_text(text, encoding="utf-8")
+    golden_path(model.path).write_text(text, encoding="utf-8")
 
 
 def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Settings) -> None:
@@ -135,25 +146,22 @@ def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Sett
 
 
 def print_features(
-    contract: app.Contract,
-    columns: Mapping[str, app.Column | None],
-    features: Mapping[str, app.FeatureSettings],
+    contract: Contract,
+    columns: Mapping[str, Column | None],
+    features: Mapping[str, FeatureSettings],
 ) -> None:
     """Print the [features] table: what settings, rows and estimator together say of each feature."""
     print("\n[features]")
     for name, feature in contract.features.items():
         said = feature.model_dump(exclude_none=True) | {"missing": feature.missing or None}
-        pairs = ", ".join(f"{key} = {app.toml_value(value)}" for key, value in said.items() if value is not None)
+        pairs = ", ".join(f"{key} = {toml_value(value)}" for key, value in said.items() if value is not None)
         column = columns[name]
         is_guess = column is not None and column.type is None and features[name].type is None
-        print(
-            f"{app.toml_key(name)} = {{ {pairs} }}"
-            + ("  # of what type the estimator does not say" if is_guess else "")
-        )
+        print(f"{toml_key(name)} = {{ {pairs} }}" + ("  # of what type the estimator does not say" if is_guess else ""))
 
 
 def print_key(name: str, value: Any) -> None:
-    print(f"{name} = {app.toml_value(value)}")
+    print(f"{name} = {toml_value(value)}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
-import app
 from model.describe import write_golden
+from serving.predictor.golden import golden_path
+from serving.predictor.model import make_model
 
 ARTIFACT = Path(__file__).with_name("iris.skops")
 FEATURES = ["sepal_length", "sepal_width", "petal_length", "petal_width"]  # cm
@@ -59,5 +60,5 @@ def golden_rows() -> list[dict[str, float]]:
 if __name__ == "__main__":
     estimator = train()
     ARTIFACT.write_bytes(dump(estimator))
-    write_golden(app.make_model(estimator, ARTIFACT, {}), golden_rows())
-    print(f"wrote {ARTIFACT} and {app.golden_path(ARTIFACT).name}")
+    write_golden(make_model(estimator, ARTIFACT, {}), golden_rows())
+    print(f"wrote {ARTIFACT} and {golden_path(ARTIFACT).name}")

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import app
+from serving.errors import TooManyRequests, Unavailable
+from serving.predictor.batcher import BatchQueue, CallCost, Job
+from serving.predictor.predictions import Predictions
 from tests.lib.artifacts import deploy
 from tests.lib.cases import QUERY, Case
 from tests.lib.clients import post_case, read_answer
@@ -38,12 +40,12 @@ def headers_of(server: Server, case: Case) -> tuple[int, dict[str, str]]:
     return int(status.split()[1]), {name.lower(): text for name, text in (line.split(": ", 1) for line in lines)}
 
 
-def predict(rows: Any) -> app.Predictions:
-    return app.Predictions(b"{}", [])
+def predict(rows: Any) -> Predictions:
+    return Predictions(b"{}", [])
 
 
-def waiting(queue: app.BatchQueue, *n_rows: int) -> list[app.Job]:
-    jobs = [app.Job(n, [{}] * n) for n in n_rows]
+def waiting(queue: BatchQueue, *n_rows: int) -> list[Job]:
+    jobs = [Job(n, [{}] * n) for n in n_rows]
     for job in jobs:
         queue.admit(job)
     return jobs
@@ -51,9 +53,9 @@ def waiting(queue: app.BatchQueue, *n_rows: int) -> list[app.Job]:
 
 def test_queue_has_its_limit() -> None:
     """What comes on top of `max_queued_rows` is refused, until a call takes some or a client gives up."""
-    queue = app.BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10, cost=app.CallCost(2.0, 0.5))
+    queue = BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10, cost=CallCost(2.0, 0.5))
     first, second, third = waiting(queue, 4, 4, 2)
-    with pytest.raises(app.TooManyRequests) as refusal:
+    with pytest.raises(TooManyRequests) as refusal:
         waiting(queue, 1)
     assert refusal.value.headers == {"Retry-After": "9"}  # two calls, and ten rows
     queue.give_up(third)
@@ -64,9 +66,9 @@ def test_queue_has_its_limit() -> None:
 
 def test_empty_queue_takes_any_request() -> None:
     """A request of more rows than may wait is taken if nobody waits, or it could never be."""
-    queue = app.BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10)
+    queue = BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10)
     waiting(queue, 1000)
-    with pytest.raises(app.TooManyRequests):
+    with pytest.raises(TooManyRequests):
         waiting(queue, 1)
 
 
@@ -74,11 +76,11 @@ def test_late_jobs_are_not_predicted() -> None:
     """A job that would be answered past its deadline is told so, and its rows are in no call."""
     calls: list[int] = []
 
-    def predict(rows: list[Any]) -> app.Predictions:
+    def predict(rows: list[Any]) -> Predictions:
         calls.append(len(rows))
-        return app.Predictions(b"%b", [np.arange(len(rows))])
+        return Predictions(b"%b", [np.arange(len(rows))])
 
-    queue = app.BatchQueue(predict, predict, 8, 0.0, timeout_s=10.0, cost=app.CallCost(1.0))
+    queue = BatchQueue(predict, predict, 8, 0.0, timeout_s=10.0, cost=CallCost(1.0))
     late, hurried, good = waiting(queue, 1, 2, 3)
     late.deadline = time.monotonic() - 1
     hurried.deadline = time.monotonic() + 0.5
@@ -86,7 +88,7 @@ def test_late_jobs_are_not_predicted() -> None:
     assert calls == [3]
     assert good.result().render() == [b"0", b"1", b"2"]
     for job in (late, hurried):
-        with pytest.raises(app.Unavailable):
+        with pytest.raises(Unavailable):
             job.result()
 
 

@@ -17,6 +17,8 @@ from sklearn.preprocessing import OneHotEncoder
 from werkzeug.test import EnvironBuilder
 
 import app
+from serving.predictor.arrays import PIECE_BYTES, split_array
+from serving.predictor.golden import agrees
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.clients import ROW, Answer, post_case
 
@@ -40,7 +42,7 @@ def test_long_array_is_answered_as_its_rows_are(framework: str) -> None:
     assert len(answers) == N_ROWS
     for start in (0, 999, 5000, N_ROWS - 3):
         few = call(native, post_case(rows[start : start + 3])).json
-        assert app.agrees(answers[start : start + 3], few)
+        assert agrees(answers[start : start + 3], few)
 
 
 @pytest.mark.in_turn
@@ -151,7 +153,7 @@ def test_boolean_is_found_among_numbers_whatever_their_names(tmp_path: Path, nam
     for ensure_ascii in (True, False):
         good = json.dumps(dict.fromkeys(names, 0.5), ensure_ascii=ensure_ascii)
         body = f"[{', '.join([good] * 4000 + [good.replace('0.5', cell, 1)])}]"
-        assert len(body) > app.PIECE_BYTES
+        assert len(body) > PIECE_BYTES
         answer = call(native, replace(post_case(None), body=body.encode()))
         assert answer.status == (200 if cell == "1e0" else 422)
         if cell != "1e0":
@@ -203,6 +205,6 @@ def test_text_that_looks_like_json_is_not_cut(tmp_path: Path) -> None:
 def test_array_is_split_between_objects(separator: str) -> None:
     """The parts are arrays of some objects each, and together they have them all."""
     rows = [{"a": index, "b": [index], "c": "x"} for index in range(8000)]
-    parts = list(app.split_array(f" [{separator.join(map(json.dumps, rows))}] ".encode()))
+    parts = list(split_array(f" [{separator.join(map(json.dumps, rows))}] ".encode()))
     assert [row for part in parts for row in json.loads(part)] == rows
-    assert max(map(len, parts)) < 2 * app.PIECE_BYTES
+    assert max(map(len, parts)) < 2 * PIECE_BYTES

@@ -23,6 +23,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import app
+from serving.errors import ModelError, StartupError
+from serving.predictor.artifact import FORMATS, refuse_old_sklearn
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, save
 from tests.lib.clients import post_case
@@ -35,7 +37,7 @@ def make_row(values: Any) -> dict[str, float]:
     return {f"x{column}": value for column, value in enumerate(values)}
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in app.FORMATS if suffix != ".onnx"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in FORMATS if suffix != ".onnx"])
 def test_every_format_is_served(tmp_path: Path, suffix: str) -> None:
     """An artifact of each suffix gives the estimator's own answers."""
     estimator = LogisticRegression(max_iter=1000).fit(X, y)
@@ -68,7 +70,7 @@ def test_untrusted_types_are_named(tmp_path: Path) -> None:
     """A .skops file with types that skops does not trust is refused with the setting that would trust them."""
     estimator = RandomForestClassifier(n_estimators=2).fit(X, y)
     path = tmp_path / "model.skops"
-    with pytest.raises(app.ModelError, match=r'set model.trusted_types = \["sklearn.tree._tree.Tree"\]'):
+    with pytest.raises(ModelError, match=r'set model.trusted_types = \["sklearn.tree._tree.Tree"\]'):
         serve_estimator(path, estimator)
     trusted = serve_estimator(path, estimator, model={"trusted_types": ["sklearn.tree._tree.Tree"]})
     assert call(trusted, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
@@ -86,19 +88,19 @@ def test_untrusted_types_are_named(tmp_path: Path) -> None:
 )
 def test_no_predictor_is_refused(tmp_path: Path, content: Any, suffix: str, message: str) -> None:
     """What is loaded must be a fitted estimator that predicts."""
-    with pytest.raises(app.ModelError, match=message):
+    with pytest.raises(ModelError, match=message):
         serve_estimator(tmp_path / f"model{suffix}", content)
 
 
 def refusal_of(path: Path, sha256: str | None = None) -> str:
     """Return the message with which a file is refused, though its hash is trusted."""
     trusted = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 is None else sha256
-    with pytest.raises(app.ModelError) as caught:
+    with pytest.raises(ModelError) as caught:
         app.create_app(make_settings(model={"path": str(path), "sha256": trusted}, features={}))
     return str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", app.FORMATS)
+@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99], ids=str)
 def test_truncated_artifact_is_refused(tmp_path: Path, suffix: str, kept: float) -> None:
     """Of a file that is cut short, or empty, the message says that it may be."""
@@ -135,7 +137,7 @@ def test_other_format_is_named(tmp_path: Path, written: str, suffix: str, messag
     assert message in refusal_of(path, sha256="")
 
 
-@pytest.mark.parametrize("suffix", app.FORMATS)
+@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -213,7 +215,7 @@ def test_pipe_and_device_are_refused(tmp_path: Path, name: str) -> None:
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), bind_socket):
         place.unlink(missing_ok=True)
         make(place)
-        with pytest.raises(app.ModelError, match=r"cannot be read|which is no file"):
+        with pytest.raises(ModelError, match=r"cannot be read|which is no file"):
             app.create_app(make_settings(model=trust, features={}))
 
 
@@ -252,11 +254,11 @@ def test_failure_while_loading_is_told(tmp_path: Path, trap: Any, message: str) 
 @pytest.mark.parametrize("version", ["1.5.2", "0.24.1", "1.5.dev0"])
 def test_old_scikit_learn_is_refused(version: str) -> None:
     """A scikit-learn whose estimators are not read here is one line that says which is the oldest."""
-    with pytest.raises(app.StartupError, match=f"scikit-learn is {version}, but 1.6 is the oldest that is supported"):
-        app.refuse_old_sklearn(version)
+    with pytest.raises(StartupError, match=f"scikit-learn is {version}, but 1.6 is the oldest that is supported"):
+        refuse_old_sklearn(version)
 
 
 @pytest.mark.parametrize("version", ["1.6.0", "1.10.0", "2.0rc1", sklearn.__version__])
 def test_newer_scikit_learn_is_not_refused(version: str) -> None:
     """Versions are compared as numbers."""
-    app.refuse_old_sklearn(version)
+    refuse_old_sklearn(version)

@@ -26,6 +26,15 @@ from sklearn.preprocessing import StandardScaler
 from xgboost import XGBClassifier
 
 import app
+from serving.logs import configure_logging
+from serving.predictor.batcher import INLINE_S, BatchQueue, CallCost, Job, measure
+from serving.predictor.contract import Rows
+from serving.predictor.golden import Golden, agrees
+from serving.predictor.model import make_model
+from serving.predictor.predictions import Predictions
+from serving.predictor.predictor import Predictor
+from serving.predictor.proof import find_dependence
+from serving.web.service import Service
 from tests.lib import estimators
 from tests.lib.apps import answers_of, call, call_asgi, make_service, make_settings
 from tests.lib.artifacts import deploy
@@ -42,7 +51,7 @@ def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, An
     """Return an estimator that notes its calls, and the app around it."""
     estimator = estimators.Noting()
     settings = make_settings(framework=framework, features={}, batching=batching)
-    app.configure_logging(settings.logging)
+    configure_logging(settings.logging)
     return estimator, app.FRAMEWORKS[framework](make_service(settings, estimator))
 
 
@@ -71,8 +80,8 @@ def ask_together(native: Any, estimator: Any, payloads: Sequence[Any]) -> list[A
         return [answer.result() for answer in answers]
 
 
-def service_of(native: Any) -> app.Service:
-    service: app.Service = native.extensions["serving"] if hasattr(native, "wsgi_app") else native.state.serving
+def service_of(native: Any) -> Service[Any]:
+    service: Service[Any] = native.extensions["serving"] if hasattr(native, "wsgi_app") else native.state.serving
     return service
 
 
@@ -273,14 +282,14 @@ def test_call_far_longer_than_expected_moves_later_ones_out_of_the_loop(
 ) -> None:
     """A long array may take long; a row may not, and those after it are expected to be like it."""
 
-    def predict(rows: app.Rows) -> app.Predictions:
+    def predict(rows: Rows) -> Predictions:
         clock.pass_s(took_s)
-        return app.Predictions(b"{}", [])
+        return Predictions(b"{}", [])
 
-    queue = app.BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=app.CallCost(1e-4, 1e-5))
-    job = app.Job(n_rows, [{}] * n_rows)
+    queue = BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=CallCost(1e-4, 1e-5))
+    job = Job(n_rows, [{}] * n_rows)
     assert queue.call([job]) == []
-    assert queue.needs_thread([app.Job(1, [{}])]) is expected
+    assert queue.needs_thread([Job(1, [{}])]) is expected
     assert (queue.cost.seconds_for(1) >= took_s) is expected
 
 
@@ -288,12 +297,12 @@ def test_call_that_was_disturbed_once_returns_to_the_loop(clock: Clock) -> None:
     """What was slow at the start or once since, as others had the core, is not held against calls that are quick."""
     delays = [0.03, 0.03]
 
-    def predict(rows: app.Rows) -> app.Predictions:
+    def predict(rows: Rows) -> Predictions:
         clock.pass_s(delays.pop(0) if delays else 1e-4)
-        return app.Predictions(b"{}", [])
+        return Predictions(b"{}", [])
 
-    queue = app.BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=app.CallCost(*app.measure(predict, {})))
-    jobs = [app.Job(1, [{}])]
+    queue = BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=CallCost(*measure(predict, {})))
+    jobs = [Job(1, [{}])]
     assert not queue.needs_thread(jobs)
     delays.append(0.15)
     queue.call(jobs)
@@ -308,7 +317,7 @@ def test_call_that_was_disturbed_once_returns_to_the_loop(clock: Clock) -> None:
 def test_estimates_return_to_what_calls_take(stall_s: float, call_s: float, row_s: float) -> None:
     """After a stall, and from any estimate, each size of call comes to run where what it takes says."""
     for believed_s in (0.0, 1e-3, 1.0):
-        cost = app.CallCost(believed_s, believed_s / 100)
+        cost = CallCost(believed_s, believed_s / 100)
         sizes = [1, 1, 1, 64, 500, 1, 3000]
         for turn in range(700):
             n_rows = sizes[turn % len(sizes)]
@@ -316,9 +325,9 @@ def test_estimates_return_to_what_calls_take(stall_s: float, call_s: float, row_
             cost.learn(n_rows, took_s)
         for n_rows in sizes:
             took_s = call_s + row_s * n_rows
-            if not 0.7 < took_s / app.INLINE_S < 1.4:
-                is_slow = cost.seconds_for(n_rows) > app.INLINE_S
-                assert is_slow is (took_s > app.INLINE_S), (n_rows, took_s, cost)
+            if not 0.7 < took_s / INLINE_S < 1.4:
+                is_slow = cost.seconds_for(n_rows) > INLINE_S
+                assert is_slow is (took_s > INLINE_S), (n_rows, took_s, cost)
 
 
 def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
@@ -333,7 +342,7 @@ def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[
 
 
 def agree(given: Any, expected: dict[str, Any]) -> bool:
-    return app.agrees(given, expected)
+    return agrees(given, expected)
 
 
 @each_worker()
@@ -409,7 +418,7 @@ def test_threads_and_jobs_are_limited_to_the_share_of_a_worker() -> None:
         XGBClassifier(n_estimators=3),
     ]
 
-    def threads_of(service: app.Service) -> set[int]:
+    def threads_of(service: Service) -> set[int]:
         service.model.predict_rows([{"x0": 1.0}])
         return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
 
@@ -521,9 +530,9 @@ def ask_at_once(native: Any, payloads: Sequence[Any]) -> list[Answer]:
 @pytest.mark.parametrize("golden_rows", [[{"x0": 1.5}] * 3, [{"x0": 1.5}, {"x0": 2.5}]], ids=["alike", "different"])
 def test_dependence_is_found_with_golden_rows(golden_rows: list[dict[str, float]]) -> None:
     """Golden rows that are all alike do not hide that answers depend on the others of a call."""
-    golden = app.Golden(versions={}, rows=golden_rows, predictions=[{"prediction": 0.0}] * len(golden_rows))
-    model = app.make_model(estimators.Centring(), Path("model.joblib"), {}, golden)
-    assert app.find_dependence(model) is not None
+    golden = Golden(versions={}, rows=golden_rows, predictions=[{"prediction": 0.0}] * len(golden_rows))
+    model = make_model(estimators.Centring(), Path("model.joblib"), {}, golden)
+    assert find_dependence(model) is not None
 
 
 def test_estimator_that_takes_one_row_only_is_served() -> None:
@@ -531,9 +540,9 @@ def test_estimator_that_takes_one_row_only_is_served() -> None:
     estimator = estimators.Noting()
     estimator.most = 1
     settings = make_settings(features={})
-    app.configure_logging(settings.logging)
-    model = app.make_model(estimator, Path("model.joblib"), {})
-    service = app.Service(settings, model, app.prove(model))
+    configure_logging(settings.logging)
+    model = make_model(estimator, Path("model.joblib"), {})
+    service = app.make_service(settings, model)
     estimator.calls.clear()
     answers = ask_at_once(app.build_fastapi(service), rows(1, 2, 3))
     assert [answer.json for answer in answers] == [{"prediction": 2.0}, {"prediction": 4.0}, {"prediction": 6.0}]
@@ -561,7 +570,7 @@ def test_retries_let_other_requests_through() -> None:
 def test_one_call_gives_class_and_probabilities() -> None:
     """Where the likeliest class is the prediction, an estimator is asked for probabilities only."""
     estimator = LogisticRegression().fit([[0.0], [1.0]], ["a", "b"])
-    predictor = app.Predictor(estimator)
+    predictor = Predictor(estimator)
     asked = []
     estimator.predict = lambda X: asked.append(X)
     assert answers_of(predictor, np.array([[2.0]]))[0]["prediction"] == "b"
@@ -586,7 +595,7 @@ def test_lean_call_leaves_out_what_the_contract_has_checked() -> None:
 @pytest.mark.parametrize("is_given", [True, False])
 def test_lean_call_leaves_no_trace(is_given: bool) -> None:
     """What a thread has set in scikit-learn is so again after a call, also after one that failed."""
-    predictor = app.Predictor(LogisticRegression().fit([[0.0], [1.0]], ["a", "b"]), assume_finite=True)
+    predictor = Predictor(LogisticRegression().fit([[0.0], [1.0]], ["a", "b"]), assume_finite=True)
     with sklearn.config_context(assume_finite=is_given):
         predictor.ask(np.array([[2.0]]))
         with pytest.raises(ValueError, match="2 features"):

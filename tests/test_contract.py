@@ -12,6 +12,9 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
 import app
+from serving.errors import SettingsError, Unprocessable
+from serving.predictor.arrays import Arrays
+from serving.web.messages import Response
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import save
 from tests.lib.cases import Case
@@ -35,7 +38,7 @@ def test_array_keeps_the_order_of_the_features() -> None:
     """Columns follow the estimator's order, whatever the order of the keys."""
     contract = app.make_service(make_settings()).contract
     rows = contract.parse_payload([dict(reversed(ROW.items())), ROW])
-    assert app.Arrays(contract).of_rows(rows).tolist() == [list(ROW.values())] * 2
+    assert Arrays(contract).of_rows(rows).tolist() == [list(ROW.values())] * 2
 
 
 FEATURES = {
@@ -87,10 +90,10 @@ def test_answer_to_many_bad_cells_is_bounded() -> None:
         json.dumps(payload)
         written_s += time.process_time() - begun_s
         begun_s = time.process_time()
-        with pytest.raises(app.Unprocessable) as caught:
+        with pytest.raises(Unprocessable) as caught:
             contract.parse_payload(payload)
         assert len(caught.value.detail) <= 1000
-        assert len(app.Response.of(caught.value.detail, 422).pieces[0]) < most_bytes
+        assert len(Response.of(caught.value.detail, 422).pieces[0]) < most_bytes
         refused_s += time.process_time() - begun_s
     assert refused_s < written_s
 
@@ -99,7 +102,7 @@ def test_missing_value_reaches_the_estimator_as_nan(forest: dict[str, str]) -> N
     """A null is NaN in the array where the feature may be missing, and true is 1."""
     contract = app.make_service(make_settings(model=forest, features=FEATURES)).contract
     rows = contract.parse_payload({"sepal_length": 5, "sepal_width": 3, "petal_length": True, "petal_width": None})
-    np.testing.assert_array_equal(app.Arrays(contract).of_rows(rows), [[5.0, 3.0, 1.0, np.nan]])
+    np.testing.assert_array_equal(Arrays(contract).of_rows(rows), [[5.0, 3.0, 1.0, np.nan]])
 
 
 def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:
@@ -107,7 +110,7 @@ def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:
     model = save(LogisticRegression(max_iter=1000).fit(X, y), tmp_path / "model.joblib")
     named = app.Settings(model=model, features={name: {} for name in ROW})
     assert call(app.create_app(named), post_case(ROW)).json["prediction"] == 0
-    with pytest.raises(app.SettingsError, match="names 1 features, 'a'; the model takes 4: 'x0'"):
+    with pytest.raises(SettingsError, match="names 1 features, 'a'; the model takes 4: 'x0'"):
         app.create_app(app.Settings(model=model, features={"a": {}}))
 
 

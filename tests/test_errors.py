@@ -20,6 +20,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 import app
+from serving.errors import LIKELY_NAMES, Unprocessable, nearest
+from serving.predictor.arrays import MAX_PIECE_BYTES, collector_off
+from serving.predictor.contract import MAX_DETAIL_BYTES, MAX_HINTS, MAX_PROBLEMS, Contract
+from serving.predictor.inputs import read_inputs
+from serving.web import openapi
 from tests.lib.apps import call, make_service, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.cases import FLOWER, JSON, QUERY, Case, get, post
@@ -28,7 +33,7 @@ from tests.lib.load import Load
 from tests.lib.servers import Starter, gunicorn_environment
 from tests.lib.sizes import each_worker, scale
 
-MOST_BYTES = app.MAX_DETAIL_BYTES + len('{"detail":[]}')
+MOST_BYTES = MAX_DETAIL_BYTES + len('{"detail":[]}')
 LONG = 2_000_000
 DEEP = "[" * 90 + "]" * 90
 NAMES = [f"{'n' * 91}_{number:04}" for number in range(200)]  # as long as names that are compared may be
@@ -105,10 +110,10 @@ def test_suggestions_are_for_the_first_problems(
     problems = call(apps[framework, model], post_case(payload)).json["detail"]
     messages = [problem["msg"] for problem in problems if problem["msg"].startswith(message)]
     assert len(messages) > 100
-    assert all("did you mean" in said for said in messages[: app.MAX_HINTS])
-    assert {*messages[app.MAX_HINTS :]} == {message}
-    assert 0 < len(compared) <= app.MAX_HINTS
-    assert {count for _, count in compared} == {app.LIKELY_NAMES}
+    assert all("did you mean" in said for said in messages[:MAX_HINTS])
+    assert {*messages[MAX_HINTS:]} == {message}
+    assert 0 < len(compared) <= MAX_HINTS
+    assert {count for _, count in compared} == {LIKELY_NAMES}
 
 
 def test_name_is_looked_up_once(
@@ -130,7 +135,7 @@ def test_suggestion_is_found_among_many(damage: str) -> None:
     ]
     for name in names[::7]:
         wrong = damage.format(name, name.replace("customers", "custmers"))
-        assert app.nearest(wrong, names) == f"did you mean {name!r}?"
+        assert nearest(wrong, names) == f"did you mean {name!r}?"
 
 
 def json_case(id: str, payload: Any, status: int = 422) -> Case:
@@ -197,14 +202,14 @@ def test_answer_is_bounded(apps: dict[tuple[str, str], Any], model: str, case: C
     if case.status != 422:
         assert len(answers[0].body) < 3000
         return
-    assert 1 <= len(detail) <= app.MAX_PROBLEMS
+    assert 1 <= len(detail) <= MAX_PROBLEMS
     assert all(problem.keys() == {"type", "loc", "msg", "input"} for problem in detail)
 
 
 def test_answer_has_all_problems_that_it_has_room_for(apps: dict[tuple[str, str], Any], framework: str) -> None:
     """The thousand that an answer may name are there, unless they are long; of long ones as many as fit."""
     few = call(apps[framework, "iris"], json_case("rows", [{}] * 10_000))
-    assert len(few.json["detail"]) == app.MAX_PROBLEMS
+    assert len(few.json["detail"]) == MAX_PROBLEMS
     long = call(apps[framework, "long"], json_case("rows", [{}] * 10_000))
     one = len(json.dumps(long.json["detail"][0], separators=(",", ":")))
     assert MOST_BYTES - 2 * one < len(long.body) <= MOST_BYTES
@@ -212,8 +217,8 @@ def test_answer_has_all_problems_that_it_has_room_for(apps: dict[tuple[str, str]
 
 def test_problem_longer_than_an_answer_may_be_is_named() -> None:
     """Names of features are whole, so that one problem may be as long as the name is, and comes alone."""
-    contract = app.Contract(app.read_inputs(make_named(["a" * 200_000, "b"])), {})
-    with pytest.raises(app.Unprocessable) as refusal:
+    contract = Contract(read_inputs(make_named(["a" * 200_000, "b"])), {})
+    with pytest.raises(Unprocessable) as refusal:
         contract.parse_payload([{}, {}])
     assert [problem["loc"] for problem in refusal.value.detail] == [["body", 0, "a" * 200_000]]
 
@@ -316,7 +321,7 @@ def test_collector_is_as_it_was(was_on: bool) -> None:
     """What decoding fails with leaves the collector as its user has it."""
     (gc.enable if was_on else gc.disable)()
     try:
-        with contextlib.suppress(KeyError), app.collector_off():
+        with contextlib.suppress(KeyError), collector_off():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() is was_on
@@ -345,8 +350,8 @@ def test_body_is_decoded_twice_at_most(
 ) -> None:
     """Beside the whole, only pieces of what looks like rows are decoded, each up to twice, until one does not fit."""
     assert call(apps["flask", model], case).status == case.status
-    assert sum(decoded) <= len(case.body) + 4 * app.MAX_PIECE_BYTES
-    assert sorted(decoded)[:-1] == [length for length in sorted(decoded)[:-1] if length <= app.MAX_PIECE_BYTES]
+    assert sum(decoded) <= len(case.body) + 4 * MAX_PIECE_BYTES
+    assert sorted(decoded)[:-1] == [length for length in sorted(decoded)[:-1] if length <= MAX_PIECE_BYTES]
 
 
 def test_long_rows_are_still_read_in_pieces(apps: dict[tuple[str, str], Any], decoded: list[int]) -> None:
@@ -419,13 +424,13 @@ def test_document_is_rendered_once(
     case = Case("openapi", "GET", "/openapi.json")
     first = call(apps[framework, "long"], case)
     rendered: list[Any] = []
-    render = app.to_json
+    render = openapi.to_json
 
     def note(value: Any, **options: Any) -> bytes:
         rendered.append(value)
         return render(value, **options)
 
-    monkeypatch.setattr(app, "to_json", note)
+    monkeypatch.setattr(openapi, "to_json", note)
     assert call(apps[framework, "long"], case) == first
     assert not [value for value in rendered if "openapi" in value]
     assert first.json["openapi"] == "3.1.0"

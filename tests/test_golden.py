@@ -1,6 +1,7 @@
 """The golden rows beside an artifact: reproduced at the start, or refused; and `model.describe`, which writes them."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -24,6 +25,8 @@ from sklearn.preprocessing import OneHotEncoder
 
 import app
 import model.describe
+from serving.errors import ModelError
+from serving.predictor.golden import agrees, running_versions
 from tests.lib import estimators
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
@@ -33,7 +36,7 @@ from tests.lib.servers import GUNICORN, PROJECT, Starter, gunicorn_environment, 
 from tests.lib.sizes import each_combination
 
 SHIPPED = json.loads((PROJECT / "model/iris.golden.json").read_text())
-GOLDEN = SHIPPED | {"versions": app.running_versions()}
+GOLDEN = SHIPPED | {"versions": running_versions()}
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_shipped_golden_rows_are_the_models_own() -> None:
     answers = service.model.answer(GOLDEN["rows"], "golden rows")
     assert len(GOLDEN["rows"]) == 15
     assert {prediction["prediction"] for prediction in GOLDEN["predictions"]} == {"setosa", "versicolor", "virginica"}
-    assert all(map(app.agrees, answers, GOLDEN["predictions"]))
+    assert all(map(agrees, answers, GOLDEN["predictions"]))
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (PROJECT / "requirements.txt").read_text(), re.MULTILINE))
     assert {name: SHIPPED["versions"][name] for name in ("numpy", "scikit-learn")}.items() <= pinned.items()
 
@@ -92,7 +95,7 @@ def changed(index: int, **change: Any) -> list[Any]:
 )
 def test_other_answer_is_refused(iris: Path, changes: dict[str, Any], message: str) -> None:
     """The first row that differs is named; a file that is not what it should be is refused with the place."""
-    with pytest.raises(app.ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         start(iris, changes)
     assert f"model.path is '{iris}', which" in str(caught.value)
     assert "iris.golden.json" in str(caught.value)
@@ -102,22 +105,20 @@ def test_other_answer_is_refused(iris: Path, changes: dict[str, Any], message: s
 def test_unreadable_golden_rows_are_refused(iris: Path, text: str) -> None:
     """Golden rows that are no JSON object end the start."""
     (iris.parent / "iris.golden.json").write_text(text)
-    with pytest.raises(app.ModelError, match=r"has iris.golden.json beside it, (in )?which .*should be"):
+    with pytest.raises(ModelError, match=r"has iris.golden.json beside it, (in )?which .*should be"):
         app.create_app(make_settings(model={"path": str(iris)}))
 
 
 @pytest.mark.parametrize("name", ["numpy", "scikit-learn"])
-@pytest.mark.parametrize("python", ["2.7", app.running_versions()["python"]], ids=["other-python", "same-python"])
+@pytest.mark.parametrize("python", ["2.7", running_versions()["python"]], ids=["other-python", "same-python"])
 def test_other_versions_are_a_warning(iris: Path, capsys: pytest.CaptureFixture[str], name: str, python: str) -> None:
     """Golden rows of another numpy or scikit-learn are told in the log, and refused with `model.strict_versions`."""
     versions = GOLDEN["versions"] | {name: "1.0.0", "python": python}
     assert call(start(iris, {"versions": versions}), post_case(ROW)).status == 200
     warning, *_ = map(json.loads, capsys.readouterr().err.splitlines())
     assert (warning["event"], warning["level"]) == ("versions_differ", "warning")
-    assert (warning["golden"], warning["running"]) == (versions, app.running_versions())
-    with pytest.raises(
-        app.ModelError, match=r"was made with .*'1.0.0'.*, but .* run here, and .*strict_versions is true"
-    ):
+    assert (warning["golden"], warning["running"]) == (versions, running_versions())
+    with pytest.raises(ModelError, match=r"was made with .*'1.0.0'.*, but .* run here, and .*strict_versions is true"):
         start(iris, {"versions": versions}, strict_versions=True)
 
 
@@ -132,7 +133,7 @@ def test_another_python_is_no_warning(serve: Starter, iris: Path, command: str) 
     server.stop(signal.SIGTERM)
     lines = [json.loads(line) for line in server.text.splitlines() if line.startswith("{")]
     (line,) = (line for line in lines if line["event"] == "python_differs")
-    assert (line["level"], line["golden"], line["running"]) == ("info", "2.7", app.running_versions()["python"])
+    assert (line["level"], line["golden"], line["running"]) == ("info", "2.7", running_versions()["python"])
     assert {line["level"] for line in lines} == {"info"}
 
 
@@ -149,20 +150,20 @@ def test_golden_rows_that_were_not_fetched_are_missed(iris: Path) -> None:
     golden = iris.parent / "iris.golden.json"
     golden.unlink()
     golden.symlink_to("nowhere")
-    with pytest.raises(app.ModelError, match=r"has iris.golden.json beside it, which is no file, or a link to none"):
+    with pytest.raises(ModelError, match=r"has iris.golden.json beside it, which is no file, or a link to none"):
         app.create_app(make_settings(model={"path": str(iris)}))
 
 
 def test_strict_versions_need_golden_rows(iris: Path) -> None:
     """Without golden rows there is nothing to compare, so `model.strict_versions` refuses."""
     (iris.parent / "iris.golden.json").unlink()
-    with pytest.raises(app.ModelError, match=r"has no iris.golden.json beside it, and so no versions to compare"):
+    with pytest.raises(ModelError, match=r"has no iris.golden.json beside it, and so no versions to compare"):
         app.create_app(make_settings(model={"path": str(iris), "strict_versions": True}))
 
 
 def test_same_versions_are_no_news(iris: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the versions of the golden rows `model.strict_versions` lets the service start, and nothing is logged."""
-    start(iris, {"versions": app.running_versions()}, strict_versions=True)
+    start(iris, {"versions": running_versions()}, strict_versions=True)
     assert capsys.readouterr().err == ""
 
 
@@ -171,9 +172,9 @@ def test_example_is_tried_where_there_are_no_golden_rows(tmp_path: Path) -> None
     estimator = RandomForestClassifier(n_estimators=2).fit(*load_iris(return_X_y=True))
     del estimator.estimators_[0].tree_
     features = {name: {"example": 1.5} for name in ROW}
-    with pytest.raises(app.ModelError, match="fails on its example row: AttributeError"):
+    with pytest.raises(ModelError, match="fails on its example row: AttributeError"):
         serve_estimator(tmp_path / "model.joblib", estimator, features=features)
-    with pytest.raises(app.ModelError, match="of which 'x0', 'x1', 'x2', 'x3' is made up; give examples in"):
+    with pytest.raises(ModelError, match="of which 'x0', 'x1', 'x2', 'x3' is made up; give examples in"):
         serve_estimator(tmp_path / "model.joblib", estimator)
 
 
@@ -199,7 +200,7 @@ def test_golden_rows_outlive_the_settings(tmp_path: Path, changes: dict[str, Any
 def test_golden_rows_go_by_name(tmp_path: Path) -> None:
     """A golden row in another order of its keys is the same row, for a nameless estimator too."""
     estimator = LinearRegression().fit(np.eye(2), [1, 2])
-    golden = {"versions": app.running_versions(), "rows": [{"x1": 2, "x0": 1.5}]}
+    golden = {"versions": running_versions(), "rows": [{"x1": 2, "x0": 1.5}]}
     golden["predictions"] = [{"prediction": estimator.predict([[1.5, 2]])[0]}]
     write(tmp_path / "model.golden.json", golden)
     assert call(serve_estimator(tmp_path / "model.joblib", estimator), post_case({"x0": 1, "x1": 2})).status == 200
@@ -223,7 +224,7 @@ def test_golden_rows_go_by_name(tmp_path: Path) -> None:
 )
 def test_answers_agree_up_to_rounding(answer: Any, golden: Any, scale: float, same: bool) -> None:
     """Numbers are the same to a millionth, or where they are nothing beside the others; kinds and names exactly."""
-    assert app.agrees(answer, golden, scale) is same
+    assert agrees(answer, golden, scale) is same
 
 
 @each_combination()
@@ -400,7 +401,7 @@ def test_description_runs_nothing_without_trust(tmp_path: Path, suffix: str) -> 
     save(Trap(os.mkdir, str(mark)), path)
     printed = describe(path).stdout
     assert not mark.exists()
-    assert tomllib.loads(printed)["model"]["sha256"] == app.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert tomllib.loads(printed)["model"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert "# If you trust it, add --trust." in printed
     assert "holds a NoneType" in describe(path, "--trust", status=4).stderr
 

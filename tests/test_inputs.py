@@ -34,6 +34,12 @@ from sklearn.preprocessing import (
 )
 
 import app
+from serving.errors import ModelError, SettingsError, Unprocessable
+from serving.predictor.arrays import Arrays
+from serving.predictor.contract import Contract
+from serving.predictor.features import FeatureSettings
+from serving.predictor.inputs import read_inputs
+from serving.web.messages import Response
 from tests.lib import estimators
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import deploy
@@ -43,8 +49,8 @@ from tests.lib.pipelines import ESTIMATORS, FILMS, ISLANDS, NUMBERS, PENGUINS, S
 from tests.lib.servers import PROJECT
 
 
-def contract_of(estimator: Any, **features: Any) -> app.Contract:
-    return app.Contract(app.read_inputs(estimator), make_settings(features=features).features)
+def contract_of(estimator: Any, **features: Any) -> Contract:
+    return Contract(read_inputs(estimator), make_settings(features=features).features)
 
 
 @pytest.mark.in_turn
@@ -89,7 +95,7 @@ def test_dataframe_is_made_only_where_it_is_needed(name: str, form: str) -> None
     """Numbers go to scikit-learn's own as one float array, though it was fitted on named columns."""
     estimator, table = fitted(name)
     contract = contract_of(estimator)
-    arrays = app.Arrays(contract)
+    arrays = Arrays(contract)
     X = arrays.of_rows(contract.parse_payload(rows_of(table)[:5]))
     assert arrays.form == form
     if form == "frame":
@@ -108,7 +114,7 @@ def test_features_come_from_the_estimator() -> None:
     assert (bill.type, bill.choices, bill.missing, bill.example) == ("float", None, True, 43.92)
 
 
-def read(estimator: Any, X: Any, y: Any) -> app.FeatureSettings:
+def read(estimator: Any, X: Any, y: Any) -> FeatureSettings:
     contract = contract_of(estimator.fit(X, y))
     return contract.features[contract.names[0]]
 
@@ -275,7 +281,7 @@ def test_truths_can_be_asked_for_where_categories_are_0_and_1() -> None:
     """An encoder that was fitted on 0 and 1 is asked with false and true, if the settings have it so."""
     contract = contract_of(encoded(OneHotEncoder()).fit(COUNTS[["b"]].set_axis(["a"], axis=1), Y), a={"type": "bool"})
     assert contract.features["a"].choices == [False, True]
-    assert app.Arrays(contract).of_rows(contract.parse_payload({"a": True})) == [[1.0]]
+    assert Arrays(contract).of_rows(contract.parse_payload({"a": True})) == [[1.0]]
 
 
 def test_nameless_pipeline_with_dataframes_inside_does_not_warn(tmp_path: Path) -> None:
@@ -292,15 +298,15 @@ def test_nameless_pipeline_with_dataframes_inside_does_not_warn(tmp_path: Path) 
 def test_dictionaries_are_no_rows(vectorizer: Any) -> None:
     """What takes dictionaries of any keys is refused with what to fit instead."""
     estimator = make_pipeline(vectorizer, LogisticRegression()).fit([{"a": 1}, {"b": 2}], [0, 1])
-    with pytest.raises(app.ModelError, match="in it, which takes dictionaries; fit a ColumnTransformer on columns"):
-        app.read_inputs(estimator)
+    with pytest.raises(ModelError, match="in it, which takes dictionaries; fit a ColumnTransformer on columns"):
+        read_inputs(estimator)
 
 
 def test_categories_that_json_has_not_are_refused() -> None:
     """An encoder of dates cannot be asked over JSON."""
     dates = pd.DataFrame({"a": pd.to_datetime(["2026-01-01", "2026-01-02"] * 2)})
-    with pytest.raises(app.ModelError, match="has categories of the type datetime, which JSON does not have"):
-        app.read_inputs(make_pipeline(OneHotEncoder(), Ridge()).fit(dates.to_numpy("datetime64[us]"), Y))
+    with pytest.raises(ModelError, match="has categories of the type datetime, which JSON does not have"):
+        read_inputs(make_pipeline(OneHotEncoder(), Ridge()).fit(dates.to_numpy("datetime64[us]"), Y))
 
 
 def test_dropped_columns_are_not_asked_for(tmp_path: Path) -> None:
@@ -439,7 +445,7 @@ def test_contradiction_is_refused(features: dict[str, Any], message: str) -> Non
     """Where settings and estimator contradict each other, a message names the setting, its value and what is taken."""
     transformer = make_column_transformer((StandardScaler(), ["year"]), (OneHotEncoder(), ["island"]))
     estimator = make_pipeline(transformer, LogisticRegression()).fit(PENGUINS, SPECIES)
-    with pytest.raises(app.SettingsError) as caught:
+    with pytest.raises(SettingsError) as caught:
         contract_of(estimator, **features)
     assert message in str(caught.value)
 
@@ -447,7 +453,7 @@ def test_contradiction_is_refused(features: dict[str, Any], message: str) -> Non
 def test_contradictions_are_told_together() -> None:
     """All contradictions are in one message, a line each."""
     wrong = {"island": {"type": "int"}, "sex": {"type": "bool", "choices": [True]}, "year": {"type": "str"}}
-    with pytest.raises(app.SettingsError) as caught:
+    with pytest.raises(SettingsError) as caught:
         contract_of(fitted("boosting")[0], **wrong)
     assert len(str(caught.value).splitlines()) == 4
 
@@ -459,7 +465,7 @@ def test_settings_narrow_what_the_estimator_takes() -> None:
     row = rows_of(PENGUINS)[200] | {"island": "Dream", "year": 2007}
     assert len(contract.parse_payload([row])) == 1
     for change in ({"island": "Biscoe"}, {"island": None}, {"year": 2006}, {"year": 2007.5}, {"year": None}):
-        with pytest.raises(app.Unprocessable):
+        with pytest.raises(Unprocessable):
             contract.parse_payload([row | change])
 
 
@@ -473,7 +479,7 @@ def test_choices_of_numbers_are_held_to(choices: list[Any], good: Any, bad: Any)
     kind = "int" if all(isinstance(choice, int) for choice in choices) else "float"
     contract = contract_of(estimator, a={"choices": choices, "type": kind})
     assert contract.parse_payload({"a": good, "b": 1}) == contract.parse_query(f"a={good}&b=1")
-    with pytest.raises(app.Unprocessable) as caught:
+    with pytest.raises(Unprocessable) as caught:
         contract.parse_payload([{"a": good, "b": 1}, {"a": bad, "b": 1}])
     assert caught.value.detail[0]["loc"] == ["body", 1, "a"]
     assert contract.row.json_schema()["properties"]["a"]["enum"] == choices
@@ -482,7 +488,7 @@ def test_choices_of_numbers_are_held_to(choices: list[Any], good: Any, bad: Any)
 def test_missing_is_tried_at_the_start(tmp_path: Path) -> None:
     """Where nobody can say whether null is taken, it is tried before the service starts."""
     estimator = make_pipeline(FunctionTransformer(np.asarray), LogisticRegression()).fit(COUNTS, Y)
-    with pytest.raises(app.ModelError, match=r"fails on a missing 'b'; set features.b.missing = false: ValueError"):
+    with pytest.raises(ModelError, match=r"fails on a missing 'b'; set features.b.missing = false: ValueError"):
         serve_estimator(tmp_path / "model.joblib", estimator, features={"b": {"missing": True}})
 
 
@@ -493,7 +499,7 @@ def test_parts_without_a_category_in_common_are_refused() -> None:
         encoder.fit(pd.DataFrame({"a": [value]}))
     estimator = make_pipeline(encoders, LogisticRegression())
     estimator.steps[-1][1].fit(np.eye(2), [0, 1])
-    with pytest.raises(app.ModelError, match="has parts that know no category of 'a' in common"):
+    with pytest.raises(ModelError, match="has parts that know no category of 'a' in common"):
         contract_of(estimator, a={})
 
 
@@ -502,18 +508,16 @@ def test_odd_names_are_refused() -> None:
     estimator = LinearRegression().fit(COUNTS, Y)
     for names in (["a"], ["a", "a"]):
         estimator.feature_names_in_ = np.array(names, dtype=object)
-        with pytest.raises(app.ModelError, match="names for 2 features"):
-            app.read_inputs(estimator)
+        with pytest.raises(ModelError, match="names for 2 features"):
+            read_inputs(estimator)
 
 
 def test_estimator_of_another_version_is_refused() -> None:
     """What scikit-learn keeps otherwise in another version ends in a message, not in a traceback."""
     estimator, _ = ESTIMATORS["boosting"]()
     del estimator[0]._transformer_to_input_indices
-    with pytest.raises(
-        app.ModelError, match=r"is not as this version of scikit-learn fits it: .*_transformer_to_input"
-    ):
-        app.read_inputs(estimator)
+    with pytest.raises(ModelError, match=r"is not as this version of scikit-learn fits it: .*_transformer_to_input"):
+        read_inputs(estimator)
 
 
 def test_wide_model_answers_in_bounded_time_and_length() -> None:
@@ -525,9 +529,9 @@ def test_wide_model_answers_in_bounded_time_and_length() -> None:
         ([{"x0": f"categorie {number}"} for number in range(1000)], contract),
         ({f"y{number}": 1 for number in range(1000)}, wide),
     ):
-        with pytest.raises(app.Unprocessable) as caught:
+        with pytest.raises(Unprocessable) as caught:
             checked.parse_payload(payload)
-        assert len(app.Response.of(caught.value.detail, 422).pieces[0]) < 10**6
+        assert len(Response.of(caught.value.detail, 422).pieces[0]) < 10**6
 
 
 WITHOUT_PANDAS = """

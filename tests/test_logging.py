@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import app
+from serving.logs import LoggingSettings, _write_event, configure_logging
+from serving.web.messages import make_request_id
 from tests.lib import estimators
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import deploy
@@ -176,7 +178,7 @@ def test_console_keeps_control_characters_from_the_terminal(capsys: pytest.Captu
 
 def test_records_of_libraries_keep_to_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     """A library's own logging record, with lines and colours in it, becomes one plain JSON line."""
-    app.configure_logging(app.LoggingSettings(format="json"))
+    configure_logging(LoggingSettings(format="json"))
     logging.getLogger("some.library").warning("\x1b[31mtwo\nlines\x1b[0m of %s", "text")
     (line,) = capsys.readouterr().err.splitlines()
     event = json.loads(line)
@@ -205,7 +207,7 @@ def test_simultaneous_requests_keep_their_ids(servers: dict[tuple[str, str], Ser
 @pytest.mark.parametrize("value", ["\udc80", b"\xff", {1, 2}, object, float("nan"), "\x9b31m", "ö"])
 def test_event_of_any_value_is_a_line_of_ascii(value: Any) -> None:
     """Whatever is logged is one JSON object a line, without a character that a terminal could obey."""
-    line = app._write_event({"event": "x", "value": value})
+    line = _write_event({"event": "x", "value": value})
     assert line.isascii()
     assert line.isprintable()
     assert json.loads(line)["event"] == "x"
@@ -216,7 +218,8 @@ def test_request_ids_differ_whatever_is_seeded() -> None:
     ids = set()
     for _ in range(3):
         random.seed(0)
-        ids.add(app.make_request_id())
-    code = "import app, os; os.fork() and os.wait(); print(app.make_request_id(), flush=True)"
+        ids.add(make_request_id())
+    ids_of = "from serving.web import messages as m; os.fork() and os.wait(); print(m.make_request_id(), flush=True)"
+    code = f"import os; {ids_of}"
     done = run(["python", "-c", code])
     assert len(ids | set(done.stdout.split())) == 5

@@ -58,6 +58,12 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import app
 from model.describe import main
+from serving.errors import ModelError
+from serving.logs import configure_logging
+from serving.predictor.golden import OF_FLOAT32, Golden, Rounding, agrees, largest, running_versions
+from serving.predictor.onnx_runtime import find_disagreement
+from serving.predictor.predictor import Predictor
+from serving.web.service import Service
 from tests.lib.apps import answers_of, call, make_settings, serve_estimator
 from tests.lib.artifacts import save, to_graph
 from tests.lib.clients import post_case
@@ -72,24 +78,24 @@ ROWS = [{f"x{column}": value for column, value in enumerate(row)} for row in X.t
 ONNX = {"model": {"runtime": "onnx"}}
 
 
-def prove(path: Path, estimator: Any, features: Any = None, row: Any = None) -> app.Service:
+def proven(path: Path, estimator: Any, features: Any = None, row: Any = None) -> Service[Any]:
     """Return the service of an estimator in ONNX Runtime, proven with a golden row if there is one."""
     model = save(estimator, path) | {"runtime": "onnx"}
     settings = make_settings(model=model, features=features or {})
     loaded = app.load(settings)
     if row is not None:
         answers = loaded.answer([row], "the golden row")
-        loaded = dataclasses.replace(loaded, golden=app.Golden(versions={}, rows=[row], predictions=answers))
-    service = app.Service(settings, loaded, app.prove(loaded))
+        loaded = dataclasses.replace(loaded, golden=Golden(versions={}, rows=[row], predictions=answers))
+    service = app.make_service(settings, loaded)
     assert service.model.predictor.graph is not None
     return service
 
 
-def agree(service: app.Service, X: Any) -> bool:
+def agree(service: Service[Any], X: Any) -> bool:
     """Whether both runtimes answer X alike."""
     assert service.model.predictor.graph is not None
-    expected = app.Predictor(service.model.predictor.estimator).ask(X)
-    return app.find_disagreement(service.model.predictor, X, expected) is None
+    expected = Predictor(service.model.predictor.estimator).ask(X)
+    return find_disagreement(service.model.predictor, X, expected) is None
 
 
 @pytest.mark.parametrize("labels", [NAMES, y, y - 1, y == 1], ids=["str", "int", "negative", "bool"])
@@ -117,7 +123,7 @@ def agree(service: app.Service, X: Any) -> bool:
 )
 def test_classifier_answers_as_in_sklearn(tmp_path: Path, estimator: Any, labels: Any) -> None:
     """The labels are the estimator's own in type too, and the other numbers are within 1e-5."""
-    service = prove(tmp_path / "model.joblib", estimator.fit(X, labels), row=ROWS[0])
+    service = proven(tmp_path / "model.joblib", estimator.fit(X, labels), row=ROWS[0])
     assert agree(service, X)
     predictions = [answer["prediction"] for answer in answers_of(service.model.predictor, X)]
     assert predictions == estimator.predict(X).tolist()
@@ -137,7 +143,7 @@ def test_classifier_answers_as_in_sklearn(tmp_path: Path, estimator: Any, labels
 )
 def test_regressor_answers_as_in_sklearn(tmp_path: Path, estimator: Any) -> None:
     """A number is the same to 1e-5 of the largest."""
-    service = prove(tmp_path / "model.joblib", estimator.fit(NUMBERS, TARGET))
+    service = proven(tmp_path / "model.joblib", estimator.fit(NUMBERS, TARGET))
     assert agree(service, NUMBERS)
     assert isinstance(answers_of(service.model.predictor, NUMBERS)[0]["prediction"], float)
 
@@ -158,10 +164,10 @@ def test_regressor_answers_as_in_sklearn(tmp_path: Path, estimator: Any) -> None
 )
 def test_other_answers_are_as_in_sklearn(tmp_path: Path, estimator: Any, target: Any) -> None:
     """Several outputs, clusters and outliers have the names and the form that they have in scikit-learn."""
-    service = prove(tmp_path / "model.joblib", estimator.fit(X, target), row=ROWS[0])
+    service = proven(tmp_path / "model.joblib", estimator.fit(X, target), row=ROWS[0])
     assert agree(service, X)
-    answers, expected = answers_of(service.model.predictor, X), answers_of(app.Predictor(estimator), X)
-    assert all(map(app.agrees, answers, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
+    answers, expected = answers_of(service.model.predictor, X), answers_of(Predictor(estimator), X)
+    assert all(map(agrees, answers, expected, [1.0] * len(X), [OF_FLOAT32] * len(X)))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +181,7 @@ def test_other_answers_are_as_in_sklearn(tmp_path: Path, estimator: Any, target:
 )
 def test_missing_values_are_answered_as_in_sklearn(tmp_path: Path, estimator: Any) -> None:
     """Where null is allowed, it has the same effect."""
-    service = prove(tmp_path / "model.joblib", estimator.fit(GAPS, NAMES), row=ROWS[0])
+    service = proven(tmp_path / "model.joblib", estimator.fit(GAPS, NAMES), row=ROWS[0])
     assert set(service.contract.nullable) == set(ROWS[0])
     assert agree(service, GAPS)
 
@@ -192,7 +198,7 @@ def test_table_is_answered_as_in_sklearn(tmp_path: Path, encoder: Any, last: Any
     """Strings and numbers go in as the columns of a DataFrame, of which some are dropped."""
     columns = make_column_transformer((encoder, ["island", "year"]), (StandardScaler(), ["mass"]))
     estimator = make_pipeline(columns, last).fit(TABLE, NAMES)
-    service = prove(tmp_path / "model.joblib", estimator, row={"island": "Dream", "mass": 4700.0, "year": 1})
+    service = proven(tmp_path / "model.joblib", estimator, row={"island": "Dream", "mass": 4700.0, "year": 1})
     assert service.model.arrays.form == "frame"
     assert agree(service, TABLE)
 
@@ -220,7 +226,7 @@ def thresholds_of(estimator: Any) -> list[tuple[int, float]]:
 )
 def test_rows_beside_a_threshold_go_the_same_way(tmp_path: Path, estimator: Any) -> None:
     """A number on a threshold of a tree, or next to it in float32 or float64, is on the same side in both runtimes."""
-    service = prove(tmp_path / "model.joblib", estimator.fit(X, y), row=ROWS[0])
+    service = proven(tmp_path / "model.joblib", estimator.fit(X, y), row=ROWS[0])
     rows = []
     for feature, threshold in thresholds_of(estimator):
         near = np.float32(threshold)
@@ -239,7 +245,7 @@ def test_shape_of_answers_does_not_depend_on_the_number_of_rows(tmp_path: Path, 
     """One row, or many, are answered alike, under each framework."""
     native = serve_estimator(tmp_path / "model.joblib", estimator.fit(X, NAMES), framework=framework, **ONNX)
     many = call(native, post_case(ROWS)).json
-    assert app.agrees([call(native, post_case(row)).json for row in ROWS[::30]], many[::30])
+    assert agrees([call(native, post_case(row)).json for row in ROWS[::30]], many[::30])
     assert [answer["prediction"] for answer in many] == estimator.predict(X).tolist()
     assert max(max(answer["probabilities"].values()) for answer in many) <= 1
 
@@ -251,7 +257,7 @@ def test_shipped_model_runs_in_onnx() -> None:
         for name in app.FRAMEWORKS
     ]
     assert answers[0] == answers[1]
-    assert app.agrees(answers[0].json, json.loads((PROJECT / "model/iris.golden.json").read_text())["predictions"])
+    assert agrees(answers[0].json, json.loads((PROJECT / "model/iris.golden.json").read_text())["predictions"])
 
 
 GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())["rows"]
@@ -269,7 +275,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path, estimator: Any, mes
     """An estimator that skl2onnx does not know ends the start, with its reason and what to do."""
     if hasattr(estimator, "steps"):
         estimator = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(["a fox", "the bird"], [0, 1])
-    with pytest.raises(app.ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         serve_estimator(tmp_path / "model.joblib", estimator, **ONNX)
     assert str(caught.value).endswith('set model.runtime = "sklearn"')
     assert "\n" not in str(caught.value)
@@ -280,7 +286,7 @@ def test_disagreement_is_refused_with_the_row(tmp_path: Path) -> None:
     forest = RandomForestClassifier(n_estimators=5, random_state=0).fit(GAPS, NAMES)
     features = {name: {"missing": True, "example": value} for name, value in ROWS[0].items()}
     expected = r'answers row \{"x0": .*null.*\} with \[.*\], scikit-learn with \[.*\]; set model.runtime = "sklearn"$'
-    with pytest.raises(app.ModelError, match=expected):
+    with pytest.raises(ModelError, match=expected):
         serve_estimator(tmp_path / "model.joblib", forest, features=features, **ONNX)
 
 
@@ -296,7 +302,7 @@ def test_disagreement_is_refused_with_the_row(tmp_path: Path) -> None:
 def test_disagreement_is_found_where_it_is_rare(tmp_path: Path, estimator: Any) -> None:
     """Neighbours equally far, and thresholds that skl2onnx rounds the wrong way, are among the rows compared."""
     features = {name: {"example": value} for name, value in ROWS[0].items()}
-    with pytest.raises(app.ModelError, match="does not agree with scikit-learn in ONNX Runtime"):
+    with pytest.raises(ModelError, match="does not agree with scikit-learn in ONNX Runtime"):
         serve_estimator(tmp_path / "model.joblib", estimator, features=features, **ONNX)
 
 
@@ -363,16 +369,16 @@ def test_graph_that_cannot_be_served_is_refused(tmp_path: Path, change: str) -> 
         graph.graph.initializer.append(tensor)
     if change == "rank":
         del graph.graph.input[0].type.tensor_type.shape.dim[1]
-    with pytest.raises(app.ModelError, match=messages[change]):
+    with pytest.raises(ModelError, match=messages[change]):
         serve_graph(tmp_path / "model.onnx", graph.SerializeToString())
 
 
 def test_graph_reproduces_its_golden_rows(tmp_path: Path) -> None:
     """Golden rows are all that a graph without its estimator can be compared with; other answers end the start."""
     path = tmp_path / "model.onnx"
-    golden = {"versions": app.running_versions(), "rows": ROWS[:1], "predictions": [{"prediction": 2}]}
+    golden = {"versions": running_versions(), "rows": ROWS[:1], "predictions": [{"prediction": 2}]}
     (tmp_path / "model.golden.json").write_text(json.dumps(golden))
-    with pytest.raises(app.ModelError, match="answers row 0 with"):
+    with pytest.raises(ModelError, match="answers row 0 with"):
         serve_graph(path, to_graph(LogisticRegression(max_iter=1000).fit(X, y)))
 
 
@@ -386,11 +392,11 @@ def test_graph_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [answer["prediction"] for answer in golden["predictions"]] == [0, 0]
 
 
-def prove_graph(path: Path, graph: bytes) -> app.Service:
+def prove_graph(path: Path, graph: bytes) -> Service[Any]:
     """Return the service of an .onnx file, proven."""
     path.write_bytes(graph)
     settings = make_settings(model={"path": str(path), "sha256": ""}, features={}, logging={"format": "json"})
-    app.configure_logging(settings.logging)
+    configure_logging(settings.logging)
     return app.make_service(settings)
 
 
@@ -459,12 +465,12 @@ def test_file_of_each_kind_is_answered_as_in_sklearn(
     """What an export gives has the name and the numbers that it has in scikit-learn, in far rows too, or no name."""
     estimator.fit(X, target)
     answers = answers_of(prove_graph(tmp_path / "model.onnx", export(estimator, **options)).model.predictor, WIDE)
-    expected = answers_of(app.Predictor(estimator), WIDE)
+    expected = answers_of(Predictor(estimator), WIDE)
     if target is not None and target.dtype == bool:  # which ONNX has as integers
         expected = [answer | {"prediction": int(answer["prediction"])} for answer in expected]
-    scale = max(map(app.largest, expected))
+    scale = max(map(largest, expected))
     pairs = zip(answers, expected, strict=True)
-    wrong = [pair for pair in pairs if not app.agrees(*pair, scale, app.Rounding(1e-4, 1e-5))]
+    wrong = [pair for pair in pairs if not agrees(*pair, scale, Rounding(1e-4, 1e-5))]
     assert not wrong, wrong[0]
 
 
@@ -642,7 +648,7 @@ def test_output_that_cannot_be_told_is_refused(tmp_path: Path, nodes: Any, outpu
         inner = onnx.helper.make_tensor_type_proto(FLOAT, None)
         model.graph.output.append(onnx.helper.make_value_info("variable", onnx.helper.make_sequence_type_proto(inner)))
         graph = model.SerializeToString()
-    with pytest.raises(app.ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         prove_graph(tmp_path / "model.onnx", graph)
     assert "\n" not in str(caught.value)
 
@@ -650,11 +656,9 @@ def test_output_that_cannot_be_told_is_refused(tmp_path: Path, nodes: Any, outpu
 def test_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
     """skl2onnx gives the position of the class for one-versus-one classifiers, which only maps of the scores show."""
     estimator = OneVsOneClassifier(LogisticRegression(max_iter=1000)).fit(X, y + 5)
-    with pytest.raises(app.ModelError, match=r"gives . as 'output_label', with the classes 5, 6, 7; it was not c"):
+    with pytest.raises(ModelError, match=r"gives . as 'output_label', with the classes 5, 6, 7; it was not c"):
         prove_graph(tmp_path / "model.onnx", export(estimator))
-    with pytest.raises(
-        app.ModelError, match="nor known decisions; it was not converted as it should be; serve the est"
-    ):
+    with pytest.raises(ModelError, match="nor known decisions; it was not converted as it should be; serve the est"):
         prove_graph(tmp_path / "model.onnx", export(estimator, zipmap=False))
 
 
@@ -662,9 +666,9 @@ def test_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
 def test_trees_of_a_single_class_are_refused(tmp_path: Path, label: Any) -> None:
     """ONNX Runtime would give 1 for them, or end the process."""
     forest = RandomForestClassifier(2).fit(X, [label] * len(X))
-    with pytest.raises(app.ModelError, match="has trees of a single class, which ONNX Runtime does not answer"):
+    with pytest.raises(ModelError, match="has trees of a single class, which ONNX Runtime does not answer"):
         prove_graph(tmp_path / "model.onnx", export(forest, zipmap=False))
-    with pytest.raises(app.ModelError, match=r"cannot be converted to ONNX: .* has trees of a single class"):
+    with pytest.raises(ModelError, match=r"cannot be converted to ONNX: .* has trees of a single class"):
         serve_estimator(tmp_path / "model.joblib", forest, **ONNX)
 
 
@@ -690,14 +694,14 @@ def test_label_of_trees_that_is_no_class_is_refused(tmp_path: Path, outputs: Any
         nodes_truenodeids=[1, 0, 0],
         nodes_falsenodeids=[2, 0, 0],
     )
-    with pytest.raises(app.ModelError, match="gives 0 as 'label', with the classes -1, 1; it was not converted as it"):
+    with pytest.raises(ModelError, match="gives 0 as 'label', with the classes -1, 1; it was not converted as it"):
         prove_graph(tmp_path / "model.onnx", make_graph([trees], outputs))
 
 
 @pytest.mark.filterwarnings("ignore:.*prob:FutureWarning")
 def test_decisions_against_the_labels_are_refused(tmp_path: Path) -> None:
     """Of a support vector machine of two classes skl2onnx turns the sign, unless it is asked for raw scores."""
-    with pytest.raises(app.ModelError, match=r"convert a support vector machine with options=\{'raw_scores': True\}"):
+    with pytest.raises(ModelError, match=r"convert a support vector machine with options=\{'raw_scores': True\}"):
         prove_graph(tmp_path / "model.onnx", export(SVC().fit(X, BOTH), zipmap=False))
 
 
@@ -707,7 +711,7 @@ def test_trees_without_one_of_the_outputs_are_refused(tmp_path: Path) -> None:
     (trees,) = (item for item in model.graph.node if item.op_type == "TreeEnsembleRegressor")
     (targets,) = (item for item in trees.attribute if item.name == "target_ids")
     targets.ints[:] = [0] * len(targets.ints)
-    with pytest.raises(app.ModelError, match="has trees for 1 of its 2 outputs; convert a model for each output"):
+    with pytest.raises(ModelError, match="has trees for 1 of its 2 outputs; convert a model for each output"):
         prove_graph(tmp_path / "model.onnx", model.SerializeToString())
 
 
@@ -726,8 +730,8 @@ def test_file_of_trees_alone_is_served(tmp_path: Path, labels: Any) -> None:
     opsets = [onnx.helper.make_opsetid("ai.onnx.ml", 2)]
     data = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=3).SerializeToString()
     answers = answers_of(prove_graph(tmp_path / "model.onnx", data).model.predictor, WIDE)
-    expected = answers_of(app.Predictor(estimator), WIDE)
-    assert all(map(app.agrees, answers, expected, [1.0] * len(WIDE), [app.OF_FLOAT32] * len(WIDE)))
+    expected = answers_of(Predictor(estimator), WIDE)
+    assert all(map(agrees, answers, expected, [1.0] * len(WIDE), [OF_FLOAT32] * len(WIDE)))
 
 
 ONE_ROW = [("X", FloatTensorType([1, 4]))]
@@ -746,8 +750,8 @@ def test_graph_for_one_row_is_asked_row_by_row(tmp_path: Path, framework: str, o
     many = call(native, post_case(ROWS)).json
     assert [call(native, post_case(row)).json for row in ROWS[::30]] == many[::30]
     assert json.loads((tmp_path / "model.golden.json").read_text())["predictions"] == many[::30]
-    expected = answers_of(app.Predictor(estimator), X)
-    assert all(map(app.agrees, many, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
+    expected = answers_of(Predictor(estimator), X)
+    assert all(map(agrees, many, expected, [1.0] * len(X), [OF_FLOAT32] * len(X)))
 
 
 def test_requests_of_a_graph_for_one_row_share_calls(tmp_path: Path) -> None:
@@ -803,7 +807,7 @@ def test_graph_for_another_number_of_rows_is_refused(tmp_path: Path) -> None:
     """Neither one row nor any number can be asked of it."""
     graph = make_graph([SOFTMAX, *LABEL], {"label": STRING, "p": FLOAT}, rows=5, **CLASSES)
     expected = r"takes 'X' as 5 rows at a time; convert it for any number of rows, as of shape \[None, 3\]"
-    with pytest.raises(app.ModelError, match=expected):
+    with pytest.raises(ModelError, match=expected):
         prove_graph(tmp_path / "model.onnx", graph)
 
 
@@ -811,11 +815,11 @@ def test_golden_rows_are_answered_under_the_right_names(tmp_path: Path) -> None:
     """Golden rows that scikit-learn answered are reproduced by its exports of a detector and of decisions."""
     for estimator in (IsolationForest(n_estimators=10, random_state=0), LinearSVC()):
         rows, path = ROWS[::10], tmp_path / "model.onnx"
-        answers = answers_of(app.Predictor(estimator.fit(X, NAMES)), X[::10])
-        golden = {"versions": app.running_versions(), "rows": rows, "predictions": answers}
+        answers = answers_of(Predictor(estimator.fit(X, NAMES)), X[::10])
+        golden = {"versions": running_versions(), "rows": rows, "predictions": answers}
         path.with_suffix(".golden.json").write_text(json.dumps(golden))
         native = serve_graph(path, export(estimator))
-        assert app.agrees(call(native, post_case(rows)).json, answers, 10.0, app.OF_FLOAT32)
+        assert agrees(call(native, post_case(rows)).json, answers, 10.0, OF_FLOAT32)
 
 
 @each_combination()
@@ -830,8 +834,8 @@ def test_file_is_served_by_each_worker(serve: Starter, tmp_path: Path, combinati
     answers = server.post(ROWS).json
     with ThreadPoolExecutor(8) as pool:
         assert [answer.json for answer in pool.map(server.post, ROWS)] == answers
-    expected = answers_of(app.Predictor(estimator), X)
-    assert all(map(app.agrees, answers, expected, [1.0] * len(X), [app.OF_FLOAT32] * len(X)))
+    expected = answers_of(Predictor(estimator), X)
+    assert all(map(agrees, answers, expected, [1.0] * len(X), [OF_FLOAT32] * len(X)))
     assert "onnx_outputs_left_out" not in server.text
 
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 
-import app
+from serving import output
+from serving.logs import LoggingSettings, configure_logging
+from serving.output import MAX_PENDING_BYTES, LossyOutput
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
 from tests.lib.load import Load, pause_s
@@ -173,11 +175,11 @@ def pipe() -> Iterator[Pipe]:
 
 def test_lost_lines_are_counted_and_told_once(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a reader that pauses all lines are whole, and those that it did not get are told once it reads again."""
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(app.LossyOutput(pipe.writing), line_buffering=True))
-    app.configure_logging(app.LoggingSettings(format="json"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(LossyOutput(pipe.writing), line_buffering=True))
+    configure_logging(LoggingSettings(format="json"))
     number = 20_000
     for index in range(number):
-        app.log.info("line", index=index)
+        output.log.info("line", index=index)
     text = b""
     while b"log_lines_lost" not in text:
         text += pipe.read()
@@ -189,18 +191,18 @@ def test_lost_lines_are_counted_and_told_once(pipe: Pipe, monkeypatch: pytest.Mo
     assert indices == list(range(len(indices)))
     assert len(lost) == 1
     assert len(indices) + lost[0] == number
-    assert 4096 < len(text) < 2 * app.MAX_PENDING_BYTES  # which is all that was kept
+    assert 4096 < len(text) < 2 * MAX_PENDING_BYTES  # which is all that was kept
 
 
 def test_last_lines_are_waited_for(pipe: Pipe) -> None:
     """A process that ends gives a slow reader a moment for the lines that wait."""
     code = """
-import app
-app.protect_output()
-app.configure_logging(app.LoggingSettings(format="json"))
-app.LAST_LINES_S = 10  # for which a busy machine may take long
+from serving import logs, output
+output.protect_output()
+logs.configure_logging(logs.LoggingSettings(format="json"))
+output.LAST_LINES_S = 10  # for which a busy machine may take long
 for index in range(100):
-    app.log.info("line", index=index)
+    output.log.info("line", index=index)
 print("all are logged")
 """
     command = [sys.executable, "-c", code]
@@ -218,13 +220,14 @@ print("all are logged")
 def test_line_that_was_cut_ends_before_the_next(tmp_path: Path) -> None:
     """A line of which a full disk took a part is ended before the next, and counted."""
     code = """
-import os, resource, sys, app
-app.protect_output()
-app.configure_logging(app.LoggingSettings(format="json"))
-app.log.info("x" * 400)
-app.log.info("y" * 400)
+import os, resource, sys
+from serving import logs, output
+output.protect_output()
+logs.configure_logging(logs.LoggingSettings(format="json"))
+output.log.info("x" * 400)
+output.log.info("y" * 400)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-app.log.info("z")
+output.log.info("z")
 """
     log = tmp_path / "log"
     with log.open("wb") as stream:
@@ -246,13 +249,14 @@ app.log.info("z")
 def test_code_that_closes_the_output_closes_nothing(tmp_path: Path) -> None:
     """After an estimator has closed `sys.stderr`, or the descriptor, the log has its lines, and no later file does."""
     code = """
-import os, sys, app
-app.protect_output()
-app.configure_logging(app.LoggingSettings(format="json"))
+import os, sys
+from serving import logs, output
+output.protect_output()
+logs.configure_logging(logs.LoggingSettings(format="json"))
 sys.stderr.close()
 os.close(2)
 assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) == 2
-app.log.info("kept")
+output.log.info("kept")
 print("kept too", file=sys.stderr)
 """
     log, other = tmp_path / "log", tmp_path / "other"
@@ -268,7 +272,7 @@ def test_journal_gets_lines_without_waiting() -> None:
     """Standard error may be a socket, as systemd's journal has it: it gets whole lines, and a full one stops nobody."""
     reading, writing = socket.socketpair()
     with reading, writing:
-        output = app.LossyOutput(writing.fileno())
+        output = LossyOutput(writing.fileno())
         for _ in range(20_000):
             output.write(b"x" * 99 + b"\n")
         assert reading.recv(100) == b"x" * 99 + b"\n"
@@ -282,7 +286,7 @@ def test_pipe_of_another_user_gets_lines_without_waiting(
     monkeypatch.setattr(os, "open", refuse_access)
     if not can_ask:
         monkeypatch.delattr(os, "pwritev")
-    output = app.LossyOutput(pipe.writing)
+    output = LossyOutput(pipe.writing)
     monkeypatch.undo()
     if not can_ask:
         monkeypatch.delattr(os, "pwritev")
@@ -300,7 +304,7 @@ def refuse_access(path: str, *_: Any, **__: Any) -> int:
 def test_line_in_the_middle_of_a_line_harms_neither(tmp_path: Path) -> None:
     """A signal's handler that logs while a line is written leaves both whole, each once."""
     log = (tmp_path / "log").open("wb")
-    output = app.LossyOutput(log.fileno())
+    output = LossyOutput(log.fileno())
     send = output._send
 
     def send_and_log(line: bytes) -> int:
@@ -321,7 +325,7 @@ def test_line_in_the_middle_of_a_line_harms_neither(tmp_path: Path) -> None:
 
 def test_lines_that_wait_are_not_written_twice(pipe: Pipe) -> None:
     """A process that is forked while lines wait does not write its parent's."""
-    output = app.LossyOutput(pipe.writing)
+    output = LossyOutput(pipe.writing)
     for index in range(1000):
         output.write(b"%08d\n" % index)
     pid = os.fork()

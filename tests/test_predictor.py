@@ -34,6 +34,8 @@ from sklearn.svm import SVC, LinearSVC, OneClassSVM
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 import app
+from serving.errors import ModelError
+from serving.predictor.predictor import Predictor
 from tests.lib import estimators
 from tests.lib.apps import answers_of, call, make_settings, serve_estimator
 from tests.lib.cases import Case
@@ -83,7 +85,7 @@ def test_crash_answers_500_without_internals(tmp_path: Path, framework: str) -> 
 
 def answer_of(estimator: Any, X: Any, **model: Any) -> dict[str, Any]:
     """Return what the predictor says of the first row."""
-    return answers_of(app.Predictor(estimator, **model), X)[0]
+    return answers_of(Predictor(estimator, **model), X)[0]
 
 
 LABELS = np.array(["few", "many"])[(y > 0).astype(int)]
@@ -235,10 +237,10 @@ def test_probabilities_have_the_classes_as_the_prediction_has_them(
 
 def test_outputs_of_settings_must_be_as_many(tmp_path: Path) -> None:
     """Names for more or fewer outputs than there are end the start."""
-    with pytest.raises(app.ModelError, match="has a single output, which goes without a name"):
+    with pytest.raises(ModelError, match="has a single output, which goes without a name"):
         serve_estimator(tmp_path / "model.joblib", LinearRegression().fit(X, y), model={"outputs": ["a"]})
     for outputs in (["a"], ["a", "b", "c"]):
-        with pytest.raises(app.ModelError, match=f"has 2 outputs, but model.outputs names {len(outputs)}"):
+        with pytest.raises(ModelError, match=f"has 2 outputs, but model.outputs names {len(outputs)}"):
             serve_estimator(tmp_path / "model.joblib", LinearRegression().fit(X, X[:, :2]), model={"outputs": outputs})
 
 
@@ -284,5 +286,5 @@ def test_class_of_the_highest_probability_is_the_prediction(estimator: Any) -> N
     ends = np.tile([[-1.1], [-0.9], [0.9], [1.1]], (10, 1))
     rows = np.vstack([ends, np.linspace(-1, 1, 41)[:, np.newaxis], [[0.0], [1e-17], [-1e-17]]])
     estimator.fit(ends, ends[:, 0] > 0)
-    predictions = [answer["prediction"] for answer in answers_of(app.Predictor(estimator), rows)]
+    predictions = [answer["prediction"] for answer in answers_of(Predictor(estimator), rows)]
     assert predictions == estimator.predict(rows).tolist()

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 import app
+from serving.predictor.artifact import OLDEST_SKLEARN
+from serving.predictor.features import FeatureSettings
+from serving.settings import setting_keys
 from tests.lib.artifacts import copy_project
 from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment
 from tests.lib.sizes import each_combination, each_worker
@@ -54,7 +57,7 @@ def test_settings_table_lists_every_key() -> None:
     rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `([^`]+)` \|", README, re.MULTILINE)
     defaults = app.Settings().model_dump()
     expected = []
-    for key in app.setting_keys(app.Settings):
+    for key in setting_keys(app.Settings):
         value: Any = defaults
         for part in key:
             value = value[part]
@@ -66,7 +69,7 @@ def test_feature_keys_are_listed() -> None:
     """The row of `features`, and the shipped file, name every key that a feature has."""
     (row,) = re.findall(r"^\| `features` .*$", README, re.MULTILINE)
     shipped = (PROJECT / "settings.toml").read_text()
-    for name in app.FeatureSettings.model_fields:
+    for name in FeatureSettings.model_fields:
         assert f"`{name}`" in row
         assert re.search(rf"#.*\b{name}\b", shipped)
 
@@ -79,14 +82,14 @@ def test_versions_are_those_that_are_run() -> None:
     (oldest,) = re.findall(r"oldest scikit-learn that is supported is\s([\d.]+),", README)
     assert f"scikit-learn=={oldest}\n" in (PROJECT / "tests/requirements-oldest.txt").read_text()
     assert f"# {oldest} is the oldest scikit-learn that is supported." in (PROJECT / "requirements.txt").read_text()
-    assert oldest == ".".join(map(str, app.OLDEST_SKLEARN)) + ".0"
+    assert oldest == ".".join(map(str, OLDEST_SKLEARN)) + ".0"
 
 
 def test_status_table_lists_every_error() -> None:
     """Every status that an operation can answer with is explained."""
     rows = re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE)
     listed = {int(status) for row in rows for status in row.split(",")}
-    assert {status for operation in app.OPERATIONS for status in operation.errors} <= listed
+    assert {status for operation in [*app.operations()] for status in operation.errors} <= listed
 
 
 def test_speed_is_what_the_bench_wrote() -> None:

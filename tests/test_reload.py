@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sklearn.datasets import load_iris
 
-import app
+from serving.errors import STARTUP_STATUS
 from tests.lib.artifacts import choose, edit, lay_out, save, variables
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import SlowToLoad, Threading
@@ -293,7 +293,7 @@ def test_preloading_is_refused(serve: Starter, project: Path) -> None:
     assert server.reload()["event"] == "reloaded"
     assert server.post(ROW).status == 200
     done = run_gunicorn("--preload", **gunicorn_environment("flask", "gevent"))
-    assert done.returncode == app.STARTUP_STATUS
+    assert done.returncode == STARTUP_STATUS
     assert "leave it out" in done.stderr
 
 

@@ -13,6 +13,8 @@ import joblib
 import pytest
 
 import app
+from serving.errors import SettingsError, StartupError
+from serving.settings import setting_keys
 from tests.lib.servers import GUNICORN, PROJECT, run, run_gunicorn
 
 CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
@@ -73,7 +75,7 @@ def test_shipped_file_shows_every_default() -> None:
     assert shipped == defaults
 
 
-@pytest.mark.parametrize("key", list(app.setting_keys(app.Settings)), ids=".".join)
+@pytest.mark.parametrize("key", list(setting_keys(app.Settings)), ids=".".join)
 def test_environment_wins_over_file(monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...]) -> None:
     """Every key can be set by its variable, over the value of the shipped file."""
     text, expected = CHANGED[key]
@@ -247,7 +249,7 @@ def test_mistake_in_file_is_explained(folder: Path, text: str, expected: list[st
     """The message names the file's key, the value seen and what is allowed."""
     file = folder / "mine.toml"
     file.write_text(text if "[model]" in text else text + '\n[model]\npath = "iris.skops"')
-    with pytest.raises(app.StartupError) as caught:
+    with pytest.raises(StartupError) as caught:
         app.make_service(app.load_settings(file))
     assert [part for part in ["mine.toml", *expected] if part not in str(caught.value)] == []
 
@@ -258,7 +260,7 @@ def test_mistake_in_environment_is_explained(
 ) -> None:
     """The message names the variable, the value seen and what is allowed."""
     monkeypatch.setenv(name, value)
-    with pytest.raises(app.StartupError) as caught:
+    with pytest.raises(StartupError) as caught:
         app.make_service(app.load_settings())
     assert [part for part in expected if part not in str(caught.value)] == []
 
@@ -269,7 +271,7 @@ def test_mistake_is_placed_where_it_stands(folder: Path, monkeypatch: pytest.Mon
     file.write_text('framework = "django"\n[server]\ntimeout = -1')
     monkeypatch.setenv("SERVING_FRAMEWORK", "flask")
     monkeypatch.setenv("SERVING_SERVER", '{"workers": 2}')
-    with pytest.raises(app.SettingsError) as caught:
+    with pytest.raises(SettingsError) as caught:
         app.load_settings(file)
     framework, timeout = str(caught.value).splitlines()
     assert framework.startswith("mine.toml: framework is 'django'")
@@ -285,7 +287,7 @@ def test_every_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     """Two mistakes are two lines."""
     monkeypatch.setenv("SERVING_FRAMEWROK", "flask")
     monkeypatch.setenv("SERVING_SERVER__WORKRS", "2")
-    with pytest.raises(app.SettingsError) as caught:
+    with pytest.raises(SettingsError) as caught:
         app.load_settings()
     assert len(str(caught.value).splitlines()) == 2
 
@@ -303,7 +305,7 @@ def test_odd_names_are_printed_as_toml(tmp_path: Path) -> None:
 def test_secret_is_in_no_message(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """A wrong value of a secret setting is not repeated."""
     monkeypatch.setenv("SERVING_AUTH__API_KEYS", text)
-    with pytest.raises(app.SettingsError) as caught:
+    with pytest.raises(SettingsError) as caught:
         app.load_settings()
     assert "SERVING_AUTH__API_KEYS is **********" in str(caught.value)
     assert "hunter2" not in str(caught.value)

@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from xgboost import XGBClassifier, XGBRegressor
 
-import app
+from serving.errors import STARTUP_STATUS
 from tests.lib.artifacts import choose, deploy, edit, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
@@ -161,7 +161,7 @@ def test_start_ends_with_one_line(tmp_path: Path, name: str) -> None:
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SETTINGS=deploy(tmp_path, estimator), **LIMIT)
     for done in start_and_check("", **environment):
         # What never gives the interpreter back cannot end itself.
-        assert done.returncode == (-signal.SIGKILL if name == "loads and computes in C" else app.STARTUP_STATUS)
+        assert done.returncode == (-signal.SIGKILL if name == "loads and computes in C" else STARTUP_STATUS)
         assert re.fullmatch(r"ModelError: settings.toml: model.path is '.*model.joblib', which [^\n]+\n", done.stderr)
         assert re.search(message, done.stderr)
 
@@ -261,7 +261,7 @@ def test_pipe_and_device_end_the_start(tmp_path: Path, make: Callable[[Path], No
     make(tmp_path / "model.skops")
     environment = gunicorn_environment("fastapi", "uvicorn", SERVING_MODEL__PATH=str(tmp_path / "model.skops"))
     done = run_gunicorn(**environment)
-    assert done.returncode == app.STARTUP_STATUS
+    assert done.returncode == STARTUP_STATUS
     assert re.fullmatch(r"ModelError: .*it is a pipe, a socket or a device, not a regular file\n", done.stderr)
 
 
@@ -270,14 +270,14 @@ def test_nowhere_to_write_ends_the_start(folder: str) -> None:
     """A folder that takes no file for the workers' signs of life ends a start before it listens, and a check."""
     environment = gunicorn_environment("flask", "gevent", GUNICORN_CMD_ARGS=f"--worker-tmp-dir {folder}")
     for done in start_and_check("", **environment):
-        assert done.returncode == app.STARTUP_STATUS
+        assert done.returncode == STARTUP_STATUS
         assert re.fullmatch(f"StartupError: worker_tmp_dir is '{folder}', where no file can be made: .*\n", done.stderr)
 
 
 def test_pid_file_nowhere_ends_the_start() -> None:
     """A folder that takes no file for gunicorn's own number ends a start before it listens, and a check."""
     for done in start_and_check("--pid /proc/gunicorn.pid", **gunicorn_environment("flask", "gevent")):
-        assert done.returncode == app.STARTUP_STATUS
+        assert done.returncode == STARTUP_STATUS
         assert re.fullmatch(
             "StartupError: pidfile is '/proc/gunicorn.pid', where no file can be made: .*\n", done.stderr
         )
@@ -324,7 +324,7 @@ def test_read_only_root_ends_the_start(option: str) -> None:
         text=True,
         timeout=60,
     )
-    assert done.returncode == app.STARTUP_STATUS, done.stderr
+    assert done.returncode == STARTUP_STATUS, done.stderr
     assert "StartupError: no temporary file can be made: No usable temporary directory" in done.stderr
     assert "Listening" not in done.stderr
 
@@ -366,7 +366,7 @@ REFUSED = {
 def test_option_that_cannot_work_is_refused(given: str) -> None:
     """An option with which every request would be an error, or none be answered, ends a start and a check."""
     for done in start_and_check(given, **gunicorn_environment("fastapi", "uvicorn")):
-        assert done.returncode == app.STARTUP_STATUS
+        assert done.returncode == STARTUP_STATUS
         assert re.fullmatch(f"StartupError: {re.escape(REFUSED[given])}.*\n", done.stderr)
 
 

@@ -10,6 +10,10 @@ from typing import Any
 from urllib.parse import unquote
 
 import app
+from serving.predictor.model import make_model
+from serving.predictor.predictor import Predictor
+from serving.predictor.proof import Proof
+from serving.web.service import Service
 from tests.lib.artifacts import save
 from tests.lib.cases import Case
 from tests.lib.clients import Answer
@@ -25,15 +29,15 @@ def make_settings(**changes: Any) -> app.Settings:
     return app.Settings.model_validate(values)
 
 
-def answers_of(predictor: app.Predictor, X: Any) -> list[dict[str, Any]]:
+def answers_of(predictor: Predictor, X: Any) -> list[dict[str, Any]]:
     """Return what a predictor says of each row of X."""
     return [json.loads(answer) for answer in predictor.predict(X).render()]
 
 
-def make_service(settings: app.Settings, estimator: Any) -> app.Service:
+def make_service(settings: app.Settings, estimator: Any) -> Service[app.Settings]:
     """Return the service of an estimator that was not saved, and of which nothing is proven."""
-    model = app.make_model(estimator, Path("model.joblib"), settings.features)
-    return app.Service(settings, dataclasses.replace(model, n_threads=settings.threads), app.Proof())
+    model = make_model(estimator, Path("model.joblib"), settings.features)
+    return app.make_service(settings, dataclasses.replace(model, n_threads=settings.threads), Proof())
 
 
 def serve_estimator(path: Path, estimator: Any, **changes: Any) -> Any:

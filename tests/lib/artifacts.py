@@ -38,7 +38,8 @@ def copy_project(folder: Path) -> None:
     """Put what is deployed into a folder, to be edited there."""
     for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
         shutil.copy(PROJECT / name, folder)
-    shutil.copytree(PROJECT / "model", folder / "model")
+    for name in ("model", "serving"):
+        shutil.copytree(PROJECT / name, folder / name)
 
 
 def to_graph(estimator: Any, floats: Any = DoubleTensorType, **options: Any) -> bytes:

@@ -1,0 +1,237 @@
+"""Rows from outside, checked: each has the features of the model, each of its type, and every problem is named."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, FailFast, TypeAdapter, ValidationError
+from pydantic_core import to_json
+from typing_extensions import TypedDict
+
+from serving.errors import BadRequest, MisfitError, ModelError, Unprocessable, listed, nearest, shorten
+from serving.predictor.features import FeatureSettings, cell_type, complete_feature, some_value
+from serving.predictor.inputs import Column, Inputs
+
+Rows = list[dict[str, Any]]  # of checked cells by the names of features
+
+make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
+
+MAX_PROBLEMS = 1000  # bad cells named in one answer
+
+MAX_DETAIL_BYTES = 131_072  # of its JSON; a thousand problems without a long name or value take about as much
+
+MAX_HINTS = 10  # suggestions in one answer
+
+
+class Contract:
+    """The types of input: which features a row has, and of which type each is.
+
+    `inputs` come from the estimator; `given` completes them, and `row`, one that the model is known to answer, gives
+    examples. Raises `MisfitError` where settings and estimator contradict each other.
+    """
+
+    def __init__(
+        self, inputs: Inputs, given: Mapping[str, FeatureSettings], row: Mapping[str, Any] | None = None
+    ) -> None:
+        columns = name_columns(inputs, given)
+        used = {name: column for name, column in columns.items() if column is not None}
+        _refuse_contradictions(used, given)
+        self.inputs = inputs
+        self.columns = columns  # those that the estimator drops too
+        self.names = list(used)
+        self.features = {
+            name: complete_feature(name, column, given.get(name, FeatureSettings()), row or {})
+            for name, column in used.items()
+        }
+        self.nullable = [name for name, feature in self.features.items() if feature.missing]
+        cells = {name: cell_type(feature) for name, feature in self.features.items()}
+        left_out = {name: NotRequired[cells[name]] for name in self.nullable}
+        row_type, query_type = (_row_type(types) for types in (cells, cells | left_out))
+        rows: Any = Annotated[list[row_type], FailFast()]  # type: ignore[valid-type]
+        self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row_type)
+        self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
+        self.query_row: TypeAdapter[dict[str, Any]] = TypeAdapter(query_type)
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """One row that fits, of the features' examples; a feature without one has a value within its bounds."""
+        return {name: some_value(feature) for name, feature in self.features.items()}
+
+    @property
+    def is_known(self) -> bool:
+        """Whether every cell of the example comes from the operator or the model, and none is made up."""
+        return all(feature.example is not None for feature in self.features.values())
+
+    def parse_query(self, query: str) -> list[dict[str, Any]]:
+        """Read one row from a query string, in which every value is text, and one that may be missing can be left out
+        or empty. Raises `BadRequest`, `Unprocessable`."""
+        try:
+            pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
+        except ValueError:
+            raise BadRequest("the query is not percent-encoded UTF-8") from None
+        cells = dict(pairs)
+        if len(cells) < len(pairs):
+            raise self._refusal(_find_repeated(pairs))
+        for name in self.nullable:
+            if cells.get(name) == "":
+                del cells[name]
+        try:
+            row = self.query_row.validate_strings(cells, strict=False)
+        except ValidationError as error:
+            raise self._refusal(self._problems(["query"], error, Hints())) from None
+        return [dict.fromkeys(self.nullable) | row]
+
+    def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
+        """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
+        if (rows := self.check(payload)) is None:
+            raise self._refusal(self._find_problems(payload))
+        return rows
+
+    def check(self, payload: Any) -> Rows | None:
+        """Return the rows of a payload, or None if one does not fit, in less time than it takes to say why."""
+        if self._has_long_row(payload if isinstance(payload, list) else [payload]):
+            return None
+        with contextlib.suppress(ValidationError):
+            if isinstance(payload, list):
+                return self.rows.validate_python(payload, strict=True)
+            return [self.row.validator.validate_python(payload, strict=True)]
+        return None
+
+    def _has_long_row(self, rows: list[Any]) -> bool:
+        """Whether a row has more unknown names than an answer has room for, each of which pydantic would note."""
+        with contextlib.suppress(TypeError):  # of a number, which is no row at all
+            return max(map(len, rows), default=0) > len(self.names) + MAX_PROBLEMS
+        return False
+
+    def _refusal(self, problems: Iterable[dict[str, Any]]) -> Unprocessable:
+        """Return the error with the first problems, as many as an answer may have, and one at least."""
+        detail: list[dict[str, Any]] = []
+        left = MAX_DETAIL_BYTES
+        for problem in itertools.islice(problems, MAX_PROBLEMS):
+            problem["loc"] = [part if part in self.features else shorten(part) for part in problem["loc"]]
+            left -= len(to_json(problem, inf_nan_mode="strings", fallback=str)) + len(",")
+            if left < 0 and detail:
+                break
+            detail.append(problem)
+        return Unprocessable(detail)
+
+    def _find_problems(self, payload: Any) -> Iterator[dict[str, Any]]:
+        """Check row by row, so that an answer of bounded length costs a bounded time."""
+        hints = Hints()
+        rows = enumerate(payload) if isinstance(payload, list) else [(None, payload)]
+        for index, row in rows:
+            place = ["body"] if index is None else ["body", index]
+            if isinstance(row, dict) and self._has_long_row([row]):
+                message = f"Object should have at most {len(self.names)} features, not {len(row)}"
+                yield _problem("too_long", place, message, None)
+                continue
+            try:
+                self.row.validate_python(row, strict=True)
+            except ValidationError as error:
+                yield from self._problems(place, error, hints)
+
+    def _problems(self, place: list[Any], error: ValidationError, hints: Hints) -> Iterator[dict[str, Any]]:
+        """Say pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""
+        for problem in error.errors(include_url=False, include_context=False):
+            kind, message, given = problem["type"], problem["msg"], problem["input"]
+            if kind == "extra_forbidden":
+                message = hints.add("Unknown feature", str(problem["loc"][-1]), self.names)
+            elif kind == "literal_error":
+                choices = self.features[str(problem["loc"][-1])].choices or []
+                message = hints.add("Input is none of the choices", given, choices)
+            elif kind == "dict_type":
+                message = "Input should be an object" + (" or an array of objects" if place == ["body"] else "")
+            elif kind == "missing":
+                given = None  # not the whole row, once for each feature that it lacks
+            yield _problem(kind, [*place, *problem["loc"]], message, given)
+
+
+class Hints:
+    """The suggestions of one answer, of which only its first problems get one, and each name is looked up once."""
+
+    def __init__(self) -> None:
+        self._left = MAX_HINTS
+        self._nearest = functools.cache(nearest)
+
+    def add(self, message: str, name: Any, names: Sequence[Any]) -> str:
+        """Return a message with what `name` should have been, as long as there are suggestions left."""
+        if self._left == 0:
+            return message
+        self._left -= 1
+        return f"{message}; {self._nearest(name, tuple(names))}"
+
+
+def name_columns(inputs: Inputs, features: Iterable[str], row: Iterable[str] = ()) -> dict[str, Column | None]:
+    """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings.
+
+    `row` has the names for an estimator that does not even say how many it takes.
+    """
+    given = list(features) or (list(row) if inputs.columns is None else [])
+    if inputs.columns is None:
+        if not given:
+            raise ModelError("does not say how many features it takes; name them in [features], in its order")
+        return dict.fromkeys(given, Column())
+    made = ["text"] if inputs.form == "texts" else [f"x{column}" for column in range(len(inputs.columns))]
+    names = inputs.names or made
+    if inputs.names is None and not set(given) <= set(made):
+        used = [name for name, column in zip(made, inputs.columns, strict=True) if column is not None]
+        if len(given) != len(used):
+            problem = f"names {len(given)} features, {listed(given)}; the model takes {len(used)}: {listed(used)}"
+            raise MisfitError((("features",), problem))
+        new = dict(zip(used, given, strict=True))
+        names = [new.get(name, name) for name in made]
+    return dict(zip(names, inputs.columns, strict=True))
+
+
+def _refuse_contradictions(columns: Mapping[str, Column], features: Mapping[str, FeatureSettings]) -> None:
+    """Raise `MisfitError` where settings and estimator differ, and `ModelError` where its own parts do."""
+    for name in features.keys() - columns.keys():
+        raise MisfitError((("features", name), f"is not about a feature of the model; {nearest(name, columns)}"))
+    for name in [name for name, column in columns.items() if column.choices == ()]:
+        raise ModelError(f"has parts that know no category of {name!r} in common, so that it can answer none")
+    problems = [
+        (("features", name, key), f"is {shorten(getattr(given, key))!r}; the model takes {allowed} there")
+        for name, given in features.items()
+        for key, allowed in _find_contradictions(given, columns[name])
+    ]
+    if problems:
+        raise MisfitError(*problems)
+
+
+def _find_contradictions(given: FeatureSettings, column: Column) -> Iterator[tuple[str, str]]:
+    """Give each key of a feature's settings that the estimator contradicts, with what it takes."""
+    if given.type and column.type and given.type != column.type and "str" in (given.type, column.type):
+        yield "type", f"{column.type!r}"
+    if given.missing and column.missing is False:
+        yield "missing", "no missing value"
+    if column.choices is None:
+        return
+    for key in ("ge", "le"):
+        if getattr(given, key) is not None:
+            yield key, f"only {listed(column.choices)}"
+    if not set(given.choices or ()) <= set(column.choices):
+        yield "choices", f"only {listed(column.choices)}"
+
+
+def _find_repeated(pairs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    given: dict[str, list[str]] = {}
+    for name, value in pairs:
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(values) > 1:
+            yield _problem("repeated", ["query", name], "Give this parameter once", values)
+
+
+def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, Any]:
+    return {"type": kind, "loc": loc, "msg": message, "input": shorten(given)}
+
+
+def _row_type(cells: dict[str, Any]) -> Any:
+    row = make_typed_dict("Features", cells)
+    row.__pydantic_config__ = ConfigDict(extra="forbid")
+    return row

@@ -1,0 +1,160 @@
+"""One feature: what the settings may say of it, and what settings, estimator and known rows together do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, Field, PrivateAttr, TypeAdapter, ValidationError, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from serving.errors import MisfitError, listed
+from serving.predictor.inputs import FEATURE_TYPES, Cell, Column
+from serving.settings import Finite, SettingsTable, check_each_once, should
+
+NUMBER_RANGES: dict[str, float] = {  # of a feature, by its type
+    "float": float(np.finfo(np.float32).max),  # trees compute in float32
+    "int": 2**53,  # up to here every integer is a float64 of its own
+}
+
+JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", str: "string"}
+
+
+class FeatureSettings(SettingsTable):
+    """One feature; of what is None here the estimator says what it knows."""
+
+    type: Literal["float", "int", "bool", "str"] | None = None
+    ge: Finite | None = None
+    le: Finite | None = None
+    choices: Annotated[list[Cell], Field(min_length=1), AfterValidator(check_each_once)] | None = None
+    missing: bool | None = None
+    unit: str | None = None
+    example: Cell | None = None
+    _is_variable: bool = PrivateAttr(default=False)  # the example comes from the environment, where all is text
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        bounds = [bound for bound in (self.ge, self.le) if bound is not None]
+        limit = NUMBER_RANGES.get(self.type or "float")
+        if bounds and limit is None:
+            raise ValueError(f"a {self.type} should have no bounds")
+        if bounds and self.choices is not None:
+            raise ValueError("a feature should have choices or bounds, not both")
+        if self.type == "int" and not all(bound.is_integer() for bound in bounds):
+            raise ValueError("an int should have whole numbers as bounds")
+        if limit and any(abs(bound) > limit for bound in bounds):
+            raise ValueError(f"a feature should have bounds within ±{limit:.8g}")
+        if bounds != sorted(bounds):
+            raise ValueError("bounds should have ge no greater than le")
+        return self
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> Self:
+        choices = self.choices or []
+        kinds = (float, int) if self.type == "float" else (FEATURE_TYPES.get(self.type or "", object),)
+        wrong = [
+            choice
+            for choice in choices
+            if not isinstance(choice, kinds) or isinstance(choice, bool) != (self.type == "bool")
+        ]
+        if wrong and self.type is not None:
+            raise ValueError(f"choices should have the type {self.type!r}, unlike {wrong[0]!r}")
+        return self
+
+
+def complete_feature(name: str, column: Column, given: FeatureSettings, row: Mapping[str, Any]) -> FeatureSettings:
+    """Put together what settings, estimator and a known row say of a feature. Raises `MisfitError`."""
+    texts = bool(given.choices) and all(isinstance(choice, str) for choice in given.choices or ())
+    said = {
+        "type": column.type or ("str" if texts else "float"),
+        "choices": _choices_of(column, given.type),
+        "missing": bool(column.missing),
+        **given.model_dump(exclude_none=True, exclude={"example"}),
+    }
+    try:
+        feature = FeatureSettings.model_validate(said)
+    except ValidationError as error:
+        problem = f"does not fit the model: it should {should(error.errors()[0])}"
+        raise MisfitError((("features", name), problem)) from None
+    if given.example is not None:
+        example = _check_example(name, given, feature)
+    else:
+        example = next(_fitting([row.get(name), column.example, *(feature.choices or ())], feature), None)
+    return feature.model_copy(update={"example": example})
+
+
+def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
+    """Give the values that the estimator knows, as truths where the settings say that 0 and 1 are."""
+    if column.choices is None:
+        return None
+    truths = kind == "bool" and set(column.choices) <= {0, 1}
+    return [bool(choice) if truths else choice for choice in column.choices]
+
+
+def _check_example(name: str, given: FeatureSettings, feature: FeatureSettings) -> Any:
+    cell: TypeAdapter[Any] = TypeAdapter(cell_type(feature))
+    example: Any = given.example
+    is_text = isinstance(example, str) and given._is_variable
+    try:
+        return cell.validate_strings(example) if is_text else cell.validate_python(example, strict=True)
+    except ValidationError as error:
+        problem = f"is {example!r}; it should {should(error.errors()[0])}"
+        raise MisfitError((("features", name, "example"), problem)) from None
+
+
+def _fitting(values: Iterable[Any], feature: FeatureSettings) -> Iterator[Any]:
+    for value in values:
+        with contextlib.suppress(ValidationError):
+            if value is not None:
+                yield TypeAdapter(cell_type(feature)).validate_python(value, strict=True)
+
+
+def some_value(feature: FeatureSettings) -> Cell:
+    """Give a feature's example, or the value nearest to nothing that its bounds admit."""
+    kind = FEATURE_TYPES[feature.type or "float"]
+    value: Cell = kind()
+    if feature.example is not None:
+        value = feature.example
+    elif feature.ge is not None and feature.ge > 0:
+        value = kind(feature.ge)
+    elif feature.le is not None and feature.le < 0:
+        value = kind(feature.le)
+    return value
+
+
+def cell_type(feature: FeatureSettings) -> Any:
+    """Give the pydantic type of one feature's value."""
+    kind = FEATURE_TYPES[feature.type or "float"]
+    extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
+    cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
+    if limit := NUMBER_RANGES.get(feature.type or "float"):
+        cell["ge"] = -limit if feature.ge is None else feature.ge
+        cell["le"] = limit if feature.le is None else feature.le
+    if kind is float:
+        cell["allow_inf_nan"] = False
+    if feature.choices is not None:
+        cell = {"examples": cell["examples"]} if "examples" in cell else {}
+        kind = _choice_type(kind, feature.choices)
+    return Annotated[kind | None if feature.missing else kind, Field(**cell, json_schema_extra=extra)]
+
+
+def _choice_type(kind: type, choices: list[Cell]) -> Any:
+    """Give the type of one of some values. Python's `Literal` knows no floats, nor 1 from true, and lists all choices
+    in each of its errors."""
+    known, shown = frozenset(choices), listed(choices)
+
+    def check(value: Any) -> Any:
+        if value not in known:
+            raise PydanticCustomError("literal_error", "Input should be one of {choices}", {"choices": shown})
+        return value
+
+    return Annotated[kind, AfterValidator(check), WithJsonSchema({"type": JSON_TYPES[kind], "enum": choices})]
+
+
+def within(value: float, feature: FeatureSettings) -> float:
+    limit = NUMBER_RANGES[feature.type or "float"]
+    low, high = -limit if feature.ge is None else feature.ge, limit if feature.le is None else feature.le
+    value = min(max(value, low), high)
+    return int(value) if feature.type == "int" else value

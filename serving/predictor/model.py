@@ -1,0 +1,143 @@
+"""A loaded model: contract, arrays, predictor and golden rows together. Loading predicts nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from serving.errors import EstimatorError, ModelError, listed, reason_of
+from serving.predictor.arrays import Arrays
+from serving.predictor.artifact import ModelSettings, load_artifact
+from serving.predictor.contract import Contract, Rows
+from serving.predictor.features import FeatureSettings
+from serving.predictor.golden import Golden, golden_path, load_golden, running_versions
+from serving.predictor.inputs import read_inputs
+from serving.predictor.predictions import Predictions
+from serving.predictor.predictor import Predictor, limit_threads, prepare
+
+log = structlog.get_logger()
+Report = Callable[[str], None]  # told what is done now and may take long
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded predictor with the contract of its rows, and the golden rows that it must reproduce.
+
+    `graphs` are predictors that answer by a converted graph, of which a proof chooses one. `report` is told what is
+    done now and may take long. `n_threads` are those of OpenMP and BLAS in a call.
+    """
+
+    path: Path
+    arrays: Arrays
+    predictor: Predictor
+    golden: Golden | None = None
+    sha256: str = ""  # of the artifact
+    n_threads: int = 1
+    graphs: Sequence[Predictor] = ()
+    report: Report = lambda doing: None
+
+    @property
+    def contract(self) -> Contract:
+        """The types of a row."""
+        return self.arrays.contract
+
+    def predict(self, X: Any) -> Predictions:
+        """Return the answers to X, as `arrays` makes it. Raises what the estimator raises."""
+        limit_threads(self.n_threads)
+        return self.predictor.predict(X)
+
+    def predict_rows(self, rows: Rows) -> Predictions:
+        """Return the answers to checked rows. Raises what the estimator raises."""
+        return self.predict(self.arrays.of_rows(rows))
+
+    def answer(self, rows: Rows, what: str) -> list[dict[str, Any]]:
+        """Return the answers to rows that are no request's. Raises `EstimatorError`, which says on `what` it fails."""
+        self.report(f"answering {what.partition(',')[0]}")
+        try:
+            return [json.loads(answer) for answer in self.predict_rows(rows).render()] if rows else []
+        except ModelError:
+            raise
+        except Exception as error:  # what an estimator raises has no bounds
+            raise EstimatorError(f"fails on {what}: {reason_of(error)}") from error
+
+    @functools.cached_property
+    def known_rows(self) -> Rows:
+        """The golden rows, or without them the contract's example."""
+        if self.golden is None:
+            return [self.contract.example]
+        return [self._rename(row, index) for index, row in enumerate(self.golden.rows)]
+
+    @property
+    def golden_file(self) -> str:
+        """The name of the file of golden rows."""
+        return golden_path(self.path).name
+
+    def _rename(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        names = self.contract.names
+        if row.keys() == set(names):
+            return row
+        if self.contract.inputs.names is None and len(row) == len(names):
+            return dict(zip(names, row.values(), strict=True))
+        problem = f"has {self.golden_file} beside it, of which row {index} has the features {listed([*row])}"
+        raise ModelError(f"{problem}; it should have {listed(names)}")
+
+    @functools.cached_property
+    def example_answer(self) -> dict[str, Any]:
+        """The answer to the contract's example."""
+        made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
+        hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
+        return self.answer([self.contract.example], f"its example row{hint}")[0]
+
+    def note_python(self) -> None:
+        """Log whether the golden rows are of another Python. Answers do not depend on it, so it is no warning."""
+        golden, running = self.golden and self.golden.versions.get("python"), running_versions()["python"]
+        if golden not in (None, running):
+            log.info("python_differs", golden=golden, running=running)
+
+    def warm_up(self) -> None:
+        """Answer the known rows, and the example of the API's description, before the first request does."""
+        self.answer(self.known_rows, "its known rows")
+        _ = self.example_answer
+
+
+def load_model(
+    settings: ModelSettings,
+    features: Mapping[str, FeatureSettings],
+    folder: Path,
+    n_threads: int = 1,
+    report: Report = lambda doing: None,
+) -> Model:
+    """Load an artifact, whose path is relative to a folder, and its golden rows, without predicting.
+
+    Raises `ModelError`, and `MisfitError` where features do not fit it.
+    """
+    report("loading it")
+    path = folder / settings.path
+    estimator, sha256 = load_artifact(settings, path)
+    model = make_model(estimator, path, features, load_golden(path, settings.strict_versions), settings.outputs)
+    graphs: Sequence[Predictor] = ()
+    if settings.runtime == "onnx" and model.predictor.graph is None:
+        from serving.predictor.onnx_runtime import convert_to_onnx
+
+        report("converting it to ONNX")
+        graphs = convert_to_onnx(model.predictor, model.arrays)
+    return replace(model, sha256=sha256, n_threads=n_threads, graphs=graphs, report=report)
+
+
+def make_model(
+    estimator: Any,
+    path: Path,
+    features: Mapping[str, FeatureSettings],
+    golden: Golden | None = None,
+    outputs: Sequence[str] = (),
+) -> Model:
+    """Return the model of an estimator that was loaded from `path`. Raises `ModelError`, `MisfitError`."""
+    contract = Contract(read_inputs(estimator), features, golden.rows[0] if golden else None)
+    arrays = Arrays(contract)
+    return Model(path, arrays, prepare(estimator, arrays, outputs), golden)

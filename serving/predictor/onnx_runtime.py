@@ -1,0 +1,369 @@
+"""The same estimator in ONNX Runtime, where it answers as in scikit-learn. Imported only where it runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.errors import ModelError, reason_of, shorten
+from serving.predictor.arrays import Arrays
+from serving.predictor.features import FeatureSettings
+from serving.predictor.inputs import find_parts
+from serving.predictor.predictor import GraphFile, Predictor, as_array
+from serving.predictor.samples import N_VARIED, find_edges, find_learnt, vary
+from serving.settings import toml_value
+
+USE_SKLEARN = 'set model.runtime = "sklearn"'
+
+ONNX_TYPES: dict[str, tuple[str, Any]] = {  # of an input: the feature's type, and numpy's
+    "tensor(double)": ("float", np.float64),
+    "tensor(float)": ("float", np.float32),
+    "tensor(int64)": ("int", np.int64),
+    "tensor(bool)": ("bool", np.bool_),
+    "tensor(string)": ("str", object),
+}
+
+OPSETS = {"": 21, "ai.onnx.ml": 3}  # the newest that each converter of skl2onnx 1.20 keeps to
+
+SHARES_TOLERANCE = 1e-3  # within which float32 probabilities of many classes or trees sum to 1
+TOLERANCE = 1e-5  # within which numbers agree, and two classes are tied
+
+
+def import_onnx(name: str) -> Any:
+    """Import one of the packages that only ONNX needs. Raises `ModelError`.
+
+    From 1.29 on ONNX Runtime starts a thread when it is imported, which reports to its makers, and for which a worker
+    that is forked later waits without end when it exits.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        hint = "pip install -r requirements-onnx.txt"
+        raise ModelError(f"needs {package} to run in ONNX Runtime, which fails to import ({error}); {hint}") from None
+
+
+def open_session(graph: bytes) -> Any:
+    """Open a graph in ONNX Runtime, without any thread: one made in gunicorn's master then answers in its workers."""
+    onnxruntime = import_onnx("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4  # fatal: what goes wrong is raised too
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxModel:
+    """An ONNX graph in a predictor's service: called with X, it gives y and scores as the estimator would.
+
+    `how` says which inputs it takes; one that `takes_one` row is asked row by row. Raises `ModelError` when it lacks an
+    output.
+    """
+
+    def __init__(self, session: Any, predictor: Predictor, how: str = "", takes_one: bool = False) -> None:
+        outputs = getattr(predictor.estimator, "outputs", None)  # of a file, in whatever order they are
+        outputs = outputs or [output.name for output in session.get_outputs()][: 1 if predictor.score is None else 2]
+        if predictor.score is not None and len(outputs) < 2:
+            raise ModelError(f"has no {predictor.score} in its graph")
+        self.how = how
+        self._run = session.run
+        self._outputs = outputs
+        self._inputs = [(item.name, ONNX_TYPES[item.type][1]) for item in session.get_inputs()]
+        self._takes_one = takes_one
+        self._is_file = isinstance(predictor.estimator, GraphFile)
+        classes = None if self._is_file else getattr(predictor.estimator, "classes_", None)
+        self._by_output = [len(labels) for labels in predictor.classes_by_output]
+        self._labels = None if classes is None else np.asarray(classes[0] if self._by_output else classes).dtype
+        self._is_pair = predictor.score == "decision" and len(predictor.classes or ()) == 2
+        self._is_share = predictor.score == "probabilities"
+
+    def __call__(self, X: Any) -> tuple[Any, Any]:
+        y, scores = self.ask(X)
+        y = y[:, 0] if y.shape[1] == 1 else y
+        return self._to_labels(y), None if scores is None else self._to_scores(scores)
+
+    def ask(self, X: Any) -> tuple[Any, Any]:
+        """Return predictions and scores as the graph gives them, (n_samples, n) each; scores are None without any.
+
+        A graph that was made for one row is asked row by row.
+        """
+        if not self._takes_one:
+            return self._ask(X)
+        answers = [self._ask(X[row : row + 1]) for row in range(len(X))]
+        y, scores = zip(*answers, strict=True)
+        return np.concatenate(y), None if scores[0] is None else np.concatenate(scores)
+
+    def _ask(self, X: Any) -> tuple[Any, Any]:
+        y, *scores = self._run(self._outputs, self._feed(X))
+        if self._by_output or not scores:
+            return _by_row(y, len(X)), scores[0] if scores else None
+        columns = [_by_row(output, len(X)) for output in scores]
+        return _by_row(y, len(X)), columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+
+    def _feed(self, X: Any) -> dict[str, Any]:
+        if len(self._inputs) == 1:
+            name, dtype = self._inputs[0]
+            return {name: np.asarray(X, dtype)}
+        columns = X.T if isinstance(X, np.ndarray) else [column for _, column in X.items()]
+        pairs = zip(self._inputs, columns, strict=True)
+        return {name: np.asarray(column, dtype).reshape(-1, 1) for (name, dtype), column in pairs}
+
+    def _to_labels(self, y: Any) -> Any:
+        """Give predictions in the type of the classes, which ONNX knows as integers or strings only."""
+        if self._labels is not None:
+            return y.astype(self._labels, copy=False)
+        return y.astype(np.float64) if y.dtype == np.float32 else y
+
+    def _to_scores(self, scores: Any) -> Any:
+        if self._by_output:
+            pairs = zip(scores, self._by_output, strict=True)
+            return [np.minimum(output[:, :n_classes], 1.0, dtype=np.float64) for output, n_classes in pairs]
+        scores = np.asarray(scores, np.float64)
+        if self._is_share:
+            scores = np.minimum(scores, 1.0)  # above which the float32 sum over a forest's trees may be
+            if self._is_file:  # in which nothing but this says of a row that float32 made nothing of its probabilities
+                scores = np.maximum(scores, 0.0)
+                scores[np.abs(scores.sum(axis=1) - 1) > SHARES_TOLERANCE] = np.nan
+            return scores
+        return scores[:, -1] if scores.shape[1] == (2 if self._is_pair else 1) else scores
+
+
+def _by_row(values: Any, n_rows: int) -> Any:
+    """Return an output with one row for each of X: some operators lay it down. Raises `ModelError` if it has not."""
+    if values.ndim == 2 and len(values) == n_rows:
+        return values
+    if values.size % n_rows or sum(size != 1 for size in values.shape) > (1 if n_rows == 1 else 2):
+        raise ModelError(f"gives an output of shape {values.shape} for {n_rows} rows")
+    return values.reshape(n_rows, -1)
+
+
+def convert_to_onnx(predictor: Predictor, arrays: Arrays) -> list[Predictor]:
+    """Return a predictor for each way to convert an estimator that ONNX Runtime can run, the most exact first.
+
+    Raises `ModelError` if there is none.
+    """
+    if arrays.form == "texts":  # which ONNX Runtime splits into words by rules of its own, seen in few texts only
+        raise ModelError(f"takes texts, which are not run in ONNX Runtime; {USE_SKLEARN}")
+    for name in ("onnx", "onnxruntime", "skl2onnx"):
+        import_onnx(name)
+    graphs, reasons = [], []
+    for how, float_type, estimator in _ways_to_convert(predictor.estimator):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what scikit-learn deprecates and skl2onnx reads
+                graph = _convert(estimator, predictor, arrays, float_type)
+            graphs.append(predictor.with_graph(functools.partial(OnnxModel, open_session(graph), how=how)))
+        except (Exception, SystemExit) as error:  # what converters and ONNX Runtime raise has no bounds
+            reasons.append(f"with {how}, {reason_of(error)}")
+    if not graphs:
+        raise ModelError(f"cannot be converted to ONNX: {'; '.join(reasons)}; {USE_SKLEARN}")
+    return graphs
+
+
+def _ways_to_convert(estimator: Any) -> Iterator[tuple[str, str, Any]]:
+    """Give the ways to convert an estimator, most exact first: a name, the type of floats, and what to convert.
+
+    scikit-learn's trees round X to float32 and compare it with float64 thresholds, of which skl2onnx makes float32 ones
+    that part all float32 alike. With float64 inputs they would part other rows, so what is before them is rounded.
+    Those of histogram boosting do not round X, so that with float32 inputs they would part other rows.
+    """
+    estimator = getattr(estimator, "best_estimator_", estimator)  # what a search hands everything to
+    parts = list(find_parts(estimator))
+    if not any(hasattr(part, "tree_") for part in parts):
+        yield "float64 inputs", "DoubleTensorType", estimator
+    elif steps := getattr(estimator, "steps", ()):
+        cast = import_onnx("skl2onnx.sklapi").CastTransformer(dtype=np.float32)
+        rounded = type(estimator)([*steps[:-1], ("cast", cast), steps[-1]])
+        yield "float64 inputs and a last step in float32", "DoubleTensorType", rounded
+    if not any(hasattr(part, "_predictors") for part in parts):
+        yield "float32 inputs", "FloatTensorType", estimator
+
+
+def _input_types(arrays: Arrays, float_type: str) -> list[tuple[str, Any]]:
+    """Give names and types of inputs: one tensor of all features, or one for each where they are not alike."""
+    types = import_onnx("skl2onnx.common.data_types")
+    features = arrays.contract.features
+    names = {
+        name: _tensor_type(features[name], float_type) if name in features else float_type for name in arrays.order
+    }
+    kinds = {*names.values()}
+    if arrays.form == "frame" or len(kinds) > 1:
+        return [(name, getattr(types, kind)([None, 1])) for name, kind in names.items()]
+    return [("X", getattr(types, kinds.pop())([None, len(names)]))]
+
+
+def _tensor_type(feature: FeatureSettings, float_type: str) -> str:
+    if feature.type == "str":
+        return "StringTensorType"
+    return "Int64TensorType" if feature.type == "int" and feature.choices is not None else float_type
+
+
+def _convert(estimator: Any, predictor: Predictor, arrays: Arrays, float_type: str) -> bytes:
+    """Convert an estimator with skl2onnx."""
+    last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
+    wanted = {"zipmap": False} | ({"raw_scores": True} if predictor.score == "decision" else {})
+    options = {key: value for key, value in wanted.items() if key in _known_options(last)}
+    model = import_onnx("skl2onnx").to_onnx(
+        estimator,
+        initial_types=_input_types(arrays, float_type),
+        options={id(last): options},
+        target_opset=OPSETS,
+    )
+    refuse_trees(model.graph)
+    if hasattr(last, "_predictors") and float_type == "DoubleTensorType":
+        _widen_thresholds(model, last)
+    graph: bytes = model.SerializeToString()
+    return graph
+
+
+def _known_options(estimator: Any) -> Iterable[str]:
+    """Name the options of a converter, which refuses all others."""
+    names = import_onnx("skl2onnx._supported_operators").sklearn_operator_name_map
+    converter = import_onnx("skl2onnx.common._registration")._converter_pool.get(names.get(type(estimator)))
+    return (converter and converter.get_allowed_options()) or ()
+
+
+def _widen_thresholds(model: Any, boosting: Any) -> None:
+    """Put float64 thresholds in the place of skl2onnx's float32 ones: histogram boosting does not round X."""
+    onnx = import_onnx("onnx")
+    trees = [tree.nodes for trees in boosting._predictors for tree in trees]
+    thresholds = np.concatenate([np.where(nodes["is_leaf"], 0.0, nodes["num_threshold"]) for nodes in trees])
+    (node,) = (node for node in model.graph.node if node.op_type.startswith("TreeEnsemble"))
+    for attribute in list(node.attribute):
+        if attribute.type == onnx.AttributeProto.FLOATS:
+            is_threshold = attribute.name == "nodes_values"
+            values = thresholds if is_threshold else np.array(attribute.floats, np.float64)
+            tensor = onnx.numpy_helper.from_array(values)
+            node.attribute.remove(attribute)
+            node.attribute.append(onnx.helper.make_attribute(f"{attribute.name}_as_tensor", tensor))
+    for opset in model.opset_import:
+        if opset.domain == node.domain:
+            opset.version = OPSETS[node.domain]  # the first that has such tensors
+    for output in model.graph.output:  # which are float32 all the same
+        if output.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+            output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def choose_graph(graphs: Sequence[Predictor], predictor: Predictor, arrays: Arrays, known: list[dict[str, Any]]) -> int:
+    """Return the position of the first graph that answers known rows, and others around them, as the estimator does.
+
+    Raises `ModelError` if none does, with the row.
+    """
+    reasons = []
+    contract = arrays.contract
+    with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
+        near = [*known, *find_learnt(predictor.estimator, contract)]
+        made_up = near[len(known) :] + vary(near, contract, N_VARIED, find_edges(predictor.estimator, contract))
+        rows = [*known, *keep_answered(made_up, predictor, arrays)]
+        inputs = [arrays.of_rows(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
+        cases = [(X, predictor.ask(X)) for X in inputs]
+        for position, graph in enumerate(graphs):
+            way = graph.graph.how if graph.graph else ""
+            try:
+                found = next(filter(None, (find_disagreement(graph, *case) for case in cases)), None)
+            except Exception as error:  # what ONNX Runtime raises has no bounds
+                reasons.append(f"with {way} it fails: {reason_of(error)}")
+                continue
+            if found is None:
+                return position
+            index, how = found
+            reasons.append(f"with {way} it answers row {toml_value(rows[index])} {how}")
+    raise ModelError(f"does not agree with scikit-learn in ONNX Runtime: {'; '.join(reasons)}; {USE_SKLEARN}")
+
+
+def keep_answered(rows: list[dict[str, Any]], predictor: Predictor, arrays: Arrays) -> list[dict[str, Any]]:
+    """Leave out the rows for which the estimator fails, as a step of it may for a number that it cannot take."""
+    try:
+        predictor.ask(arrays.of_rows(rows))
+    except Exception:  # what an estimator raises has no bounds
+        halves = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ()
+        return [row for half in halves for row in keep_answered(half, predictor, arrays)]
+    return rows
+
+
+def find_disagreement(predictor: Predictor, X: Any, expected: tuple[Any, Any]) -> tuple[int, str] | None:
+    """Return the first row of X that is not answered as expected, classes exactly and numbers to 1e-5, and how.
+
+    A row to which the estimator itself gives two classes alike may get either: between them decides rounding, which in
+    scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `agrees`.
+    """
+    y, scores = as_array(expected[0]), expected[1]
+    given, given_scores = predictor.ask(X)
+    if given.shape != y.shape:
+        return 0, f"in the shape {given.shape}, scikit-learn in {y.shape}"
+    differ = differs(given, y, None)
+    if scores is not None:
+        scale = 1.0 if predictor.score == "probabilities" else None
+        differ = (differ & ~_are_tied(scores)) | differs(given_scores, scores, scale)
+    if not differ.any():
+        return None
+    index = int(differ.argmax())
+    ours, theirs = _show(given, given_scores, index), _show(y, scores, index)
+    return index, f"with {ours}, scikit-learn with {theirs}"
+
+
+def differs(given: Any, expected: Any, scale: float | None) -> Any:
+    """Say which rows differ, in numbers of which the largest, or `scale`, gives what is nothing but rounding."""
+    if isinstance(expected, list):
+        pairs = zip(given, expected, strict=True)
+        return np.logical_or.reduce([differs(*pair, scale) for pair in pairs])
+    if np.shape(given) != np.shape(expected):
+        return np.ones(len(expected), bool)
+    differ = np.asarray(given != expected)
+    if expected.dtype.kind == "f":
+        if scale is None:
+            scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+        differ = ~np.isclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
+    return differ.reshape(len(expected), -1).any(axis=1)
+
+
+def _are_tied(scores: Any) -> Any:
+    """Say in which rows the two highest scores, or the only one and 0, are alike."""
+    if isinstance(scores, list):
+        return np.logical_or.reduce([_are_tied(output) for output in scores])
+    if scores.ndim == 1 or scores.shape[1] == 1:
+        return np.abs(scores).reshape(-1) <= TOLERANCE
+    highest = np.sort(scores, axis=1)
+    return highest[:, -1] - highest[:, -2] <= TOLERANCE
+
+
+def _show(y: Any, scores: Any, index: int) -> str:
+    """Write the answer to a row for a message."""
+    answer = as_array(y)[index : index + 1].tolist()
+    if isinstance(scores, list):
+        answer += [output[index].tolist() for output in scores]
+    elif scores is not None:
+        answer += scores[index : index + 1].tolist()
+    return repr(shorten(answer))
+
+
+def refuse_trees(graph: Any) -> None:
+    """Raise `ModelError` for trees to which ONNX Runtime gives wrong answers, or for which it ends the process."""
+    for node in graph.node:
+        values = {attribute.name: attribute for attribute in node.attribute}
+        labels = read_labels(node) if node.op_type == "TreeEnsembleClassifier" else None
+        if labels is not None and len(labels) == 1:
+            raise ModelError(
+                "has trees of a single class, which ONNX Runtime does not answer; serve the estimator itself"
+            )
+        n_outputs = values["n_targets"].i if node.op_type == "TreeEnsembleRegressor" and "n_targets" in values else 1
+        if n_outputs > 1 and len(found := {*values["target_ids"].ints}) != n_outputs:  # the others would always be 0
+            raise ModelError(f"has trees for {len(found)} of its {n_outputs} outputs; convert a model for each output")
+
+
+def read_labels(node: Any) -> Any:
+    """Return the classes that are an attribute of a node, or None."""
+    for attribute in node.attribute:
+        if attribute.name.startswith("classlabels_") and (attribute.ints or attribute.strings):
+            return as_classes(list(attribute.ints) or [label.decode() for label in attribute.strings])
+    return None
+
+
+def as_classes(labels: list[Any]) -> Any:
+    return np.array(labels, object if isinstance(labels[0], str) else None)  # numpy's texts lose a last NUL

@@ -1,0 +1,262 @@
+"""How settings are read: the environment over the file over defaults, and where each value came from.
+
+It knows no setting: each table is declared by the part that it is about, and `app.py` puts the tables together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, cast, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from serving.errors import Key, MisfitError, SettingsError, nearest, shorten
+
+Sources = dict[Key, str]  # what gives the value of a setting
+
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class SettingsTable(BaseModel):
+    """A table of the settings file. Its owner declares the keys, their types and their defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    is_secret: ClassVar[bool] = False  # its values stay out of messages
+
+
+class SettingsFile(SettingsTable):
+    """All tables of a settings file, with what gives the value of each key. `read_settings` reads it."""
+
+    _file: Path = PrivateAttr(default=Path("settings.toml"))
+    _sources: Sources = PrivateAttr(default_factory=dict)
+
+    def source(self, *key: str) -> str:
+        """Name what gives the value of a setting: the file, a variable of the environment, or its default."""
+        return _source(key, self._sources)
+
+    def place(self, *key: str) -> str:
+        """Name the place of the value of a setting, for a message about it."""
+        return _place(key, self._sources)
+
+    @contextlib.contextmanager
+    def locate(self) -> Iterator[None]:
+        """Put the place of each setting in front of what is wrong with its value."""
+        try:
+            yield
+        except MisfitError as error:
+            lines = [f"{self.place(*key)} {problem}" for key, problem in error.problems]
+            raise SettingsError("\n".join(lines)) from None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the settings file, from which relative paths in it start."""
+        return self._file.parent
+
+    @property
+    def sha256(self) -> str:
+        """A hash of every value in force, by which two services can be compared; secrets are masked in it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+S = TypeVar("S", bound=SettingsFile)
+
+
+def read_settings(kind: type[S], file: Path) -> S:
+    """Read the settings: the environment first, then the file, then defaults.
+
+    Raises `SettingsError` with every mistake: place, value seen, what is allowed.
+    """
+    values = _read_toml(file)
+    _refuse_unknown_variables(kind)
+    sources: Sources = dict.fromkeys(leaves(values), file.name)
+    try:
+        # TOML has types, so its values are held to them; a variable is text, which is parsed.
+        kind.model_validate(values, strict=True)
+        given = leaves(Environment(cast(Any, _with_environment(kind)))())
+        environment = {key: f"environment: {_variable_of(key)}" for key in given}
+        sources = environment | sources | environment  # it comes first, and its values win
+        settings: S = _with_environment(kind)(**values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(kind, error, sources))) from None
+    settings._file, settings._sources = file, sources
+    return settings
+
+
+class Environment(EnvSettingsSource):
+    """The `SERVING_…` variables, nested like the file. Text that should be JSON and is not is left to validation."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except (ValueError, RecursionError):
+            return value
+
+
+@functools.cache
+def _with_environment(kind: type[S]) -> type[S]:
+    """Return the settings in which the environment wins over the values passed in, those of the file."""
+
+    class WithEnvironment(BaseSettings, kind):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(env_prefix="SERVING_", env_nested_delimiter="__")
+
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return Environment(settings_cls), init_settings
+
+    return WithEnvironment
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        hint = "set SERVING_SETTINGS to the path of a settings file"
+        raise SettingsError(f"settings file {str(file)!r} cannot be read: {error.strerror}; {hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
+
+
+def _refuse_unknown_variables(kind: type[BaseModel]) -> None:
+    """Refuse a `SERVING_…` variable that is no setting, which pydantic-settings would ignore (its issue 985)."""
+    known = {key[:end] for key in setting_keys(kind) for end in range(1, len(key) + 1)}
+    lines: list[str] = Field(default_factory=list)
+    for variable in map(str.upper, os.environ):
+        key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
+        ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
+        if ours and key not in known and _row_model(kind, key[0]) is None:
+            hint = nearest(variable, map(_variable, setting_keys(kind)))
+            lines.append(f"environment: {variable} is not a setting; {hint}")
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
+def setting_keys(model: type[BaseModel], prefix: Key = ()) -> Iterator[Key]:
+    """Yield every setting as its path of keys, such as `("server", "workers")`."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from setting_keys(info.annotation, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def _row_model(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """Return the model of the rows of a table whose keys the operator chooses, such as [features]; None for others."""
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    inner = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return inner[0] if get_origin(annotation) is dict and inner else None
+
+
+def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
+    """Yield every value of nested tables as its path of keys; an empty table counts as a value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+def _variable(key: Iterable[str]) -> str:
+    return "SERVING_" + "__".join(key).upper()
+
+
+def _variable_of(key: Key) -> str:
+    """Return the variable that gives a value of the environment: its own, or one with a table that it is in."""
+    names = [_variable(key[:end]) for end in range(len(key), 0, -1)]
+    return next(name for name in names if name in map(str.upper, os.environ))
+
+
+def _source(key: Key, sources: Sources) -> str:
+    return next((source for known, source in sources.items() if known[: len(key)] == key), "default")
+
+
+def _place(key: Key, sources: Sources) -> str:
+    source = _source(key, sources)
+    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(map(toml_key, key))}"
+
+
+def toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_value(name)
+
+
+def toml_value(value: Any) -> str:
+    """Return a text, number, truth or list of them in TOML: as in JSON, but that TOML wants DEL escaped too."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) -> list[str]:
+    """Describe each mistake in a line: place, value seen, what is allowed."""
+    shoulds: dict[str, list[str]] = {}
+    lines: list[str] = Field(default_factory=list)
+    for problem in error.errors(include_url=False):
+        key = _setting_of(kind, [str(part) for part in problem["loc"]])
+        place = _place(key, sources)
+        if problem["type"] == "extra_forbidden":
+            level = len(key) - 1
+            siblings = [known[level] for known in setting_keys(kind) if known[:level] == key[:level]]
+            row = _row_model(kind, key[0])
+            names = dict.fromkeys(siblings) if row is None else row.model_fields
+            lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
+        else:
+            seen = "**********" if _is_secret(kind, key[0]) else repr(shorten(problem["input"]))
+            as_json = " (as JSON)" if isinstance(problem["input"], str) and problem["type"] in NESTED else ""
+            shoulds.setdefault(f"{place} is {seen}", []).append(should(problem) + as_json)
+    return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
+
+
+def _setting_of(kind: type[BaseModel], loc: list[str]) -> Key:
+    """Return the setting that pydantic's `loc` is about; it goes on into the branches of a union."""
+    lengths = [len(key) for key in setting_keys(kind) if list(key) == loc[: len(key)]]
+    if _row_model(kind, loc[0]) is not None:
+        return tuple(loc[:3])
+    return tuple(loc[: lengths[0]] if lengths else loc)
+
+
+def _is_secret(kind: type[BaseModel], name: str) -> bool:
+    table = kind.model_fields[name].annotation if name in kind.model_fields else None
+    return isinstance(table, type) and issubclass(table, SettingsTable) and table.is_secret
+
+
+NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}
+
+
+def should(problem: Any) -> str:
+    """Return what one of pydantic's problems says that a value should be."""
+    kinds = NESTED | {"extra_forbidden": "not be there", "missing": "be there", "json_invalid": "be JSON"}
+    said: str = kinds.get(problem["type"], re.sub(r"^.* should ", "", problem["msg"]))
+    return said.partition(", unable to")[0]
+
+
+def print_settings(settings: SettingsFile) -> None:
+    """Print the settings in force as TOML, each with where it comes from; secrets are masked."""
+    table: tuple[str, ...] = ()
+    values = settings.model_dump(mode="json")
+    for key in sorted(leaves(values), key=len):
+        if key[:-1] != table:
+            table = key[:-1]
+            print(f"\n[{'.'.join(map(toml_key, table))}]")
+        value = functools.reduce(lambda level, part: level[part], key, values)
+        name, shown = toml_key(key[-1]), toml_value(value)
+        print(f"# {name} is not set" if value is None else f"{name} = {shown}  # {settings.source(*key)}")
+
+
+def check_each_once(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError("a list should have each value once")
+    return values
+
+
+T = TypeVar("T")

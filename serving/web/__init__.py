@@ -1,0 +1,1 @@
+"""HTTP's side: bytes in, bytes out. It knows no framework."""

@@ -1,0 +1,93 @@
+"""The service behind ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import string
+import urllib.parse
+from typing import Any
+
+from serving.errors import BodyCutShort
+from serving.predictor.batcher import LoopBatcher
+from serving.web.messages import LINGER_S, Request
+from serving.web.service import Service
+
+CUT_SHORT = "serving.cut_short"  # in a scope: the error by which a body ended before its end
+
+
+async def receive_unless_cut(scope: Any, receive: Any) -> Any:
+    """Tell an app of a body that was cut short as of a client that left, but which can still be answered."""
+    message = await receive()
+    return {"type": "http.disconnect"} if CUT_SHORT in scope else message
+
+
+class ASGIEndpoint:
+    """The service as an ASGI endpoint; a class, because Starlette would wrap a function."""
+
+    def __init__(self, service: Service[Any]) -> None:
+        self.service = service
+        self._batcher: LoopBatcher | None = None
+
+    @property
+    def batcher(self) -> LoopBatcher:
+        """The batcher of the running loop; in tests an app may see several, one after the other."""
+        loop, batcher = asyncio.get_running_loop(), self._batcher
+        if batcher is None or batcher.loop is not loop:
+            batcher = self._batcher = LoopBatcher(self.service.queue, loop)
+        return batcher
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.respond(asgi_request(scope, receive, self.batcher), receive, send)
+
+    async def respond(self, request: Request, receive: Any, send: Any) -> None:
+        response = await self.service.respond(request)
+        *pieces, last = [b""] if request.method == "HEAD" else response.pieces
+        await send(response.start_message)
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if response.lingers:
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+            await linger(receive)
+            last = b""
+        await send({"type": "http.response.body", "body": last})
+
+
+def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
+    """Make a `Request` of an ASGI scope."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if len(headers) < len(scope["headers"]):
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            values.setdefault(name, []).append(value)
+        headers = {name: b",".join(several) for name, several in values.items()}
+
+    def header(name: str) -> str | None:
+        value = headers.get(name.encode())
+        return value.strip(b" \t").decode("latin-1") if value else None
+
+    more = True
+
+    async def read(size: int) -> bytes:
+        nonlocal more
+        piece = b""
+        while more and size and not piece:
+            message = await receive()
+            if CUT_SHORT in scope or message["type"] == "http.disconnect":
+                raise scope.get(CUT_SHORT, BodyCutShort)()
+            piece, more = message.get("body", b""), message.get("more_body", False)
+        return piece
+
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
+    return Request(scope["method"], path, query, header, read, batcher)
+
+
+async def linger(receive: Any) -> None:
+    """Discard what the client still sends, for a moment: closing on unread bytes would reset the connection, and the
+    client might lose the answer (RFC 9112, section 9.6)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            message = await receive()
+            while message.get("more_body"):
+                message = await receive()

@@ -1,0 +1,172 @@
+"""The OpenAPI document of a service, from its table of operations and the contract of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import to_json
+
+from serving.predictor.contract import Contract
+from serving.predictor.predictor import Predictor
+from serving.web.service import Operation, Service
+
+
+class Status(BaseModel):
+    status: str
+    model: str | None = None
+    model_sha256: str | None = None  # of the artifact's bytes
+    settings_sha256: str | None = None  # of every value in force but the secrets
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+class BadCell(BaseModel):
+    type: str
+    loc: list[str | int]
+    msg: str
+    input: Any
+
+
+class ValidationProblem(BaseModel):
+    detail: list[BadCell]
+
+
+NUMBER = {"type": ["number", "null"]}  # what is no number in JSON is null
+
+
+def document_of(service: Service[Any]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a service, which is made once."""
+    if "openapi" not in service.made_once:
+        service.made_once["openapi"] = describe_api(service)
+    document: dict[str, Any] = service.made_once["openapi"]
+    return document
+
+
+def document_json_of(service: Service[Any]) -> bytes:
+    """Return the document as it is sent, rendered once: a model of many features makes it long."""
+    if "openapi.json" not in service.made_once:
+        rendered = to_json(document_of(service), inf_nan_mode="strings", fallback=str)
+        service.made_once["openapi.json"] = rendered
+    document: bytes = service.made_once["openapi.json"]
+    return document
+
+
+def describe_api(service: Service[Any]) -> dict[str, Any]:
+    """Make the OpenAPI 3.1 document from the table of operations."""
+    contract, sample, auth = service.model.contract, service.model.example_answer, service.settings.auth
+    schemas = _schemas(contract) | {"Prediction": _describe_prediction(service.model.predictor, sample)}
+    example = (contract.example, sample) if contract.is_known else (None, None)
+    paths: dict[str, Any] = {}
+    for operation in service.operations:
+        described = _describe(operation, schemas, example, contract.nullable, operation.needs_key(auth))
+        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": service.settings.model.name, "version": "1"},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+    if auth.api_keys:
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+    return document
+
+
+def _schemas(contract: Contract) -> dict[str, Any]:
+    types: dict[str, Any] = {
+        "Features": contract.row,
+        "Status": TypeAdapter(Status),
+        "Problem": TypeAdapter(Problem),
+        "ValidationProblem": TypeAdapter(ValidationProblem),
+    }
+    inputs: list[Any] = [(name, "validation", adapter) for name, adapter in types.items()]
+    references, definitions = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    schemas: dict[str, Any] = definitions.get("$defs", {})
+    for (name, _), schema in references.items():
+        schemas.setdefault(name, schema)
+    schemas["Document"] = {"type": "object"}
+    return schemas
+
+
+def _describe_prediction(predictor: Predictor, sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of an answer: that of the sample, with the classes that there are."""
+    prediction = sample["prediction"]
+    if isinstance(prediction, dict):
+        unknown: list[Any] = [None] * len(prediction)
+        outputs = zip(prediction.items(), predictor.classes_by_output or unknown, strict=True)
+        described = _describe_object({name: _describe_output(value, known) for (name, value), known in outputs})
+    else:
+        described = _describe_output(prediction, predictor.classes)
+    properties = {"prediction": described}
+    if predictor.score is not None:
+        properties[predictor.score] = _describe_like(sample[predictor.score], NUMBER)
+    return {"title": "Prediction"} | _describe_object(properties)
+
+
+def _describe_output(value: Any, classes: list[Any] | None) -> dict[str, Any]:
+    if classes is not None and all(isinstance(label, str | int) for label in classes):
+        return {"enum": classes}
+    if isinstance(value, int | float | None) and not isinstance(value, bool):
+        return NUMBER
+    return {"type": {bool: "boolean", str: "string"}[type(value)]} if type(value) in (bool, str) else {}
+
+
+def _describe_like(value: Any, leaf: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return _describe_object({name: _describe_like(item, leaf) for name, item in value.items()})
+    return {"type": "array", "items": leaf} if isinstance(value, list) else leaf
+
+
+def _describe_object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def _describe(
+    operation: Operation, schemas: Mapping[str, Any], example: Any, nullable: list[str], secured: bool
+) -> dict[str, Any]:
+    """Describe an operation; `example` is a row and its prediction, `nullable` names what a query can leave out."""
+    described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
+    row, answer = example if operation.gives == "Prediction" else (None, None)
+    schema: dict[str, Any] = _reference(operation.gives)
+    if operation.takes_query:
+        described["parameters"] = [
+            {"name": name, "in": "query", "required": name not in nullable, "schema": cell}
+            for name, cell in schemas["Features"]["properties"].items()
+        ]
+    if operation.media_types:
+        schema = _one_or_many(schema)
+        content = _content(_one_or_many(_reference("Features")), row)
+        described["requestBody"] = {"required": True, "content": content}
+    described["responses"] = {"200": _answer_described(200, _content(schema, answer))}
+    for status in operation.errors:
+        if status != 401 or secured:
+            content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
+            described["responses"][str(status)] = _answer_described(status, content)
+    if secured:
+        described["security"] = [{"bearer": []}, {"api_key": []}]
+    return described
+
+
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+
+
+def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
+    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"application/json": media}
+
+
+def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:
+    headers = {"X-Request-ID": {"schema": {"type": "string"}}}
+    return {"description": HTTPStatus(status).phrase, "headers": headers, "content": content}

@@ -1,0 +1,296 @@
+"""The service: from a request to its operation, and to a response whatever happens. It knows no framework."""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+
+import structlog
+from pydantic import AfterValidator, Field, PositiveInt, SecretStr
+
+from serving.errors import (
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    ServingError,
+    Unauthorized,
+    UnsupportedMediaType,
+    listed,
+    nearest,
+    shorten,
+)
+from serving.logs import REQUEST_ID
+from serving.predictor.artifact import ModelSettings
+from serving.predictor.batcher import BatchingSettings, BatchQueue, CallCost, Job
+from serving.predictor.model import Model
+from serving.predictor.proof import Proof
+from serving.settings import SettingsTable
+from serving.web.messages import SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
+
+log = structlog.get_logger()
+
+
+class LimitSettings(SettingsTable):
+    """The limits of a request, and of what may wait."""
+
+    max_body_bytes: PositiveInt = 8_388_608
+    max_rows: PositiveInt = 10_000
+    max_queued_rows: PositiveInt = 10_000
+    request_timeout_s: Annotated[float, Field(ge=0.1, le=86_400)] = 10.0
+
+
+def _check_key(key: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[^\s\ud800-\udfff]+", key.get_secret_value()):
+        raise ValueError("a key should be text without white space")
+    return key
+
+
+class AuthSettings(SettingsTable):
+    """The keys of those who may ask."""
+
+    is_secret = True
+
+    api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = Field(default_factory=list)
+    open_docs: bool = False
+
+
+class ServiceSettings(Protocol):
+    """The tables of the settings that a service reads."""
+
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def batching(self) -> BatchingSettings: ...
+    @property
+    def limits(self) -> LimitSettings: ...
+    @property
+    def auth(self) -> AuthSettings: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+S = TypeVar("S", bound=ServiceSettings)
+Endpoint = Callable[["Service[Any]", Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """A row of the table from which routes, answers and the OpenAPI document are made.
+
+    A body may have one of `media_types`, and be encoded by one of `encodings`; without media types it takes none.
+    `write_error` writes its errors, and those of unknown paths below `scope`.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    endpoint: Endpoint
+    media_types: Sequence[str] = ()
+    encodings: Sequence[str] = ("identity",)
+    takes_query: bool = False  # one row, given as query parameters
+    gives: str = "Status"  # the schema of its answer
+    errors: Sequence[int] = ()
+    access: Literal["key", "docs", "open"] = "key"  # "docs": as `auth.open_docs` says
+    is_hot: bool = False  # answered in front of the framework's router, unless the user has added something
+    write_error: Callable[[ServingError], Response] = write_detail
+    scope: str | None = None
+
+    def needs_key(self, auth: AuthSettings) -> bool:
+        """Return whether it answers only to an API key."""
+        is_closed = self.access == "key" or (self.access == "docs" and not auth.open_docs)
+        return is_closed and bool(auth.api_keys)
+
+    def check_media_type(self, request: Request) -> None:
+        """Raise `UnsupportedMediaType` for a body that it does not take."""
+        encoding = request.header("content-encoding")
+        if encoding is not None and encoding not in self.encodings:
+            problem = f"Content-Encoding is {shorten(encoding)!r}"
+            others = [name for name in self.encodings if name != "identity"]
+            rule = f"use one of {listed(others)}, or send" if others else "send"
+            raise UnsupportedMediaType(f"{problem}; {rule} the body as it is")
+        given = request.header("content-type")
+        if given in self.media_types:
+            return
+        media_type, _, parameters = (given or "").lower().partition(";")
+        charset = parameters.strip().removeprefix("charset=").strip('"')
+        if media_type.strip() not in self.media_types or charset not in ("", "utf-8"):
+            seen = "missing" if given is None else repr(shorten(given))
+            raise UnsupportedMediaType(f"Content-Type is {seen}; use {' or '.join(map(repr, self.media_types))}")
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request that was answered."""
+
+    request: Request  # with its job, if it was one for predictions
+    response: Response
+    operation: Operation | None  # None where there is none for the request
+    began: float  # by `time.perf_counter`
+    took_s: float
+
+
+Observer = Callable[[Exchange], None]
+
+
+class AccessLog:
+    """Logs each exchange. An observer."""
+
+    @functools.cached_property
+    def _log(self) -> Any:
+        return log.bind()  # once, for a proxy would do it for each line; but not before logging is configured
+
+    def __call__(self, exchange: Exchange) -> None:
+        self._log.info(
+            "request",
+            method=exchange.request.method,
+            path=exchange.request.path,
+            status=exchange.response.status,
+            duration_ms=round(exchange.took_s * 1000, 3),
+            rows=exchange.request.rows,
+        )
+
+
+class Service(Generic[S]):
+    """What the two frameworks share: a proven model behind a table of operations. Observers see each exchange."""
+
+    def __init__(
+        self,
+        settings: S,
+        model: Model,
+        proof: Proof,
+        operations: Iterable[Operation],
+        observers: Iterable[Observer] = (),
+    ) -> None:
+        self.settings = settings
+        self.model = proof.applied_to(model)
+        self.operations = [*operations]
+        self.observers = [*observers]
+        self.is_stopping = False  # with this process, which no other one takes over from
+        self.made_once: dict[str, Any] = {}  # what operations make of it for the first request
+        self.routes: dict[str, dict[str, Operation]] = {}
+        self.hot: dict[str, set[str]] = {}  # methods that are answered in front of the router, by path
+        for operation in self.operations:
+            self.routes.setdefault(operation.path, {})[operation.method] = operation
+            if operation.is_hot:
+                methods = {operation.method, "HEAD"} if operation.method == "GET" else {operation.method}
+                self.hot.setdefault(operation.path, set()).update(methods)
+        self._secured = {operation for operation in self.operations if operation.needs_key(settings.auth)}
+        self._keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
+        limits, batching = settings.limits, settings.batching
+        self.queue = BatchQueue(
+            self.model.predict_rows,
+            self.model.predict,
+            max_rows=batching.max_rows,
+            max_wait_s=batching.max_wait_ms / 1000,
+            max_queued_rows=limits.max_queued_rows,
+            timeout_s=limits.request_timeout_s,
+            can_share=proof.never_batched is None,
+            cost=CallCost(proof.call_s, proof.row_s),
+        )
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What is served: the model's name and the hashes of artifact and settings, for readiness and the log."""
+        hashes = {"model_sha256": self.model.sha256, "settings_sha256": self.settings.sha256}
+        return {"model": self.settings.model.name, **hashes}
+
+    async def respond(self, request: Request) -> Response:
+        """Answer one request, good or bad, and show it to the observers."""
+        began = time.perf_counter()
+        given = request.header("x-request-id")
+        request_id = given if given and SANE_REQUEST_ID.fullmatch(given) else make_request_id()
+        token = REQUEST_ID.set(request_id)
+        try:
+            found = self.judge_head(request)
+            response = await self._answer(request, found)
+            response.request_id = request_id
+            if self.observers:
+                operation = found if isinstance(found, Operation) else None
+                self._show(Exchange(request, response, operation, began, time.perf_counter() - began))
+            return response
+        finally:
+            REQUEST_ID.reset(token)
+
+    def _show(self, exchange: Exchange) -> None:
+        for observe in self.observers:
+            try:
+                observe(exchange)
+            except Exception:  # of whatever kind: an answer is not lost for it
+                log.exception("observer_failed")
+
+    async def _answer(self, request: Request, found: Operation | ServingError) -> Response:
+        write = found.write_error if isinstance(found, Operation) else self._error_writer(request)
+        try:
+            if isinstance(found, Unauthorized):
+                raise found
+            takes_body = isinstance(found, Operation) and bool(found.media_types)
+            await request.read_body(self.settings.limits.max_body_bytes, takes_body)
+            if isinstance(request.body, ServingError):
+                raise request.body
+            if isinstance(found, ServingError):
+                raise found
+            if takes_body:
+                found.check_media_type(request)
+            return await found.endpoint(self, request)
+        except ServingError as error:
+            return write(error)
+        except Exception:  # the outermost edge: whatever failed, the client learns no internals
+            log.exception("request_failed", method=request.method, path=request.path)
+            return write(InternalError("internal error; the log has it under this X-Request-ID"))
+
+    def _error_writer(self, request: Request) -> Callable[[ServingError], Response]:
+        """Return what writes the errors of a request that gets no operation: by its path, or by a part of the API."""
+        operations = self.routes.get(request.path) or {}
+        scopes = [one for one in self.operations if one.scope and f"{request.path}/".startswith(f"{one.scope}/")]
+        return next((one.write_error for one in [*operations.values(), *scopes]), write_detail)
+
+    def judge_head(self, request: Request) -> Operation | ServingError:
+        """Return the operation that a request asks for, or why it gets none, before its body is read."""
+        try:
+            operation = self._find(request)
+            if operation in self._secured:
+                self._authorize(request)
+        except ServingError as error:
+            return error
+        return operation
+
+    def takes_body(self, request: Request) -> bool:
+        """Return whether a request is for an operation that takes its body."""
+        found = self.judge_head(request)
+        return isinstance(found, Operation) and bool(found.media_types)
+
+    def lacks_key(self, request: Request) -> bool:
+        """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
+        return request.announces_body and isinstance(self.judge_head(request), Unauthorized)
+
+    def _find(self, request: Request) -> Operation:
+        methods = self.routes.get(request.path)
+        if methods is None:
+            raise NotFound(f"there is no {shorten(request.path)!r}; {nearest(request.path, self.routes)}")
+        operation = methods.get("GET" if request.method == "HEAD" else request.method)
+        if operation is None:
+            allowed = ", ".join(methods).replace("GET", "GET, HEAD")
+            detail = f"{shorten(request.method)} is not allowed on {request.path}; use one of {allowed}"
+            raise MethodNotAllowed(detail, {"Allow": allowed})
+        return operation
+
+    def _authorize(self, request: Request) -> None:
+        """Compare the key in constant time with every key, so that the time taken tells nothing."""
+        scheme, _, token = (request.header("authorization") or "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else request.header("x-api-key") or ""
+        matches = [hmac.compare_digest(key.encode("latin-1"), known) for known in self._keys]
+        if not any(matches):
+            detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            raise Unauthorized(detail, lingers=request.announces_body)
+
+    def predict(self, request: Request, job: Job) -> Awaitable[Any]:
+        """Return the result of a job. Raises `ServingError`, and what the estimator raises."""
+        request.job = job
+        request.rows = job.n_rows
+        return request.batcher.predict(job)

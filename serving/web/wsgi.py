@@ -1,0 +1,67 @@
+"""The service behind WSGI, where whatever is awaited blocks instead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from serving.errors import BodyCutShort
+from serving.predictor.batcher import ThreadBatcher
+from serving.web.messages import Request
+from serving.web.service import Service
+
+T = TypeVar("T")
+
+
+class WSGIEndpoint:
+    """The service as a WSGI app."""
+
+    def __init__(self, service: Service[Any]) -> None:
+        self.service = service
+        self.batcher = ThreadBatcher(service.queue)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        return self.respond(wsgi_request(environ, self.batcher), start_response)
+
+    def respond(self, request: Request, start_response: Any) -> list[bytes]:
+        response = run_now(self.service.respond(request))
+        start_response(response.status_line, response.headers)
+        return [] if request.method == "HEAD" else response.pieces
+
+
+def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
+    """Make a `Request` of a WSGI environ."""
+
+    def header(name: str) -> str | None:
+        key = name.upper().replace("-", "_")
+        return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}") or None
+
+    stream = environ["wsgi.input"]
+    has_end = environ.get("wsgi.input_terminated") or "CONTENT_LENGTH" in environ
+
+    async def read(size: int) -> bytes:
+        try:
+            return stream.read(size) if has_end else b""
+        except _stream_errors():
+            raise BodyCutShort from None
+
+    path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
+    query = environ.get("QUERY_STRING", "")
+    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher)
+
+
+def _stream_errors() -> tuple[type[Exception], ...]:
+    """Return what a server's stream raises for a body that is cut short or malformed."""
+    gunicorn = sys.modules.get("gunicorn.http.errors")
+    return (OSError, gunicorn.ParseException) if gunicorn else (OSError,)
+
+
+def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits: under WSGI, what it awaits blocks instead."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise RuntimeError("a coroutine waited where nothing can wake it")
