@@ -133,7 +133,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 def _refuse_unknown_variables(kind: type[BaseModel]) -> None:
     """Refuse a `SERVING_…` variable that is no setting, which pydantic-settings would ignore (its issue 985)."""
     known = {key[:end] for key in setting_keys(kind) for end in range(1, len(key) + 1)}
-    lines: list[str] = Field(default_factory=list)
+    lines: list[str] = []
     for variable in map(str.upper, os.environ):
         key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
         ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
@@ -200,7 +200,7 @@ def toml_value(value: Any) -> str:
 def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) -> list[str]:
     """Describe each mistake in a line: place, value seen, what is allowed."""
     shoulds: dict[str, list[str]] = {}
-    lines: list[str] = Field(default_factory=list)
+    lines: list[str] = []
     for problem in error.errors(include_url=False):
         key = _setting_of(kind, [str(part) for part in problem["loc"]])
         place = _place(key, sources)
