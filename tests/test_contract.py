@@ -36,7 +36,7 @@ def test_large_numbers_do_not_crash_a_forest(tmp_path: Path) -> None:
 
 def test_array_keeps_the_order_of_the_features() -> None:
     """Columns follow the estimator's order, whatever the order of the keys."""
-    contract = app.make_service(make_settings()).contract
+    contract = app.make_service(make_settings()).model.contract
     rows = contract.parse_payload([dict(reversed(ROW.items())), ROW])
     assert Arrays(contract).of_rows(rows).tolist() == [list(ROW.values())] * 2
 
@@ -76,7 +76,7 @@ def test_features_of_settings_are_held_to(
 
 def test_answer_to_many_bad_cells_is_bounded() -> None:
     """At most 1000 bad cells are named, in less time than it takes to write what was sent; that is repeated once."""
-    contract = app.make_service(make_settings()).contract
+    contract = app.make_service(make_settings()).model.contract
     written_s = refused_s = 0.0
     payloads = (
         ([{}] * 10_000, 2 * 10**6),
@@ -100,7 +100,7 @@ def test_answer_to_many_bad_cells_is_bounded() -> None:
 
 def test_missing_value_reaches_the_estimator_as_nan(forest: dict[str, str]) -> None:
     """A null is NaN in the array where the feature may be missing, and true is 1."""
-    contract = app.make_service(make_settings(model=forest, features=FEATURES)).contract
+    contract = app.make_service(make_settings(model=forest, features=FEATURES)).model.contract
     rows = contract.parse_payload({"sepal_length": 5, "sepal_width": 3, "petal_length": True, "petal_width": None})
     np.testing.assert_array_equal(Arrays(contract).of_rows(rows), [[5.0, 3.0, 1.0, np.nan]])
 

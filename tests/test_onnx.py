@@ -182,7 +182,7 @@ def test_other_answers_are_as_in_sklearn(tmp_path: Path, estimator: Any, target:
 def test_missing_values_are_answered_as_in_sklearn(tmp_path: Path, estimator: Any) -> None:
     """Where null is allowed, it has the same effect."""
     service = proven(tmp_path / "model.joblib", estimator.fit(GAPS, NAMES), row=ROWS[0])
-    assert set(service.contract.nullable) == set(ROWS[0])
+    assert set(service.model.contract.nullable) == set(ROWS[0])
     assert agree(service, GAPS)
 
 

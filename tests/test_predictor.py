@@ -51,7 +51,7 @@ def make_row(values: Any) -> dict[str, float]:
 def test_shipped_model_knows_names_and_species(framework: str) -> None:
     """The features are the four of Fisher's data, in cm, and the classes are the species."""
     service = app.make_service(make_settings(framework=framework))
-    assert service.contract.names == ["sepal_length", "sepal_width", "petal_length", "petal_width"]
+    assert service.model.contract.names == ["sepal_length", "sepal_width", "petal_length", "petal_width"]
     assert service.model.predictor.classes == ["setosa", "versicolor", "virginica"]
     predictions = answers_of(service.model.predictor, X)
     accuracy = np.mean(
