@@ -41,7 +41,7 @@ test-oldest:
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy app.py gunicorn.conf.py serving model bench tests/lib
+	$(BIN)/mypy app.py gunicorn.conf.py serving processes model bench tests/lib
 
 soak: $(VENV)/test
 	$(BIN)/python -m tests.soak

@@ -22,8 +22,9 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import joblib
@@ -135,8 +136,10 @@ class Settings(SettingsFile):
         return max(1, self.cores // self.workers)
 
 
-def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
-    """Return the settings: the environment over the file over defaults.
+def load_settings(
+    path: str | os.PathLike[str] | None = None, options: Mapping[str, Any] = MappingProxyType({})
+) -> Settings:
+    """Return the settings: gunicorn's `options` over the environment over the file over defaults.
 
     `path` is the file; without it `SERVING_SETTINGS`, and without that the `settings.toml` beside this module. Raises
     `SettingsError` with every mistake: place, value seen, what is allowed.
@@ -145,7 +148,24 @@ def load_settings(path: str | os.PathLike[str] | None = None) -> Settings:
     settings = read_settings(Settings, file)
     for name, feature in settings.features.items():
         feature._is_variable = settings.source("features", name, "example").startswith("environment")
+    if settings.server.workers == "auto" and (concurrency := os.environ.get("WEB_CONCURRENCY")):
+        # Platforms set it. Gunicorn too takes it for the number of workers that nobody has set.
+        settings = settings.with_value(("server", "workers"), int(concurrency), "environment: WEB_CONCURRENCY")
+    for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
+        settings = settings.with_value(("server", name), options[name], "gunicorn's options")
+    if "loglevel" in options:
+        settings = settings.with_value(("logging", "level"), options["loglevel"].lower(), "gunicorn's options")
     return settings
+
+
+def read_gunicorn_options(words: Sequence[str] | None = ()) -> dict[str, Any]:
+    """Return gunicorn's options of a command line, None for this process's, or else of GUNICORN_CMD_ARGS."""
+    from gunicorn.config import Config  # here, for other servers do without gunicorn
+
+    config = Config()
+    parsed = config.parser().parse_known_args(config.get_cmd_args_from_env() if words == () else words)[0]
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    return given | {"wsgi_app": next(iter(given["args"]), None)}
 
 
 # Endpoints: bytes in, bytes out, no framework -------------------------------------------------------------------------
@@ -457,4 +477,4 @@ def __getattr__(name: str) -> Any:
 
 if __name__ == "__main__":
     with exit_on_startup_error():
-        print_settings(load_settings())
+        print_settings(load_settings(options=read_gunicorn_options()))

@@ -77,8 +77,12 @@ def exit_on_startup_error() -> Iterator[None]:
     try:
         yield
     except StartupError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(STARTUP_STATUS)
+
+
+def print_error(error: StartupError) -> None:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

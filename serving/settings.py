@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
@@ -58,6 +58,13 @@ class SettingsFile(SettingsTable):
         except MisfitError as error:
             lines = [f"{self.place(*key)} {problem}" for key, problem in error.problems]
             raise SettingsError("\n".join(lines)) from None
+
+    def with_value(self, key: Key, value: Any, source: str) -> Self:
+        """Return the settings with another value of one setting, which is not checked here."""
+        table, name = key
+        changed = self.model_copy(update={table: getattr(self, table).model_copy(update={name: value})})
+        changed._sources = {key: source} | self._sources
+        return changed
 
     @property
     def folder(self) -> Path:

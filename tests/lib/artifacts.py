@@ -38,7 +38,7 @@ def copy_project(folder: Path) -> None:
     """Put what is deployed into a folder, to be edited there."""
     for name in ("app.py", "gunicorn.conf.py", "settings.toml"):
         shutil.copy(PROJECT / name, folder)
-    for name in ("model", "serving"):
+    for name in ("model", "processes", "serving"):
         shutil.copytree(PROJECT / name, folder / name)
 
 

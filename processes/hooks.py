@@ -1,0 +1,89 @@
+"""Gunicorn's hooks and its logger, as `gunicorn.conf.py` names them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import signal
+from typing import Any, cast
+
+from gunicorn.glogging import Logger
+
+import app
+from processes import boot, early, options
+from processes.handshake import give_time
+from processes.loading import refuse_start
+from processes.master import Master
+from serving.errors import StartupError, about, exit_on_startup_error
+from serving.output import finish_output, reopen_output
+from serving.web.service import Service
+
+MAX_FILES = 65_536  # that a worker may have open, where the hard limit lets it
+GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
+
+
+class GunicornLogger(Logger):
+    """Gunicorn's logger without its handlers: `configure_logging` has put ours in their place."""
+
+    def setup(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.loglevel = logging.root.level
+        self._access_log_enabled = False
+
+
+def on_starting(server: Any) -> None:
+    """Make the arbiter a `Master`, unless gunicorn's options are refused."""
+    service = cast(Service[app.Settings], app.current_service())
+    try:
+        final = options.final_options(server.cfg)
+        options.check_options(final, options.read_options())
+        options.check_app(server.app.app_uri, final, service.settings)
+    except StartupError as error:
+        if server.pidfile is not None:
+            server.pidfile.unlink()
+        refuse_start(error)
+    if server.cfg.daemon:
+        reopen_output()
+    Master.take_over(server, service, boot.proof_s)
+
+
+def when_ready(server: Master) -> None:
+    server.reload_.is_asked = server.reload_.is_asked or bool(early.hups)
+    server.announce()
+
+
+def post_fork(server: Master, worker: Any) -> None:
+    """Prepare a worker. A signal that came while it was forked, as `Master.spawn_worker` tells, ends it here."""
+    gc.freeze()  # or the collector would write to all that is shared with the master
+    worker.handshake, worker.service = server.handshake, server.service
+    server.reload_.leave_previous()
+    allow_files()
+    give_time(worker.tmp, server.start_timeout_s)
+    for number in worker.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, worker.SIGNALS)
+
+
+def allow_files() -> None:
+    """Let this process have as many files open as it may; a soft limit of 1024, the usual one, is as many clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def post_worker_init(worker: Any) -> None:
+    """Answer the first rows in a worker, and keep the garbage collector from what it has loaded."""
+    with exit_on_startup_error(), about(worker.service.settings.artifact):
+        worker.service.model.warm_up()
+    boot.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+
+
+def worker_exit(server: Master, worker: Any) -> None:
+    """End a worker in which a call is still made: Python would wait for its thread."""
+    if worker.service.queue.called_at is not None:
+        finish_output()
+        os._exit(0)

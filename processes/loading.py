@@ -1,0 +1,189 @@
+"""Loading a model in the master, and proving it in a child, in a limited time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import NoReturn
+
+import structlog
+
+import app
+from processes import options
+from processes.tls import check_tls
+from processes.trial import try_out
+from serving.errors import STARTUP_STATUS, ModelError, StartupError, about, listed, print_error, reason_of
+from serving.logs import configure_logging
+from serving.output import finish_output
+from serving.predictor.model import Model
+from serving.predictor.proof import Proof
+from serving.web.service import Service
+
+log = structlog.get_logger()
+
+Loaded = tuple[app.Settings, Model]
+PROGRESS_S = 10.0  # seconds between lines about what takes long
+WATCH_MARGIN_S = 2.0  # seconds in which a process that starts ends by itself
+WATCH_POLL_S = 0.1
+
+
+class Deadline:
+    """The time that loading and proving a model may take together, in this process and in children of it.
+
+    Its memory is shared with them: a child tells what it does, and what the settings that it has read say.
+    """
+
+    LIMIT, ARTIFACT, DOING = slice(0, 8), slice(8, 1608), slice(1608, 3208)  # seconds, and two texts
+
+    def __init__(self, limit_s: float) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._started = time.monotonic()
+        self._next_line_s = PROGRESS_S
+        self.threads_before: int | None = None  # native ones, before loading began
+        self.set("the model", limit_s)
+
+    def set(self, artifact: str, limit_s: float) -> None:
+        """Note what the settings say."""
+        self._note(self.ARTIFACT, artifact)
+        self._memory[self.LIMIT] = struct.pack("d", limit_s)  # whole for whoever reads it; pack_into clears it first
+        self.report("reading its settings")
+
+    def report(self, doing: str) -> None:
+        """Note what is done now."""
+        self._note(self.DOING, doing)
+
+    def _note(self, place: slice, text: str) -> None:
+        size = place.stop - place.start
+        self._memory[place] = text.encode(errors="replace")[:size].ljust(size, b"\0")
+
+    def _read(self, place: slice) -> str:
+        return self._memory[place].rstrip(b"\0").decode(errors="replace")
+
+    @property
+    def limit_s(self) -> float:
+        (limit_s,) = struct.unpack("d", self._memory[self.LIMIT])
+        return float(limit_s)
+
+    @property
+    def took_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def check(self) -> None:
+        """Log what takes long. Raises `ModelError` when it takes too long."""
+        took_s, limit_s = self.took_s, self.limit_s
+        if took_s > limit_s:
+            raise self.error()
+        if took_s > self._next_line_s:
+            self._next_line_s += PROGRESS_S
+            doing = self._read(self.DOING)
+            log.warning("model_takes_long", doing=doing, for_s=round(took_s, 1), limit_s=limit_s)
+
+    def error(self) -> ModelError:
+        """Return what to raise when it takes too long."""
+        what = f"{self._read(self.ARTIFACT)} takes longer than model.load_timeout_s = {self.limit_s:g} s"
+        left = 0 if self.threads_before is None else count_native_threads() - self.threads_before
+        hint = (
+            f"; loading it left {left} native threads behind, for which a forked process may wait" if left > 0 else ""
+        )
+        return ModelError(f"{what} while {self._read(self.DOING)}{hint}")
+
+
+class Loading:
+    """A model that is loaded in a thread of its own, so that its caller can go on.
+
+    OpenMP starts threads for each thread that calls it, as LightGBM and XGBoost do while they are loaded. A process
+    that is forked later lacks them and waits for them, unless they have ended with the thread that called.
+    """
+
+    def __init__(self, deadline: Deadline, wakeup: Callable[[], None] = lambda: None) -> None:
+        self._deadline, self._wakeup = deadline, wakeup
+        self._threads_before = count_native_threads()
+        self._results: list[Loaded | BaseException] = []
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(load(self._deadline))
+        except BaseException as error:  # what an artifact raises has no bounds
+            self._results.append(error)
+        self._wakeup()
+
+    def has_ended(self) -> bool:
+        """Return whether `result` is there."""
+        return bool(self._results)
+
+    def result(self) -> Loaded:
+        """Return the settings and the model that they describe, and let go of them. Raises `StartupError`."""
+        self._thread.join()
+        result, self._results = self._results[0], [StartupError("the result was taken")]
+        if isinstance(result, StartupError):
+            raise result
+        if isinstance(result, BaseException):
+            raise StartupError(reason_of(result))
+        self._deadline.threads_before = self._threads_before
+        return result
+
+
+def count_native_threads() -> int:
+    """Return how many threads this process has that Python does not know of, where the system tells."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/task")) - threading.active_count()
+    return 0
+
+
+def load(deadline: Deadline) -> Loaded:
+    """Load what the settings say, for workers to be forked. Raises `StartupError`."""
+    settings = app.load_settings(options=options.read_options())
+    deadline.set(settings.artifact, settings.model.load_timeout_s)
+    if app.current_service() is None:
+        configure_logging(settings.logging)
+    check_tls(settings)
+    model = app.load(settings, deadline.report)
+    ours = (threading.main_thread(), threading.current_thread())
+    if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
+        with about(settings.artifact):
+            raise ModelError(f"starts threads when it is loaded, which forked workers lack: {listed(others)}")
+    importlib.import_module(settings.framework)  # once for all workers
+    return settings, model
+
+
+def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, Service[app.Settings]]:
+    """Yield until a child has proven a model, and return the service of it. Raises `StartupError`."""
+    settings, model = loaded
+    prove = functools.partial(_prove, settings, model)
+    proof = yield from try_out(prove, settings.artifact, deadline.check)
+    return app.make_service(settings, model, Proof(**json.loads(proof)))
+
+
+def _prove(settings: app.Settings, model: Model) -> str:
+    return json.dumps(dataclasses.asdict(app.prove_here(settings, model)))
+
+
+def end_when_late(pid: int, deadline: Deadline) -> str:
+    """End a process that is late and does not end itself, since what it loads never gives the interpreter back."""
+    while deadline.took_s < deadline.limit_s + WATCH_MARGIN_S:
+        if os.getppid() != pid:
+            return ""  # it has ended, and its number may be another's by now
+        time.sleep(WATCH_POLL_S)
+    print_error(deadline.error())
+    finish_output()
+    os.kill(pid, signal.SIGKILL)
+    return ""
+
+
+def refuse_start(error: StartupError) -> NoReturn:
+    """End the process with the message alone, without waiting for threads that an artifact has started."""
+    print_error(error)
+    finish_output()
+    os._exit(STARTUP_STATUS)

@@ -1,0 +1,96 @@
+"""Gunicorn's options, which win over the settings: those that are honoured, and those that are refused by name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from gunicorn.config import Config
+
+import app
+from processes.worker import SupervisedWorker
+from serving.errors import StartupError, listed
+
+WORKERS = {  # the settings' word: what gunicorn serves, and by which class
+    "uvicorn": ("app:asgi", "processes.uvicorn_worker.UvicornWorker"),
+    "gevent": ("app:wsgi", "processes.gevent_worker.GeventWorker"),
+}
+APPS = {name: served for name, (served, _) in WORKERS.items()}
+KNOWN_WORKERS = {  # worker classes by name, with what each serves
+    **{worker: served for served, worker in WORKERS.values()},
+    "uvicorn_worker.UvicornWorker": APPS["uvicorn"],
+    "gevent": APPS["gevent"],
+}
+CHOICES = {"protocol": ("http",), "http_parser": ("auto", "python")}  # other values would answer nobody
+REFUSED = {  # options that cannot be honoured, and what to do instead
+    "preload_app": "preload_app would have the master predict; leave it out: the workers share the model anyway",
+    "reload": "reload would not see a change, for the workers share the master's code; leave it out, and restart",
+    **dict.fromkeys(
+        ("accesslog", "errorlog", "access_log_format", "logconfig", "logconfig_dict", "logconfig_json"),
+        "{name} is not used: every line of the log goes to standard error; leave it out, and see [logging]",
+    ),
+    **dict.fromkeys(
+        ("syslog", "statsd_host", "capture_output", "logger_class"),
+        "{name} is not used: every line of the log goes to standard error; leave it out, and see [logging]",
+    ),
+}
+
+
+def read_options() -> dict[str, Any]:
+    """Return gunicorn's options of the command line and of GUNICORN_CMD_ARGS, which win over gunicorn.conf.py.
+
+    Gunicorn parses them anew once it has read that file; a check of the configuration has no later hook.
+    """
+    return app.read_gunicorn_options() | app.read_gunicorn_options(None)
+
+
+def final_options(config: Config) -> dict[str, Any]:
+    """Return gunicorn's options as they are in force."""
+    return {name: setting.get() for name, setting in config.settings.items()}
+
+
+def check_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise `StartupError` if the service cannot work with gunicorn's options, or not with one that was given."""
+    for name, problem in REFUSED.items():
+        if given.get(name):
+            raise StartupError(problem.format(name=f"gunicorn's {name}") if "{name}" in problem else problem)
+    kind = options.get("worker_class")
+    is_ours = isinstance(kind, type) and issubclass(kind, SupervisedWorker)
+    if not (kind is None or is_ours or kind in KNOWN_WORKERS):
+        rule = "leave it out, and set server.worker_class to 'uvicorn' or 'gevent'"
+        raise StartupError(f"gunicorn's worker_class is {getattr(kind, '__name__', kind)!r}; {rule}")
+    for name, allowed in CHOICES.items():
+        if (value := options.get(name, allowed[0])) not in allowed:
+            raise StartupError(f"gunicorn's {name} is {value!r}; leave it out, or use one of {listed(allowed)}")
+    for name in ("workers", "worker_connections", "keepalive"):
+        if (number := options.get(name, 1)) < 1:
+            raise StartupError(f"gunicorn's {name} is {number}; use 1 or more, or nobody is answered")
+    folder = options.get("worker_tmp_dir")
+    _check_folder(f"worker_tmp_dir is {folder!r}, where no file" if folder else "no temporary file", folder)
+    if pidfile := options.get("pidfile"):
+        _check_folder(f"pidfile is {pidfile!r}, where no file", os.path.dirname(pidfile) or ".")
+
+
+def _check_folder(problem: str, folder: str | None) -> None:
+    """Raise `StartupError` if no file can be made in a folder, or without one where temporary files go."""
+    try:
+        file, name = tempfile.mkstemp(prefix="gunicorn-", dir=folder)
+        os.close(file)
+        os.unlink(name)
+    except OSError as error:
+        rule = "gunicorn needs one; see --worker-tmp-dir, --pid and TMPDIR"
+        raise StartupError(f"{problem} can be made: {error.strerror or error}; {rule}") from None
+
+
+def check_app(uri: str, options: Mapping[str, Any], settings: app.Settings) -> None:
+    """Raise `StartupError` if the worker cannot work with the app, which may be of the other interface, or options."""
+    called = KNOWN_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
+    if called == APPS["uvicorn"] and options.get("proxy_protocol") not in (None, False, "off"):
+        raise StartupError("proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's")
+    native = {"fastapi": "app:asgi", "flask": "app:wsgi"}[settings.framework]
+    given = native if uri in ("app:app", "app:create_app()") else uri
+    if given in APPS.values() and given != called:
+        worker = next(name for name, needed in APPS.items() if needed == called)
+        raise StartupError(f"the app is {uri!r}, which {worker}'s worker cannot run; use {called!r}")

@@ -1,0 +1,241 @@
+"""The reload: a new service and its workers take the place of the old ones, or everything stays as it was."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+import app
+from processes import options
+from processes.handshake import BOOTING, Handshake
+from processes.listeners import close, has_file, listen
+from processes.loading import Deadline, Loaded, Loading, load, prove_in_child
+from processes.trial import try_out, wait_for
+from serving.errors import SettingsError, StartupError
+from serving.web.service import Service
+
+if TYPE_CHECKING:
+    from processes.master import Master
+
+log = structlog.get_logger()
+
+START_TIMEOUT_S = 10.0  # that a worker may take to start, before `server.timeout` counts
+START_TIMEOUT_PROOFS = 10.0  # multiples of the time that the proof of its model took, which a worker may take besides
+MAX_WAIT_S = 30.0
+
+
+def start_timeout_s(proof_s: float) -> float:
+    """Return how long a worker may take to start, whose model was proven in so many seconds."""
+    return START_TIMEOUT_S + START_TIMEOUT_PROOFS * proof_s
+
+
+@dataclass
+class Previous:
+    """What goes on if a reload is refused."""
+
+    service: Service[app.Settings]
+    application: dict[str, Any]  # the attributes of gunicorn's application object, its configuration among them
+    listeners: list[Any]
+    workers: list[int]
+    num_workers: int
+    handshake: Handshake
+
+
+class Reload:
+    """The reload of a master, which goes on a step with each turn of its loop, and waits where it yields."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.is_asked = False
+        self.is_loading = False  # in a thread, beside which nothing is forked as long as it is waited for
+        self.previous: Previous | None = None  # while workers are replaced
+        self._steps: Generator[None, None, None] | None = None
+        self._loading: Loading | None = None  # the last one
+
+    def go_on(self) -> None:
+        """Take the next step, and begin if a reload is asked for: one that is under way gives way to it."""
+        if self.is_asked and not self.is_loading:
+            if self._steps is not None:
+                self._steps.close()
+                log.info("reload_given_up", reason="another HUP came")
+            self.is_asked, self._steps = False, self._run()
+        if self._steps is None:
+            return
+        try:
+            next(self._steps)
+            return
+        except StopIteration:
+            log.info("reloaded", **self.master.service.identity)
+        except Exception as error:  # whatever is wrong, what there was goes on
+            is_ours = isinstance(error, StartupError)
+            reason = str(error) if type(error) is StartupError else f"{type(error).__name__}: {error}"
+            log.error("reload_refused", reason=reason, serving=self.master.service.identity, exc_info=not is_ours)
+        self._steps = None
+        gc.collect()  # the types of the rows of what is served no more refer to themselves
+        if self.is_asked:
+            self.master.wakeup()
+
+    def stop(self) -> None:
+        """Give up, and put back what was replaced."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+
+    def _run(self) -> Generator[None, None, None]:
+        """Take new settings and a new model, or raise and leave all as it was."""
+        log.info("reload_started")
+        if self._loading is not None and not self._loading.has_ended():  # its thread cannot be stopped
+            raise StartupError("the model of an earlier reload is still being loaded; send HUP later, or restart")
+        deadline = Deadline(self.master.service.settings.model.load_timeout_s)
+        started = time.monotonic()
+        identity = yield from try_out(functools.partial(self._rehearse, deadline), "the new model", deadline.check)
+        took_s = time.monotonic() - started
+        service = yield from self._load()
+        if json.dumps(service.identity) != identity:
+            raise StartupError("settings or model were changed while they were loaded; send HUP again")
+        self.master.start_timeout_s = start_timeout_s(took_s)
+        yield from self._replace(service)
+
+    def _rehearse(self, deadline: Deadline) -> str:
+        """Do in a child what the master and a worker will do; the child's changes end with it."""
+        settings, model = load(deadline)
+        service = app.make_service(settings, model)
+        service.model.warm_up()
+        self.master.use(service)
+        self._configure()
+        _ = self.master.app.cfg.worker_class  # imported by its name, so that a missing package is found here
+        if not self.master.app.app_uri.startswith("app:"):
+            self.master.app.load()  # a user's module
+        return json.dumps(service.identity)
+
+    def _load(self) -> Generator[None, None, Service[app.Settings]]:
+        """Load beside the arbiter's loop, which goes on, and have a child prove that what is forked from here answers.
+
+        It is what a start does, so that no reload takes what the next start would refuse.
+        """
+        deadline = Deadline(self.master.service.settings.model.load_timeout_s)
+        self.is_loading, self._loading = True, Loading(deadline, self.master.wakeup)
+        try:
+            loaded: Loaded = yield from wait_for(self._loading, deadline.check)
+        finally:
+            self.is_loading = False
+        return (yield from prove_in_child(loaded, deadline))
+
+    def _replace(self, service: Service[app.Settings]) -> Generator[None, None, None]:
+        """Fork workers of the new service, and retire the old ones once all the new ones are ready.
+
+        Only `self.previous` refers to the old service while they are forked: a frame of the stack would keep it alive
+        in each of them.
+        """
+        master = self.master
+        self.previous = Previous(
+            master.service,
+            dict(master.app.__dict__),
+            master.LISTENERS,
+            [*master.WORKERS],
+            master.num_workers,
+            master.handshake,
+        )
+        master.handshake = Handshake()
+        master.use(service)
+        new: list[int] = []
+        try:
+            self._configure()
+            master.LISTENERS = self._listen()
+            master.setup(master.app)
+            yield from self._start(new)
+        except (Exception, GeneratorExit):
+            self._restore(self.previous, new)
+            raise
+        else:
+            self._leave(self.previous)
+        finally:
+            self.previous = None
+
+    def _configure(self) -> None:
+        """Read gunicorn's configuration again, gunicorn.conf.py among it."""
+        application = self.master.app
+        try:
+            application.reload()
+        except SystemExit:
+            problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
+            raise StartupError(problem) from None
+        final = options.final_options(application.cfg)
+        options.check_options(final, options.read_options())
+        options.check_app(application.app_uri, final, self.master.service.settings)
+
+    def _listen(self) -> list[Any]:
+        """Return a listener for each address of the configuration: those that there are, and new ones."""
+        master, cfg = self.master, self.master.app.cfg
+        there = {listener.cfg_addr: listener for listener in master.LISTENERS if has_file(listener.cfg_addr)}
+        are_same = cfg.address == master.cfg.address and len(there) == len(master.LISTENERS)
+        if are_same or master.systemd or cfg.reuse_port:
+            return master.LISTENERS
+        listeners: list[Any] = []
+        try:
+            for address in cfg.address:
+                listeners.append(there.get(address) or listen(address, cfg, master.log, master.LISTENERS))
+        except (OSError, ValueError) as error:
+            close([listener for listener in listeners if listener not in master.LISTENERS])
+            where = master.service.settings.place("server", "bind")
+            shown = ":".join(map(str, address)) if isinstance(address, tuple) else address
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise SettingsError(f"{where}: cannot listen at {shown!r}: {reason}") from None
+        return listeners
+
+    def _start(self, new: list[int]) -> Generator[None, None, None]:
+        """Fork the new workers, and wait until each has been ready."""
+        master = self.master
+        for _ in range(master.num_workers):
+            new.append(master.spawn_worker())
+        ready: set[int] = set()
+        latest_s = master.start_timeout_s + (master.timeout or MAX_WAIT_S) + START_TIMEOUT_S
+        end = time.monotonic() + latest_s
+        while not ready.issuperset(new):
+            if time.monotonic() > end:
+                raise StartupError(f"a new worker was not ready after {latest_s:.0f} s")
+            yield
+            ready |= {pid for pid in new if master.stage_of(pid) != BOOTING}
+            if not ready.union(master.WORKERS).issuperset(new):
+                raise StartupError("a new worker ended before it was ready; the log says why")
+
+    def _restore(self, previous: Previous, new: list[int]) -> None:
+        """Go back to what was before."""
+        master = self.master
+        opened = [listener for listener in master.LISTENERS if listener not in previous.listeners]
+        master.handshake.drop(listener in opened for listener in master.LISTENERS)
+        master.app.__dict__.update(previous.application)
+        master.LISTENERS, master.handshake = previous.listeners, previous.handshake
+        master.use(previous.service)
+        master.setup(master.app)
+        master.num_workers = previous.num_workers
+        for pid in new:
+            master.retire(pid)
+        close(opened)
+
+    def _leave(self, previous: Previous) -> None:
+        """Retire what was before."""
+        master = self.master
+        previous.handshake.drop(listener not in master.LISTENERS for listener in previous.listeners)
+        for pid in previous.workers:
+            master.retire(pid)
+        close(self._dropped(previous), master.LISTENERS)
+        master.cfg.on_reload(master)
+        master.announce()
+
+    def _dropped(self, previous: Previous) -> list[Any]:
+        return [listener for listener in previous.listeners if listener not in self.master.LISTENERS]
+
+    def leave_previous(self) -> None:
+        """Let go, in a worker that was just forked, of everything that was before."""
+        if self.previous is not None:
+            for listener in self._dropped(self.previous):
+                listener.close()
+            self.previous = None
