@@ -21,6 +21,7 @@ from serving.predictor.arrays import PIECE_BYTES, split_array
 from serving.predictor.golden import agrees
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.clients import ROW, Answer, post_case
+from tests.lib.pipelines import fitted, rows_of
 
 N_ROWS = 10_000
 TRICKY = ['},{"a": 1', "plain", "[{}],", 'a "quoted" }, {', "]}"]
@@ -199,6 +200,16 @@ def test_text_that_looks_like_json_is_not_cut(tmp_path: Path) -> None:
     """A brace and a comma inside a string are part of it, wherever the pieces end."""
     answer, expected = served(tmp_path, 6000)
     assert [row["prediction"] for row in answer.json] == pytest.approx(expected.tolist())
+
+
+def test_long_array_reaches_code_that_takes_a_dataframe(tmp_path: Path) -> None:
+    """Where all features are numbers, but a function of the user's takes a DataFrame, a long array is one too."""
+    estimator, table = fitted("function")
+    native = serve_estimator(tmp_path / "model.joblib", estimator)
+    frame = table.dropna().head(100)
+    many = pd.concat([frame] * 20)
+    answer = call(native, post_case(rows_of(many)))
+    assert [row["prediction"] for row in answer.json] == pytest.approx(estimator.predict(many).tolist())
 
 
 @pytest.mark.parametrize("separator", [",", ", ", " ,\n\t"])

@@ -230,13 +230,10 @@ def test_what_takes_long_is_told(tmp_path: Path) -> None:
 
 
 REPORTING = """
-import importlib.util, os, signal, sys, app
+import os, signal
+from processes import loading
 
-app.set_current_service(app.make_service(app.load_settings()))  # so that the configuration loads nothing
-spec = importlib.util.spec_from_file_location("configuration", "gunicorn.conf.py")
-configuration = sys.modules["configuration"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(configuration)
-deadline = configuration.Deadline(3600.0)
+deadline = loading.Deadline(3600.0)
 parent = os.getpid()
 child = os.fork()
 while child == 0:

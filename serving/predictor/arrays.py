@@ -47,7 +47,8 @@ class Arrays:
         objects = any(features[name].type == "str" or column.is_object for name, column in used.items())
         inputs = contract.inputs
         self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
-        self.are_numbers = not objects and not contract.nullable and contract.names == self.order
+        is_array = self.form == "array" and not objects
+        self.are_numbers = is_array and not contract.nullable and contract.names == self.order
         self._dtype = object if objects else np.float64
         self._bounds = _find_bounds([*features.values()]) if self.are_numbers else None
         names = b"".join(b'"%b"' % name.encode() for name in self.order)
