@@ -272,7 +272,10 @@ def test_idle_connection_ends(serve: Starter) -> None:
 def test_uvicorn_and_gevent_report_their_worker(servers: Servers) -> None:
     """`server.worker_class` decides the worker that gunicorn runs."""
     for (_, worker), server in servers.items():
-        name = {"uvicorn": "ServingUvicornWorker", "gevent": "ServingGeventWorker"}[worker]
+        name = {
+            "uvicorn": "processes.uvicorn_worker.UvicornWorker",
+            "gevent": "processes.gevent_worker.GeventWorker",
+        }[worker]
         assert f"Using worker: {name}" in server.text
 
 

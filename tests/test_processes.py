@@ -126,6 +126,10 @@ def test_worker_that_cannot_start_harms_nobody(serve: Starter, project: Path, co
 
 
 HASTY = """
+import os
+import signal
+from processes.master import Master
+
 spawn_worker = Master.spawn_worker
 
 

@@ -52,6 +52,15 @@ class BatchingSettings(SettingsTable):
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
 
 
+@dataclass(slots=True)
+class Call:
+    """A call of the model."""
+
+    n_rows: int
+    started: float  # by `time.perf_counter`
+    took_s: float
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """The rows of one request, from the moment when they wait for a call until they are answered.
@@ -67,6 +76,7 @@ class Job:
     is_long: bool = False  # decoding takes longer than an event loop should be kept busy
     waiter: Any = None  # a future of the loop, or a lock
     answer: Any = None  # predictions, or what `encode` made of them
+    call: Call | None = None  # the one that answered it
     error: Exception | None = None
     deadline: float = math.inf  # by the monotonic clock
     has_left: bool = False  # the queue, for a call or for good
@@ -243,27 +253,32 @@ class BatchQueue:
 
     def _answer(self, job: Job) -> Any:
         if job.decode is None:
-            return self._timed(self.predict_rows, job.rows, job.n_rows)
+            predictions, job.call = self._timed(self.predict_rows, job.rows, job.n_rows)
+            return predictions
         decode, job.decode = job.decode, None  # which holds the body, as large as the rest
         X = decode()
         del decode
-        predictions = None if X is None else self._timed(self.predict, X, len(X))
+        predictions = None
+        if X is not None:
+            predictions, job.call = self._timed(self.predict, X, len(X))
         del X
         return predictions if job.encode is None else job.encode(predictions)
 
     def _answer_together(self, jobs: list[Job]) -> None:
         rows = [row for job in jobs for row in job.rows]
-        predictions = self._timed(self.predict_rows, rows, len(rows))
+        predictions, call = self._timed(self.predict_rows, rows, len(rows))
         start = 0
         for job in jobs:
             job.answer = predictions.part(start, start + job.n_rows)
+            job.call = call
             start += job.n_rows
 
-    def _timed(self, predict: Callable[[Any], Predictions], rows: Any, n_rows: int) -> Predictions:
+    def _timed(self, predict: Callable[[Any], Predictions], rows: Any, n_rows: int) -> tuple[Predictions, Call]:
         started = time.perf_counter()
         predictions = predict(rows)
-        self.cost.learn(n_rows, time.perf_counter() - started)
-        return predictions
+        took_s = time.perf_counter() - started
+        self.cost.learn(n_rows, took_s)
+        return predictions, Call(n_rows, started, took_s)
 
     def _refuse_late(self, jobs: list[Job]) -> list[Job]:
         """Return the jobs that can be answered in time.

@@ -11,6 +11,7 @@ from pydantic_core import to_json
 
 from serving.predictor.contract import Contract
 from serving.predictor.predictor import Predictor
+from serving.web.messages import JSON
 from serving.web.service import Operation, Service
 
 
@@ -140,11 +141,14 @@ def _describe(
             {"name": name, "in": "query", "required": name not in nullable, "schema": cell}
             for name, cell in schemas["Features"]["properties"].items()
         ]
-    if operation.media_types:
+    if JSON in operation.media_types:
         schema = _one_or_many(schema)
-        content = _content(_one_or_many(_reference("Features")), row)
+    if operation.media_types:
+        rows = _content(_one_or_many(_reference("Features")), row)
+        content = {media_type: rows.get(media_type, {}) for media_type in operation.media_types}
         described["requestBody"] = {"required": True, "content": content}
-    described["responses"] = {"200": _answer_described(200, _content(schema, answer))}
+    given = _content(schema, answer) if operation.produces == JSON else {operation.produces: {}}
+    described["responses"] = {"200": _answer_described(200, given)}
     for status in operation.errors:
         if status != 401 or secured:
             content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
@@ -164,7 +168,7 @@ def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
     media = {"schema": schema} if example is None else {"schema": schema, "example": example}
-    return {"application/json": media}
+    return {JSON: media}
 
 
 def _answer_described(status: int, content: dict[str, Any]) -> dict[str, Any]:

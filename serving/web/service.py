@@ -30,7 +30,7 @@ from serving.predictor.batcher import BatchingSettings, BatchQueue, CallCost, Jo
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
 from serving.settings import SettingsTable
-from serving.web.messages import SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
+from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
 
@@ -94,7 +94,8 @@ class Operation:
     media_types: Sequence[str] = ()
     encodings: Sequence[str] = ("identity",)
     takes_query: bool = False  # one row, given as query parameters
-    gives: str = "Status"  # the schema of its answer
+    gives: str = "Status"  # the schema of its answer, if that is JSON
+    produces: str = JSON  # the media type of its answer
     errors: Sequence[int] = ()
     access: Literal["key", "docs", "open"] = "key"  # "docs": as `auth.open_docs` says
     is_hot: bool = False  # answered in front of the framework's router, unless the user has added something
@@ -168,7 +169,7 @@ class Service(Generic[S]):
         observers: Iterable[Observer] = (),
     ) -> None:
         self.settings = settings
-        self.model = proof.applied_to(model)
+        self.model, self.proof = proof.applied_to(model), proof
         self.operations = [*operations]
         self.observers = [*observers]
         self.is_stopping = False  # with this process, which no other one takes over from
