@@ -253,12 +253,12 @@ class BatchQueue:
 
     def _answer(self, job: Job) -> Any:
         if job.decode is None:
-            predictions, job.call = self._timed(self.predict_rows, job.rows, job.n_rows)
-            return predictions
+            answers, job.call = self._timed(self.predict_rows, job.rows, job.n_rows)
+            return answers
         decode, job.decode = job.decode, None  # which holds the body, as large as the rest
         X = decode()
         del decode
-        predictions = None
+        predictions: Predictions | None = None
         if X is not None:
             predictions, job.call = self._timed(self.predict, X, len(X))
         del X
