@@ -148,9 +148,11 @@ def load_settings(
     settings = read_settings(Settings, file)
     for name, feature in settings.features.items():
         feature._is_variable = settings.source("features", name, "example").startswith("environment")
-    if settings.server.workers == "auto" and (concurrency := os.environ.get("WEB_CONCURRENCY")):
+    if settings.server.workers == "auto" and (number := os.environ.get("WEB_CONCURRENCY")):
         # Platforms set it. Gunicorn too takes it for the number of workers that nobody has set.
-        settings = settings.with_value(("server", "workers"), int(concurrency), "environment: WEB_CONCURRENCY")
+        if not re.fullmatch("[1-9][0-9]{0,5}", number):
+            raise SettingsError(f"environment: WEB_CONCURRENCY is {number!r}; it should be a number of workers")
+        settings = settings.with_value(("server", "workers"), int(number), "environment: WEB_CONCURRENCY")
     for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
         settings = settings.with_value(("server", name), options[name], "gunicorn's options")
     if "loglevel" in options:

@@ -24,18 +24,16 @@ KNOWN_WORKERS = {  # worker classes by name, with what each serves
     "gevent": APPS["gevent"],
 }
 CHOICES = {"protocol": ("http",), "http_parser": ("auto", "python")}  # other values would answer nobody
+NOT_USED = "is not used: every line of the log goes to standard error; leave it out, and see [logging]"
 REFUSED = {  # options that cannot be honoured, and what to do instead
-    "preload_app": "preload_app would have the master predict; leave it out: the workers share the model anyway",
-    "reload": "reload would not see a change, for the workers share the master's code; leave it out, and restart",
+    "preload_app": "would have the master predict; leave it out: the workers share the model anyway",
+    "reload": "would not see a change, since workers share the master's code; leave it out, and restart",
     **dict.fromkeys(
-        ("accesslog", "errorlog", "access_log_format", "logconfig", "logconfig_dict", "logconfig_json"),
-        "{name} is not used: every line of the log goes to standard error; leave it out, and see [logging]",
+        ("accesslog", "logconfig", "logconfig_dict", "logconfig_json", "syslog", "capture_output"), NOT_USED
     ),
-    **dict.fromkeys(
-        ("syslog", "statsd_host", "capture_output", "logger_class"),
-        "{name} is not used: every line of the log goes to standard error; leave it out, and see [logging]",
-    ),
+    "statsd_host": NOT_USED,
 }
+REFUSED_IF_GIVEN = dict.fromkeys(("errorlog", "access_log_format", "logger_class"), NOT_USED)  # they have a default
 
 
 def read_options() -> dict[str, Any]:
@@ -53,9 +51,9 @@ def final_options(config: Config) -> dict[str, Any]:
 
 def check_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise `StartupError` if the service cannot work with gunicorn's options, or not with one that was given."""
-    for name, problem in REFUSED.items():
-        if given.get(name):
-            raise StartupError(problem.format(name=f"gunicorn's {name}") if "{name}" in problem else problem)
+    for values, refused in ((options, REFUSED), (given, REFUSED_IF_GIVEN)):
+        for name in filter(values.get, refused):
+            raise StartupError(f"{name} {refused[name]}")
     kind = options.get("worker_class")
     is_ours = isinstance(kind, type) and issubclass(kind, SupervisedWorker)
     if not (kind is None or is_ours or kind in KNOWN_WORKERS):

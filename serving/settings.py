@@ -63,7 +63,7 @@ class SettingsFile(SettingsTable):
         """Return the settings with another value of one setting, which is not checked here."""
         table, name = key
         changed = self.model_copy(update={table: getattr(self, table).model_copy(update={name: value})})
-        changed._sources = {key: source} | self._sources
+        changed._sources = {key: source} | self._sources | {key: source}  # first, and its value wins
         return changed
 
     @property

@@ -1,6 +1,7 @@
 """`gunicorn -c gunicorn.conf.py` with both frameworks and both workers, as real processes."""
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -19,6 +20,7 @@ from tests.lib.clients import ROW, check, post_case, read_answer
 from tests.lib.proc import count_files, count_threads, cpu_ticks, is_alive, peak_mb
 from tests.lib.servers import (
     COMBINATIONS,
+    GUNICORN,
     PROJECT,
     WAIT_S,
     Server,
@@ -454,6 +456,41 @@ def test_failed_start_up_event_ends_the_service(project: Path, worker: str) -> N
     done = run(gunicorn_with("failing", worker), project, **gunicorn_environment("fastapi", worker))
     assert done.returncode == 3
     assert "OSError: no" in done.stderr
+
+
+@each_worker()
+def test_options_win_over_the_settings(serve: Starter, combination: tuple[str, str]) -> None:
+    """Gunicorn's options act alike under both workers, and are what the log and the thread budget say."""
+    options = "--workers 2 --keep-alive 1 --limit-request-line 200 --limit-request-fields 20 --log-level debug"
+    environment = gunicorn_environment(*combination, SERVING_SERVER__WORKERS="1", SERVING_SERVER__KEEPALIVE="60")
+    server = serve(f"{GUNICORN} {options}", **environment)
+    budget = json.loads(re.findall('.*"event":"core_budget".*', server.text)[0])
+    assert (budget["workers"], budget["threads"]) == (2, max(1, budget["cores"] // 2))
+    assert '"level":"debug"' in server.text
+    server.wait_for_workers(2)
+    long = server.get(f"/predictions?{'x' * 200}")
+    assert (long.status, long.json["detail"]) == (414, "the request line is too long; send at most 200 bytes")
+    fields = tuple((f"X-{number}", "1") for number in range(20))
+    assert server.exchange(Case("fields", "GET", "/ping", fields).raw()).status == 431
+    with server.connect() as client:
+        client.sendall(Case("ping", "GET", "/ping").raw())
+        assert read_answer(client).status == 200
+        assert client.recv(1) == b""  # after a second, and not after a minute
+    assert server.stop() == 0
+
+
+@each_worker()
+def test_options_of_the_environment_count_too(serve: Starter, combination: tuple[str, str]) -> None:
+    """So does GUNICORN_CMD_ARGS, also at a reload, and WEB_CONCURRENCY where the settings leave it open."""
+    environment = gunicorn_environment(*combination, WEB_CONCURRENCY="3", GUNICORN_CMD_ARGS="--max-requests 1000")
+    del environment["SERVING_SERVER__WORKERS"]
+    server = serve(**environment)
+    server.wait_for_workers(3)
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_until(lambda: '"event":"reloaded"' in server.text, "the reload")
+    assert re.findall('"workers":([0-9]+)', server.text) == ["3", "3"]
+    server.wait_for_workers(3)
+    assert server.stop() == 0
 
 
 PRINTED = {

@@ -133,6 +133,32 @@ def test_worker_class_follows_framework(framework: Any, worker_class: Any, expec
     assert settings.worker_class == expected
 
 
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"WEB_CONCURRENCY": "5"}, "workers = 5  # environment: WEB_CONCURRENCY"),
+        (
+            {"WEB_CONCURRENCY": "5", "SERVING_SERVER__WORKERS": "2"},
+            "workers = 2  # environment: SERVING_SERVER__WORKERS",
+        ),
+        ({"WEB_CONCURRENCY": "5", "GUNICORN_CMD_ARGS": "-w 3"}, "workers = 3  # gunicorn's options"),
+        ({"GUNICORN_CMD_ARGS": "--keep-alive 7 -w 3"}, "keepalive = 7  # gunicorn's options"),
+        ({"GUNICORN_CMD_ARGS": "--log-level DEBUG"}, 'level = "debug"  # gunicorn\'s options'),
+    ],
+    ids=["platform", "settings", "options", "another", "level"],
+)
+def test_gunicorns_options_and_the_platform_are_printed(variables: dict[str, str], line: str) -> None:
+    """What `python app.py` prints is what gunicorn runs with: its options first, and the platform's number last."""
+    done = run("python app.py", **variables)
+    assert line in done.stdout.splitlines()
+
+
+def test_number_of_the_platform_is_checked() -> None:
+    """A WEB_CONCURRENCY that is no number of workers ends in one line."""
+    done = run("python app.py", WEB_CONCURRENCY="0")
+    assert done.stderr == "SettingsError: environment: WEB_CONCURRENCY is '0'; it should be a number of workers\n"
+
+
 def test_auto_workers_count_the_cores_of_this_process() -> None:
     """`workers = "auto"` is one for each core that affinity leaves."""
     code = (

@@ -355,6 +355,11 @@ REFUSED = {
     "--keep-alive 0": "gunicorn's keepalive is 0; use 1 or more",
     "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
     "--worker-connections 0": "gunicorn's worker_connections is 0; use 1 or more",
+    "--reload": "reload would not see a change, since workers share the master's code; leave it out, and restart",
+    "--access-logfile -": "accesslog is not used: every line of the log goes to standard error; leave it out",
+    "--log-file errors.log": "errorlog is not used: every line of the log goes to standard error; leave it out",
+    "--log-config logging.ini": "logconfig is not used: every line of the log goes to standard error; leave it out",
+    "--statsd-host localhost:1": "statsd_host is not used: every line of the log goes to standard error; leave it out",
     "app:wsgi": "the app is 'app:wsgi', which uvicorn's worker cannot run; use 'app:asgi'",
 }
 
