@@ -53,7 +53,7 @@ def close(listeners: Iterable[Any], kept: Iterable[Any] = ()) -> None:
 
 
 def drop_new_connections(sock: Any) -> None:
-    """Have the kernel drop the first packet of each new connection to a listening socket, as if nothing had come.
+    """Make the kernel drop the first packet of each new connection to a listening socket, as if nothing had come.
 
     A listener that is closed resets the connections that the kernel has queued for it; so first no more may come. The
     program is one of the classic BPF's (linux/filter.h), run on the header of TCP, whose byte 13 has the flags.

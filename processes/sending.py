@@ -52,7 +52,7 @@ def count_acknowledged(sock: Any) -> int | None:
 
 
 def forget_unsent(sock: Any) -> None:
-    """Have the kernel drop what a socket has not sent when it is closed, instead of keeping it for a client that reads
+    """Make the kernel drop what a socket has not sent when it is closed, instead of keeping it for a client that reads
     nothing."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -200,7 +200,7 @@ class Protocol(HttpToolsProtocol):
             self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
 
     def drain(self) -> None:
-        """Have the answer that is being made be the last, unless it is on its way."""
+        """Let the answer that is being made be the last, unless it is on its way."""
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = False
 

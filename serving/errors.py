@@ -21,25 +21,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 Key = tuple[str, ...]  # of a setting, such as ("server", "workers")
-
 MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
-
 MAX_NAMES = 200  # names with which it is compared
-
 LIKELY_NAMES = 5  # of these the ones with which it is compared letter by letter
-
 MAX_LISTED = 20  # values that a message lists
-
 MAX_SHOWN = 200  # characters of a text that a message shows
-
 MAX_DIGITS = 200  # of an integer
-
 MAX_ITEMS = 6  # of an array or an object
-
 MAX_DEPTH = 3  # of arrays and objects inside each other
-
 CUT = "…"  # stands for what is left out
-
 STARTUP_STATUS = 4
 
 
@@ -95,7 +85,7 @@ def about(artifact: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Say in one line what others raised."""
+    """Return an error of others in one line."""
     return f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
 
 
@@ -193,7 +183,7 @@ class Unprocessable(ServingError):
 
 
 def nearest(name: Any, names: Iterable[Any]) -> str:
-    """Say what `name` should have been: the one name close to it, or else all of `names`, if they are not many."""
+    """Return what `name` should have been: the one name close to it, or else the first of all `names`."""
     names = list(names)
     texts = [text for text in names[:MAX_NAMES] if isinstance(text, str)]
     comparable = isinstance(name, str) and len(name) <= MAX_NAME

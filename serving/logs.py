@@ -21,11 +21,8 @@ from serving.output import LossyOutput
 from serving.settings import SettingsTable
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
-
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
-
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
-
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
 
 

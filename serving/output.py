@@ -21,9 +21,7 @@ from typing import Any, cast
 import structlog
 
 log = structlog.get_logger()
-
 MAX_PENDING_BYTES = 262_144  # bytes of lines that wait for a slow reader
-
 LAST_LINES_S = 0.2  # seconds that it has for them when the process ends
 
 

@@ -23,9 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from serving.errors import Key, MisfitError, SettingsError, nearest, shorten
 
 Sources = dict[Key, str]  # what gives the value of a setting
-
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -43,11 +41,11 @@ class SettingsFile(SettingsTable):
     _sources: Sources = PrivateAttr(default_factory=dict)
 
     def source(self, *key: str) -> str:
-        """Name what gives the value of a setting: the file, a variable of the environment, or its default."""
+        """Return what gives the value of a setting: the file, a variable of the environment, or its default."""
         return _source(key, self._sources)
 
     def place(self, *key: str) -> str:
-        """Name the place of the value of a setting, for a message about it."""
+        """Return the place of the value of a setting, for a message about it."""
         return _place(key, self._sources)
 
     @contextlib.contextmanager

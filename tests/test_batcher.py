@@ -29,7 +29,7 @@ import app
 from serving.logs import configure_logging
 from serving.predictor.batcher import INLINE_S, BatchQueue, CallCost, Job, measure
 from serving.predictor.contract import Rows
-from serving.predictor.golden import Golden, agrees
+from serving.predictor.golden import Golden, is_close
 from serving.predictor.model import make_model
 from serving.predictor.predictions import Predictions
 from serving.predictor.predictor import Predictor
@@ -342,7 +342,7 @@ def expected_answers(estimator: Any) -> tuple[list[dict[str, float]], list[dict[
 
 
 def agree(given: Any, expected: dict[str, Any]) -> bool:
-    return agrees(given, expected)
+    return is_close(given, expected)
 
 
 @each_worker()

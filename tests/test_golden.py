@@ -26,7 +26,7 @@ from sklearn.preprocessing import OneHotEncoder
 import app
 import model.describe
 from serving.errors import ModelError
-from serving.predictor.golden import agrees, running_versions
+from serving.predictor.golden import is_close, running_versions
 from tests.lib import estimators
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
@@ -59,7 +59,7 @@ def test_shipped_golden_rows_are_the_models_own() -> None:
     answers = service.model.answer(GOLDEN["rows"], "golden rows")
     assert len(GOLDEN["rows"]) == 15
     assert {prediction["prediction"] for prediction in GOLDEN["predictions"]} == {"setosa", "versicolor", "virginica"}
-    assert all(map(agrees, answers, GOLDEN["predictions"]))
+    assert all(map(is_close, answers, GOLDEN["predictions"]))
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (PROJECT / "requirements.txt").read_text(), re.MULTILINE))
     assert {name: SHIPPED["versions"][name] for name in ("numpy", "scikit-learn")}.items() <= pinned.items()
 
@@ -224,7 +224,7 @@ def test_golden_rows_go_by_name(tmp_path: Path) -> None:
 )
 def test_answers_agree_up_to_rounding(answer: Any, golden: Any, scale: float, same: bool) -> None:
     """Numbers are the same to a millionth, or where they are nothing beside the others; kinds and names exactly."""
-    assert agrees(answer, golden, scale) is same
+    assert is_close(answer, golden, scale) is same
 
 
 @each_combination()

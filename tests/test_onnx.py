@@ -60,7 +60,7 @@ import app
 from model.describe import main
 from serving.errors import ModelError
 from serving.logs import configure_logging
-from serving.predictor.golden import OF_FLOAT32, Golden, Rounding, agrees, largest, running_versions
+from serving.predictor.golden import TOLERANCE_OF_FLOAT32, Golden, Tolerance, is_close, largest, running_versions
 from serving.predictor.onnx_runtime import find_disagreement
 from serving.predictor.predictor import Predictor
 from serving.web.service import Service
@@ -167,7 +167,7 @@ def test_other_answers_are_as_in_sklearn(tmp_path: Path, estimator: Any, target:
     service = proven(tmp_path / "model.joblib", estimator.fit(X, target), row=ROWS[0])
     assert agree(service, X)
     answers, expected = answers_of(service.model.predictor, X), answers_of(Predictor(estimator), X)
-    assert all(map(agrees, answers, expected, [1.0] * len(X), [OF_FLOAT32] * len(X)))
+    assert all(map(is_close, answers, expected, [1.0] * len(X), [TOLERANCE_OF_FLOAT32] * len(X)))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_shape_of_answers_does_not_depend_on_the_number_of_rows(tmp_path: Path, 
     """One row, or many, are answered alike, under each framework."""
     native = serve_estimator(tmp_path / "model.joblib", estimator.fit(X, NAMES), framework=framework, **ONNX)
     many = call(native, post_case(ROWS)).json
-    assert agrees([call(native, post_case(row)).json for row in ROWS[::30]], many[::30])
+    assert is_close([call(native, post_case(row)).json for row in ROWS[::30]], many[::30])
     assert [answer["prediction"] for answer in many] == estimator.predict(X).tolist()
     assert max(max(answer["probabilities"].values()) for answer in many) <= 1
 
@@ -257,7 +257,7 @@ def test_shipped_model_runs_in_onnx() -> None:
         for name in app.FRAMEWORKS
     ]
     assert answers[0] == answers[1]
-    assert agrees(answers[0].json, json.loads((PROJECT / "model/iris.golden.json").read_text())["predictions"])
+    assert is_close(answers[0].json, json.loads((PROJECT / "model/iris.golden.json").read_text())["predictions"])
 
 
 GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())["rows"]
@@ -470,7 +470,7 @@ def test_file_of_each_kind_is_answered_as_in_sklearn(
         expected = [answer | {"prediction": int(answer["prediction"])} for answer in expected]
     scale = max(map(largest, expected))
     pairs = zip(answers, expected, strict=True)
-    wrong = [pair for pair in pairs if not agrees(*pair, scale, Rounding(1e-4, 1e-5))]
+    wrong = [pair for pair in pairs if not is_close(*pair, scale, Tolerance(1e-4, 1e-5))]
     assert not wrong, wrong[0]
 
 
@@ -731,7 +731,7 @@ def test_file_of_trees_alone_is_served(tmp_path: Path, labels: Any) -> None:
     data = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=3).SerializeToString()
     answers = answers_of(prove_graph(tmp_path / "model.onnx", data).model.predictor, WIDE)
     expected = answers_of(Predictor(estimator), WIDE)
-    assert all(map(agrees, answers, expected, [1.0] * len(WIDE), [OF_FLOAT32] * len(WIDE)))
+    assert all(map(is_close, answers, expected, [1.0] * len(WIDE), [TOLERANCE_OF_FLOAT32] * len(WIDE)))
 
 
 ONE_ROW = [("X", FloatTensorType([1, 4]))]
@@ -751,7 +751,7 @@ def test_graph_for_one_row_is_asked_row_by_row(tmp_path: Path, framework: str, o
     assert [call(native, post_case(row)).json for row in ROWS[::30]] == many[::30]
     assert json.loads((tmp_path / "model.golden.json").read_text())["predictions"] == many[::30]
     expected = answers_of(Predictor(estimator), X)
-    assert all(map(agrees, many, expected, [1.0] * len(X), [OF_FLOAT32] * len(X)))
+    assert all(map(is_close, many, expected, [1.0] * len(X), [TOLERANCE_OF_FLOAT32] * len(X)))
 
 
 def test_requests_of_a_graph_for_one_row_share_calls(tmp_path: Path) -> None:
@@ -819,7 +819,7 @@ def test_golden_rows_are_answered_under_the_right_names(tmp_path: Path) -> None:
         golden = {"versions": running_versions(), "rows": rows, "predictions": answers}
         path.with_suffix(".golden.json").write_text(json.dumps(golden))
         native = serve_graph(path, export(estimator))
-        assert agrees(call(native, post_case(rows)).json, answers, 10.0, OF_FLOAT32)
+        assert is_close(call(native, post_case(rows)).json, answers, 10.0, TOLERANCE_OF_FLOAT32)
 
 
 @each_combination()
@@ -835,7 +835,7 @@ def test_file_is_served_by_each_worker(serve: Starter, tmp_path: Path, combinati
     with ThreadPoolExecutor(8) as pool:
         assert [answer.json for answer in pool.map(server.post, ROWS)] == answers
     expected = answers_of(Predictor(estimator), X)
-    assert all(map(agrees, answers, expected, [1.0] * len(X), [OF_FLOAT32] * len(X)))
+    assert all(map(is_close, answers, expected, [1.0] * len(X), [TOLERANCE_OF_FLOAT32] * len(X)))
     assert "onnx_outputs_left_out" not in server.text
 
 

@@ -21,15 +21,10 @@ from serving.predictor.inputs import Array, Column, is_nan
 from serving.predictor.predictions import Predictions
 
 PIECE_BYTES = 65_536
-
 MAX_PIECE_BYTES = 16 * PIECE_BYTES  # of a piece that ends with a long row
-
 LONG_BYTES = 262_144  # of a body that is decoded beside the event loop
-
 DECODING = threading.Lock()  # of one long body at a time, as Python's own lock has it anyway
-
 ARRAY_OF_OBJECTS = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\{")
-
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 
 
@@ -127,12 +122,12 @@ class Arrays:
 
 
 def _cells_getter(names: Sequence[str]) -> Callable[[dict[str, Any]], Sequence[Any]]:
-    """Give what takes the cells out of a row; of one alone `itemgetter` makes no tuple."""
+    """Return a function that takes the cells out of a row; of one alone `itemgetter` makes no tuple."""
     return operator.itemgetter(*names) if len(names) > 1 else lambda row: [row[name] for name in names]
 
 
 def _find_bounds(features: Sequence[FeatureSettings]) -> tuple[Array, Array] | None:
-    """Give the bounds of features, (n_features,) each, if all are floats between bounds."""
+    """Return the bounds of features, (n_features,) each, if all are floats between bounds."""
     if any(feature.type != "float" or feature.choices is not None for feature in features):
         return None
     limit = NUMBER_RANGES["float"]

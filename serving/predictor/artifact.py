@@ -86,7 +86,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def _format_of(data: bytes) -> str | None:
-    """Name the format of a file by its first bytes, where they tell."""
+    """Return the format of a file by its first bytes, where they tell."""
     found = next((kind for start, kind in MAGIC_NUMBERS.items() if data.startswith(start)), None)
     if found == "skops" and b"schema.json" not in data:
         return "a zip archive, or part of one"
@@ -138,7 +138,7 @@ def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
 
 
 def find_untrusted_types(data: bytes) -> set[str]:
-    """Name the types in a skops file that skops does not trust by itself, without loading it. Raises `ModelError`."""
+    """Return the types in a skops file that skops does not trust by itself, without loading it. Raises `ModelError`."""
     import skops.io
 
     with _loading("skops"):

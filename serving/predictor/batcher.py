@@ -32,18 +32,12 @@ from serving.settings import SettingsTable
 
 T = TypeVar("T")
 INLINE_S = 0.01  # the longest call that runs in an event loop, in seconds
-
 SURPRISE_FACTOR = 10.0  # a call that takes so many times as long as expected is what later ones are expected to take
-
 SMOOTHING = 0.1  # the part of a difference by which an expectation is corrected
-
 STUCK_AFTER_TIMEOUTS = 2.0  # time-outs of a request after which a call is taken never to end
-
 MANY_ROWS = 64  # rows of a call by which the cost of one more is measured
 MIN_STUCK_S = 1.0
-
 LOOK_S = 0.25  # seconds between two looks at a call that runs beside a loop, and at what waits for it
-
 QUIET_TURNS = 2  # turns of other threads without a row: after one, gevent has not yet looked for what came meanwhile
 
 
@@ -435,7 +429,7 @@ class ThreadBatcher:
 
 
 def _beside_loop(call: Callable[[], T]) -> Callable[[], T]:
-    """Have a call made in a thread of the system's, also where gevent has made greenlets of Python's own."""
+    """Return a call that runs in a thread of the system's, also where gevent has made greenlets of Python's own."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return call

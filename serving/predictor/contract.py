@@ -18,13 +18,9 @@ from serving.predictor.features import FeatureSettings, cell_type, complete_feat
 from serving.predictor.inputs import Column, Inputs
 
 Rows = list[dict[str, Any]]  # of checked cells by the names of features
-
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
-
 MAX_PROBLEMS = 1000  # bad cells named in one answer
-
 MAX_DETAIL_BYTES = 131_072  # of its JSON; a thousand problems without a long name or value take about as much
-
 MAX_HINTS = 10  # suggestions in one answer
 
 
@@ -136,7 +132,7 @@ class Contract:
                 yield from self._problems(place, error, hints)
 
     def _problems(self, place: list[Any], error: ValidationError, hints: Hints) -> Iterator[dict[str, Any]]:
-        """Say pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""
+        """Yield pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""
         for problem in error.errors(include_url=False, include_context=False):
             kind, message, given = problem["type"], problem["msg"], problem["input"]
             if kind == "extra_forbidden":
@@ -167,7 +163,7 @@ class Hints:
 
 
 def name_columns(inputs: Inputs, features: Iterable[str], row: Iterable[str] = ()) -> dict[str, Column | None]:
-    """Name the estimator's columns: as it was fitted, else x0, x1, …, or else in the order of the settings.
+    """Return the estimator's columns by name: as it was fitted, else x0, x1, …, or else in the order of the settings.
 
     `row` has the names for an estimator that does not even say how many it takes.
     """
@@ -204,7 +200,7 @@ def _refuse_contradictions(columns: Mapping[str, Column], features: Mapping[str,
 
 
 def _find_contradictions(given: FeatureSettings, column: Column) -> Iterator[tuple[str, str]]:
-    """Give each key of a feature's settings that the estimator contradicts, with what it takes."""
+    """Yield each key of a feature's settings that the estimator contradicts, with what it takes."""
     if given.type and column.type and given.type != column.type and "str" in (given.type, column.type):
         yield "type", f"{column.type!r}"
     if given.missing and column.missing is False:

@@ -65,7 +65,7 @@ class FeatureSettings(SettingsTable):
 
 
 def complete_feature(name: str, column: Column, given: FeatureSettings, row: Mapping[str, Any]) -> FeatureSettings:
-    """Put together what settings, estimator and a known row say of a feature. Raises `MisfitError`."""
+    """Return what settings, estimator and a known row together say of a feature. Raises `MisfitError`."""
     texts = bool(given.choices) and all(isinstance(choice, str) for choice in given.choices or ())
     said = {
         "type": column.type or ("str" if texts else "float"),
@@ -86,7 +86,7 @@ def complete_feature(name: str, column: Column, given: FeatureSettings, row: Map
 
 
 def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
-    """Give the values that the estimator knows, as truths where the settings say that 0 and 1 are."""
+    """Return the values that the estimator knows, as booleans where the settings say that 0 and 1 are."""
     if column.choices is None:
         return None
     truths = kind == "bool" and set(column.choices) <= {0, 1}
@@ -112,7 +112,7 @@ def _fitting(values: Iterable[Any], feature: FeatureSettings) -> Iterator[Any]:
 
 
 def some_value(feature: FeatureSettings) -> Cell:
-    """Give a feature's example, or the value nearest to nothing that its bounds admit."""
+    """Return a feature's example, or the value nearest to nothing that its bounds admit."""
     kind = FEATURE_TYPES[feature.type or "float"]
     value: Cell = kind()
     if feature.example is not None:
@@ -125,7 +125,7 @@ def some_value(feature: FeatureSettings) -> Cell:
 
 
 def cell_type(feature: FeatureSettings) -> Any:
-    """Give the pydantic type of one feature's value."""
+    """Return the pydantic type of one feature's value."""
     kind = FEATURE_TYPES[feature.type or "float"]
     extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
     cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
@@ -141,7 +141,7 @@ def cell_type(feature: FeatureSettings) -> Any:
 
 
 def _choice_type(kind: type, choices: list[Cell]) -> Any:
-    """Give the type of one of some values. Python's `Literal` knows no floats, nor 1 from true, and lists all choices
+    """Return the type of one of some values. Python's `Literal` knows no floats, nor 1 from true, and lists all choices
     in each of its errors."""
     known, shown = frozenset(choices), listed(choices)
 

@@ -43,7 +43,7 @@ def golden_path(artifact: Path) -> Path:
 
 
 def running_versions() -> dict[str, str]:
-    """Give the versions of numpy and scikit-learn, on which an artifact's answers depend, and of Python."""
+    """Return the versions of numpy and scikit-learn, on which an artifact's answers depend, and of Python."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return {"python": python, "numpy": np.__version__, "scikit-learn": sklearn.__version__}
 
@@ -81,40 +81,39 @@ def load_golden(artifact: Path, is_strict: bool = False) -> Golden | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
-    """How far two floats may be apart: by a part of them, or by one of the largest around."""
+class Tolerance:
+    """The difference that two floats may have: a part of the expected one, or of the scale of those around."""
 
-    relative: float
-    of_scale: float
-
-
-OF_LIBRARIES = Rounding(1e-6, 1e-9)
-
-OF_FLOAT32 = Rounding(1e-5, 1e-5)  # in which ONNX computes some probabilities
+    rtol: float  # of the expected value
+    atol: float  # of the scale
 
 
-def agrees(answer: Any, golden: Any, scale: float = 1.0, rounding: Rounding = OF_LIBRARIES) -> bool:
+TOLERANCE_OF_LIBRARIES = Tolerance(1e-6, 1e-9)
+TOLERANCE_OF_FLOAT32 = Tolerance(1e-5, 1e-5)  # in which ONNX computes some probabilities
+
+
+def is_close(answer: Any, golden: Any, scale: float = 1.0, tolerance: Tolerance = TOLERANCE_OF_LIBRARIES) -> bool:
     """Whether two answers in JSON are the same, floats up to the rounding of another processor or library.
 
-    `scale` is the size of numbers against which one may be nothing but rounding.
+    `scale` is the size of the numbers around, by which the absolute tolerance is measured.
     """
-    same = functools.partial(agrees, scale=scale, rounding=rounding)
+    same = functools.partial(is_close, scale=scale, tolerance=tolerance)
     if isinstance(answer, dict) and isinstance(golden, dict):
         return answer.keys() == golden.keys() and all(same(answer[key], golden[key]) for key in golden)
     if isinstance(answer, list) and isinstance(golden, list):
         return len(answer) == len(golden) and all(itertools.starmap(same, zip(answer, golden, strict=True)))
     if isinstance(answer, float) and isinstance(golden, float | int) and not isinstance(golden, bool):
         golden = max(min(golden, sys.float_info.max), -sys.float_info.max)  # an integer may be larger
-        return math.isclose(answer, golden, rel_tol=rounding.relative, abs_tol=rounding.of_scale * scale)
+        return math.isclose(answer, golden, rel_tol=tolerance.rtol, abs_tol=tolerance.atol * scale)
     return bool(answer == golden) and isinstance(answer, bool) == isinstance(golden, bool)
 
 
 def rename(answer: Any, names: Mapping[str, str]) -> Any:
-    """Give the outputs in an answer other names."""
+    """Return an answer with other names of outputs."""
     return {names.get(key, key): value for key, value in answer.items()} if isinstance(answer, dict) else answer
 
 
 def largest(answer: Any) -> float:
-    """Give the largest float in an answer, or 0."""
+    """Return the largest float in an answer, or 0."""
     inner = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, list) else ()
     return abs(answer) if isinstance(answer, float) else max(map(largest, inner), default=0.0)

@@ -21,7 +21,6 @@ from serving.settings import Finite
 
 Array = np.ndarray[Any, Any]
 Cell = bool | int | Finite | str  # of a row
-
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str}
 
 
@@ -42,7 +41,7 @@ class Column:
     known: tuple[Cell, ...] | None = None  # the values besides which all others become missing
 
     def beside(self, other: Column) -> Column:
-        """Say of a feature what two parts say that both get it."""
+        """Merge what two parts know about a feature that both of them get."""
         choices = self.choices if other.choices is None else other.choices
         if self.choices is not None and other.choices is not None:
             choices = tuple(choice for choice in self.choices if choice in other.choices)
@@ -52,7 +51,7 @@ class Column:
         return replace(self._or(other), type=kind, choices=choices, missing=missing)
 
     def before(self, other: Column) -> Column:
-        """Say of a feature what two parts say of which the second gets it from the first."""
+        """Merge what two steps know about a feature that passes through the first step into the second."""
         if self.is_opaque:
             return self
         missing = other.missing if self.missing is None else self.missing
@@ -118,7 +117,7 @@ def _is_catboost(part: Any) -> bool:
 
 
 def _find_first(estimator: Any) -> Any:
-    """Give the part that knows its features: what holds others may not, where a pipeline begins with "passthrough"."""
+    """Return the part that knows its features. What holds others may not: a pipeline may begin with "passthrough"."""
     steps = [step for _, step in getattr(estimator, "steps", ()) if hasattr(step, "fit")]
     held = [getattr(estimator, name, None) for name in ("best_estimator_", "estimator_", "estimators_")]
     inner = [part[0] if isinstance(part, list | tuple) else part for part in held if part is not None]
@@ -128,7 +127,7 @@ def _find_first(estimator: Any) -> Any:
 
 
 def _given_width(estimator: Any) -> int | None:
-    """Give the width of an estimator of one feature, which does not keep it."""
+    """Return the width of an estimator that takes one feature, which it does not keep."""
     if not isinstance(estimator, BaseEstimator):
         return None
     tags = sklearn.utils.get_tags(estimator).input_tags
@@ -171,7 +170,7 @@ def _all_missing(columns: Columns) -> bool | None:
 
 
 def _keeps_values(step: Any) -> bool:
-    """Whether the columns that a step gives begin with those that it takes, but for missing values the same."""
+    """Return whether a step's first output columns are its input columns, unchanged but for filled missing values."""
     if not hasattr(step, "statistics_"):
         return isinstance(step, FunctionTransformer) and step.func is None
     names = getattr(step, "feature_names_in_", [f"x{column}" for column in range(step.n_features_in_)])
@@ -221,7 +220,7 @@ def _read_bag(bag: Any, width: int | None) -> Columns:
 
 
 def _join(readings: Iterable[Columns]) -> Columns:
-    """Say of each column what all parts say that get it, but for those that look at none, if others do."""
+    """Merge what all parts know about each column. Parts that ignore their input count only if every part does."""
     readings = list(readings)
     busy = [reading for reading in readings if not all(column.is_idle for column in reading.values())]
     columns: Columns = {}
@@ -264,7 +263,7 @@ def _read_encoder(encoder: Any, width: int | None) -> Columns:
 
 
 def _takes_missing(encoder: Any, nulls: list[Any], takes_unknown: bool) -> bool | None:
-    """Whether an encoder takes the missing values among its categories, or hands them on; only NaN it does."""
+    """Return whether an encoder accepts missing values. None: it passes them on, which it does for NaN only."""
     if not nulls:
         return None if takes_unknown else False
     hands_on = is_nan(getattr(encoder, "encoded_missing_value", None))
@@ -342,7 +341,7 @@ def _with_examples(part: Any, columns: Columns) -> Columns:
 
 
 def type_of(values: Iterable[Any]) -> str | None:
-    """Name the one type of feature that all values are of, if there is one."""
+    """Return the one type of feature that all values have, if there is one."""
     kinds = {type(value) for value in values}
     if kinds == {int, float}:
         return "float"
@@ -369,7 +368,7 @@ def _needs_names(part: Any) -> bool:
 
 
 def find_parts(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """Give an estimator and every object of scikit-learn's or of the user's inside it, each once."""
+    """Yield an estimator and every object of scikit-learn's or of the user's inside it, each once."""
     seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, type | str | bytes | int | float | None):
         return

@@ -28,11 +28,10 @@ from serving.predictor.onnx_runtime import (
 )
 from serving.predictor.predictions import as_key
 from serving.predictor.predictor import Graph, GraphFile, Predictor
-from serving.predictor.samples import MAX_COMPARED, N_VARIED, vary
+from serving.predictor.samples import MAX_COMPARED, N_VARIED, make_up_rows
 
 log = structlog.get_logger()
 SAVE_ITSELF = "it was not converted as it should be; serve the estimator itself"
-
 LEAVE_OUT = "leave it out, as skl2onnx.helpers.onnx_helper.select_model_inputs_outputs does"
 
 
@@ -59,7 +58,7 @@ class OnnxArtifact(GraphFile):
         rows at once. Raises `ModelError` where the values fit no name."""
         model = OnnxModel(self.session, predictor, takes_one=self.takes_one)
         with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
-            made_up = vary(known, arrays.contract, N_VARIED)
+            made_up = make_up_rows(known, arrays.contract, N_VARIED)
             X = arrays.of_rows([*known, *keep_answered(made_up, predictor, arrays)])
         takes_one = self.takes_one or not _answers_many(model, X)
         if takes_one != self.takes_one:
@@ -99,7 +98,7 @@ def open_artifact(data: bytes) -> OnnxArtifact:
 
 
 def _unzip(model: Any) -> dict[str, Any]:
-    """Have each ZipMap give the tensor that it makes maps of, whose columns are its classes, and return these by the
+    """Make each ZipMap pass on the tensor whose columns it makes maps of, and return the classes of the columns by the
     names of the outputs."""
     onnx = import_onnx("onnx")
     zipped: dict[str, Any] = {}
@@ -117,16 +116,13 @@ def _unzip(model: Any) -> dict[str, Any]:
 
 
 LABELS = ("label", "output_label")  # names that exporters give to a class, a cluster, or what is an outlier
-
 NUMBERS = ("variable", "GPmean", "predictions", "prediction")  # to what a regressor predicts
-
 SHARES = ("probabilities", "output_probability", "probability")  # to scores of classes, which may be anything
-
 EXTRAS = ("class_labels", "decision_path", "decision_leaf", "score_samples", "GPcovstd", "std")  # to what no answer has
 
 
 def _read_outputs(session: Any, graph: OnnxGraph, zipped: Mapping[str, Any]) -> OnnxArtifact:
-    """Tell the outputs of a graph by their names, types and operators. Raises `ModelError` where these do not tell."""
+    """Return the artifact of a graph, whose outputs are told by their names, types and operators. Raises `ModelError`."""
     given = session.get_outputs()
     types = {item.name: item.type for item in given}
     prediction = _find_prediction(types, graph)
@@ -178,7 +174,7 @@ def _is_float(kind: str) -> bool:
 def _read_scores(
     session: Any, graph: OnnxGraph, outputs: list[str], classes: Any, zipped: Mapping[str, Any]
 ) -> OnnxArtifact:
-    """Tell what scores go with a label, the first of the outputs. Raises `ModelError`."""
+    """Return the artifact of a graph with scores; its label is the first of the outputs. Raises `ModelError`."""
     label, *rest = outputs
     if len(rest) == 1 and rest[0] in ("scores", "score") and graph.is_detector(label, rest[0]):
         return OnnxDetector(session, outputs)

@@ -9,11 +9,8 @@ from typing import Any
 from serving.predictor.onnx_runtime import as_classes, import_onnx, read_labels
 
 PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}  # operators that leave values as they are
-
 LINEAR = PASSING | {"Add", "Sub", "Sum", "Mul", "Neg", "Concat", "Slice", "Split", "Gather", "ArrayFeatureExtractor"}
-
 COMPARING = {"Sign", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
-
 DISTRIBUTING = {"Softmax", "Sigmoid", "LogSoftmax", "Normalizer", "LpNormalization"}  # what they give is no prediction
 
 

@@ -16,7 +16,7 @@ from serving.predictor.arrays import Arrays
 from serving.predictor.features import FeatureSettings
 from serving.predictor.inputs import find_parts
 from serving.predictor.predictor import GraphFile, Predictor, as_array
-from serving.predictor.samples import N_VARIED, find_edges, find_learnt, vary
+from serving.predictor.samples import N_VARIED, find_thresholds, find_training_rows, make_up_rows
 from serving.settings import toml_value
 
 USE_SKLEARN = 'set model.runtime = "sklearn"'
@@ -30,7 +30,6 @@ ONNX_TYPES: dict[str, tuple[str, Any]] = {  # of an input: the feature's type, a
 }
 
 OPSETS = {"": 21, "ai.onnx.ml": 3}  # the newest that each converter of skl2onnx 1.20 keeps to
-
 SHARES_TOLERANCE = 1e-3  # within which float32 probabilities of many classes or trees sum to 1
 TOLERANCE = 1e-5  # within which numbers agree, and two classes are tied
 
@@ -116,7 +115,7 @@ class OnnxModel:
         return {name: np.asarray(column, dtype).reshape(-1, 1) for (name, dtype), column in pairs}
 
     def _to_labels(self, y: Any) -> Any:
-        """Give predictions in the type of the classes, which ONNX knows as integers or strings only."""
+        """Return predictions in the type of the classes, which ONNX knows as integers or strings only."""
         if self._labels is not None:
             return y.astype(self._labels, copy=False)
         return y.astype(np.float64) if y.dtype == np.float32 else y
@@ -167,11 +166,11 @@ def convert_to_onnx(predictor: Predictor, arrays: Arrays) -> list[Predictor]:
 
 
 def _ways_to_convert(estimator: Any) -> Iterator[tuple[str, str, Any]]:
-    """Give the ways to convert an estimator, most exact first: a name, the type of floats, and what to convert.
+    """Yield the ways to convert an estimator, most exact first: a name, the type of floats, and what to convert.
 
-    scikit-learn's trees round X to float32 and compare it with float64 thresholds, of which skl2onnx makes float32 ones
-    that part all float32 alike. With float64 inputs they would part other rows, so what is before them is rounded.
-    Those of histogram boosting do not round X, so that with float32 inputs they would part other rows.
+    Trees in scikit-learn round X to float32. skl2onnx rounds their thresholds so that every float32 value takes the
+    same branch. A float64 input could take another one, so the steps before the trees end with a cast to float32.
+    The trees of histogram boosting do not round X: with float32 inputs, rows could take other branches.
     """
     estimator = getattr(estimator, "best_estimator_", estimator)  # what a search hands everything to
     parts = list(find_parts(estimator))
@@ -186,7 +185,7 @@ def _ways_to_convert(estimator: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _input_types(arrays: Arrays, float_type: str) -> list[tuple[str, Any]]:
-    """Give names and types of inputs: one tensor of all features, or one for each where they are not alike."""
+    """Return names and types of inputs: one tensor of all features, or one for each where they are not alike."""
     types = import_onnx("skl2onnx.common.data_types")
     features = arrays.contract.features
     names = {
@@ -223,7 +222,7 @@ def _convert(estimator: Any, predictor: Predictor, arrays: Arrays, float_type: s
 
 
 def _known_options(estimator: Any) -> Iterable[str]:
-    """Name the options of a converter, which refuses all others."""
+    """Return the options of a converter, which refuses all others."""
     names = import_onnx("skl2onnx._supported_operators").sklearn_operator_name_map
     converter = import_onnx("skl2onnx.common._registration")._converter_pool.get(names.get(type(estimator)))
     return (converter and converter.get_allowed_options()) or ()
@@ -258,8 +257,10 @@ def choose_graph(graphs: Sequence[Predictor], predictor: Predictor, arrays: Arra
     reasons = []
     contract = arrays.contract
     with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
-        near = [*known, *find_learnt(predictor.estimator, contract)]
-        made_up = near[len(known) :] + vary(near, contract, N_VARIED, find_edges(predictor.estimator, contract))
+        near = [*known, *find_training_rows(predictor.estimator, contract)]
+        made_up = near[len(known) :] + make_up_rows(
+            near, contract, N_VARIED, find_thresholds(predictor.estimator, contract)
+        )
         rows = [*known, *keep_answered(made_up, predictor, arrays)]
         inputs = [arrays.of_rows(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
         cases = [(X, predictor.ask(X)) for X in inputs]
@@ -291,7 +292,7 @@ def find_disagreement(predictor: Predictor, X: Any, expected: tuple[Any, Any]) -
     """Return the first row of X that is not answered as expected, classes exactly and numbers to 1e-5, and how.
 
     A row to which the estimator itself gives two classes alike may get either: between them decides rounding, which in
-    scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `agrees`.
+    scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `is_close`.
     """
     y, scores = as_array(expected[0]), expected[1]
     given, given_scores = predictor.ask(X)
@@ -309,7 +310,7 @@ def find_disagreement(predictor: Predictor, X: Any, expected: tuple[Any, Any]) -
 
 
 def differs(given: Any, expected: Any, scale: float | None) -> Any:
-    """Say which rows differ, in numbers of which the largest, or `scale`, gives what is nothing but rounding."""
+    """Return which rows differ by more than the tolerance, which is relative to `scale`, or to the largest number."""
     if isinstance(expected, list):
         pairs = zip(given, expected, strict=True)
         return np.logical_or.reduce([differs(*pair, scale) for pair in pairs])
@@ -324,7 +325,7 @@ def differs(given: Any, expected: Any, scale: float | None) -> Any:
 
 
 def _are_tied(scores: Any) -> Any:
-    """Say in which rows the two highest scores, or the only one and 0, are alike."""
+    """Return in which rows the two highest scores, or the only one and 0, are alike."""
     if isinstance(scores, list):
         return np.logical_or.reduce([_are_tied(output) for output in scores])
     if scores.ndim == 1 or scores.shape[1] == 1:

@@ -13,7 +13,6 @@ from serving.predictor.inputs import Array
 
 Answer = Any  # dicts by name and lists, with a column of shape (n_samples,) at each end
 PIECE_ROWS = 1000
-
 ALL = slice(None)
 
 
@@ -83,7 +82,7 @@ def write_template(answer: Answer) -> bytes:
 
 
 def _write_values(column: Array) -> list[bytes]:
-    """Give the JSON of each value; what JSON cannot say of a float becomes null."""
+    """Return the JSON of each value; what JSON cannot say of a float becomes null."""
     values = column.tolist()
     if column.dtype.kind in "biuf":
         return to_json(values, inf_nan_mode="null", fallback=str)[1:-1].split(b",")

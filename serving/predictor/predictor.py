@@ -114,7 +114,7 @@ class Predictor:
         return other
 
     def _find_score(self) -> tuple[str | None, str]:
-        """Name what the estimator says besides its prediction, and the method for it."""
+        """Return the name of the estimator's scores, and the method that gives them."""
         if isinstance(self.estimator, GraphFile):
             return self.estimator.score, ""
         if kind_of(self.estimator) == "outlier_detector":
@@ -125,7 +125,7 @@ class Predictor:
         return next(found, (None, ""))
 
     def predict(self, X: Any) -> Predictions:
-        """Give the answers to the rows of X, n_samples of them, in their order.
+        """Return the answers to the rows of X, n_samples of them, in their order.
 
         Raises `ModelError` when the settings name another number of outputs than there are.
         """
@@ -163,7 +163,7 @@ class Predictor:
         return self.estimator.predict(X) if labels is None else self._labels[labels], scores
 
     def _name_outputs(self, y: Array) -> Answer:
-        """Give y, of shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
+        """Return y, of shape (n_samples,) or (n_samples, n_outputs), with the names of several outputs."""
         n_outputs = y.shape[1] if y.ndim == 2 else 1
         if self.outputs and y.ndim == 1:
             raise ModelError("has a single output, which goes without a name; set model.outputs = []")
@@ -172,7 +172,7 @@ class Predictor:
         return _name_columns_of(y, self.outputs or [f"y{output}" for output in range(n_outputs)])
 
     def _name_scores(self, scores: Any, several: bool) -> Answer:
-        """Give what `predict_proba` or `decision_function` gave, with the names of outputs or classes."""
+        """Return what `predict_proba` or `decision_function` returned, with the names of outputs or classes."""
         if isinstance(scores, list) and len(scores) == len(self.classes_by_output):
             return self._name_outputs_scores([as_array(output, squeeze=False) for output in scores])
         scores = scores[0] if isinstance(scores, list) else scores
@@ -184,7 +184,7 @@ class Predictor:
         return _name_columns_of(scores, self._keys or [str(column) for column in range(scores.shape[-1])])
 
     def _name_outputs_scores(self, scores: list[Array]) -> Answer:
-        """Give for each output: of a label that is there or not its probability, else those of each class."""
+        """Return the scores of each output: for a label that applies or not its probability, else one a class."""
         is_multilabel = all(set(labels) <= {0, 1} for labels in self.classes_by_output)
         tree: dict[str, Answer] = {}
         for output, (columns, labels) in enumerate(zip(scores, self.classes_by_output, strict=True)):
@@ -214,7 +214,7 @@ LIKELIEST: dict[str, float] = {
 
 
 def _find_tie(estimator: Any) -> float | None:
-    """Give how near two probabilities may be that `predict` may tell apart; None where it does not go by them."""
+    """Return the difference below which two probabilities count as a tie. None: `predict` does not use probabilities."""
     if not type(estimator).__module__.startswith("sklearn."):
         return None
     inner = estimator.steps[-1][1] if hasattr(estimator, "steps") else getattr(estimator, "best_estimator_", None)
@@ -225,7 +225,7 @@ def _find_tie(estimator: Any) -> float | None:
 
 
 def _likeliest(scores: Any, tie: float) -> Any:
-    """Give the column with the highest score of each row, (n_samples,); None if in one of them two are a tie."""
+    """Return the column with the highest score of each row, (n_samples,); None if in one of them two are a tie."""
     likeliest = scores.argmax(axis=1)
     if tie:
         highest = scores[np.arange(len(scores)), likeliest]
@@ -249,7 +249,7 @@ _limited = threading.local()
 
 
 def limit_threads(n_threads: int) -> None:
-    """Give OpenMP and BLAS so many threads. OpenMP counts them for each thread that calls it, so each must ask."""
+    """Limit the threads of OpenMP and BLAS. OpenMP counts them for each thread that calls it, so each must ask."""
     if getattr(_limited, "n_threads", None) != n_threads:
         threadpoolctl.threadpool_limits(n_threads)
         _limited.n_threads = n_threads
@@ -261,12 +261,12 @@ def _takes_all_cores(part: Any) -> bool:
 
 
 def kind_of(estimator: Any) -> str | None:
-    """Name the kind of an estimator as scikit-learn does: "classifier", "regressor", "clusterer", …"""
+    """Return the kind of an estimator as scikit-learn names it: "classifier", "regressor", "clusterer", …"""
     return sklearn.utils.get_tags(estimator).estimator_type if isinstance(estimator, BaseEstimator) else None
 
 
 def _find_classes(estimator: Any) -> list[list[Any]]:
-    """Give the classes of each output; none of an estimator that is no classifier."""
+    """Return the classes of each output; none of an estimator that is no classifier."""
     classes = getattr(estimator, "classes_", None)
     if classes is None:
         return []
@@ -298,7 +298,7 @@ def refuse_no_predictor(estimator: Any) -> None:
 
 
 def as_array(values: Any, squeeze: bool = True) -> Array:
-    """Give what an estimator returned, pandas and sparse too, as an array whose `tolist` JSON can say."""
+    """Return what an estimator returned, pandas and sparse too, as an array whose `tolist` JSON can say."""
     array = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
     if array.dtype.kind == "M":
         array = array.astype("datetime64[us]")  # in nanoseconds tolist gives integers

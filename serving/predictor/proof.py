@@ -14,15 +14,21 @@ import structlog
 from serving.errors import EstimatorError, ModelError, reason_of
 from serving.predictor.batcher import measure
 from serving.predictor.contract import Rows
-from serving.predictor.golden import OF_FLOAT32, OF_LIBRARIES, Golden, Rounding, agrees, largest, rename
+from serving.predictor.golden import (
+    TOLERANCE_OF_FLOAT32,
+    TOLERANCE_OF_LIBRARIES,
+    Golden,
+    Tolerance,
+    is_close,
+    largest,
+    rename,
+)
 from serving.predictor.model import Model
 from serving.predictor.predictor import GraphFile
-from serving.predictor.samples import MAX_COMPARED, vary
+from serving.predictor.samples import MAX_COMPARED, make_up_rows
 from serving.settings import toml_key, toml_value
 
 log = structlog.get_logger()
-
-
 MAX_COMPARING_S = 1.0
 
 
@@ -101,13 +107,13 @@ def _reproduce(model: Model, golden: Golden) -> None:
     scale = largest(golden.predictions)
     for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
         expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
-        if not agrees(answer, expected, scale, _rounding_of(model)):
+        if not is_close(answer, expected, scale, _tolerance_of(model)):
             wanted = f"as {model.golden_file} has it"
             raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
 
 
-def _rounding_of(model: Model) -> Rounding:
-    return OF_LIBRARIES if model.predictor.graph is None else OF_FLOAT32
+def _tolerance_of(model: Model) -> Tolerance:
+    return TOLERANCE_OF_LIBRARIES if model.predictor.graph is None else TOLERANCE_OF_FLOAT32
 
 
 def _try_missing(model: Model) -> None:
@@ -123,7 +129,7 @@ def _try_missing(model: Model) -> None:
 def find_dependence(model: Model) -> str | None:
     """Return why rows of several requests cannot share a call, by asking rows alone and together; None if they can."""
     rows = model.known_rows[:MAX_COMPARED]
-    rows += vary(rows, model.contract, MAX_COMPARED - len(rows))
+    rows += make_up_rows(rows, model.contract, MAX_COMPARED - len(rows))
     alone: list[tuple[dict[str, Any], Any]] = []
     end = time.monotonic() + MAX_COMPARING_S
     with warnings.catch_warnings(action="ignore"):  # a made-up row may well be worth one
@@ -136,5 +142,5 @@ def find_dependence(model: Model) -> str | None:
     answers = [answer for _, answer in alone]
     if len(alone) < 2:
         return "too few rows have an answer to be compared; give golden rows, or examples in [features]"
-    is_same = agrees(together, answers, largest(answers), _rounding_of(model))
+    is_same = is_close(together, answers, largest(answers), _tolerance_of(model))
     return None if is_same else "the answer to a row depends on the other rows of the call"

@@ -16,13 +16,15 @@ MAX_COMPARED = 16  # rows that are answered both alone and together
 N_VARIED = 400  # made-up rows with which the runtimes are compared
 
 
-def vary(rows: Rows, contract: Contract, n_rows: int, edges: Mapping[str, list[float]] | None = None) -> Rows:
+def make_up_rows(
+    rows: Rows, contract: Contract, n_rows: int, thresholds: Mapping[str, list[float]] | None = None
+) -> Rows:
     """Make up rows around some, which are the same each time, and all within what the contract admits.
 
-    A third of them has numbers with as many decimals as the known rows have, and a third with one more, for on such a
-    grid distances are equal and thresholds are met; `edges` are numbers at which the estimator may turn.
+    One third is rounded like the known rows and one third to one decimal more: on such a grid, ties and exact
+    thresholds are common. `thresholds` are numbers at which the estimator may decide otherwise, by feature.
     """
-    edges = edges or {}
+    thresholds = thresholds or {}
     random = np.random.default_rng(0)
     varied = [dict(rows[random.integers(len(rows))]) for _ in range(n_rows)]
     for name, feature in contract.features.items():
@@ -31,15 +33,15 @@ def vary(rows: Rows, contract: Contract, n_rows: int, edges: Mapping[str, list[f
             drawn = random.random()
             if feature.missing and drawn < 0.1:
                 row[name] = None
-            elif name in edges and drawn < 0.3:
-                row[name] = within(edges[name][random.integers(len(edges[name]))], feature)
+            elif name in thresholds and drawn < 0.3:
+                row[name] = within(thresholds[name][random.integers(len(thresholds[name]))], feature)
             elif drawn < 0.8:
-                row[name] = _vary_cell(cells, feature, random, index % 3)
+                row[name] = _make_up_cell(cells, feature, random, index % 3)
     return varied
 
 
-def _vary_cell(cells: list[Any], feature: FeatureSettings, random: np.random.Generator, rounding: int) -> Any:
-    """Give a choice of a feature, or a text that may be unknown, or a number near those that are known."""
+def _make_up_cell(cells: list[Any], feature: FeatureSettings, random: np.random.Generator, rounding: int) -> Any:
+    """Return a choice of a feature, or a text that may be unknown, or a number near known ones."""
     cell = cells[random.integers(len(cells))]
     if feature.choices is not None:
         return cell
@@ -54,8 +56,8 @@ def _vary_cell(cells: list[Any], feature: FeatureSettings, random: np.random.Gen
     return within(round(value, decimals + rounding - 1) if rounding else value, feature)
 
 
-def find_learnt(estimator: Any, contract: Contract) -> list[dict[str, Any]]:
-    """Give rows of those that an estimator keeps of its training, as one of neighbours does."""
+def find_training_rows(estimator: Any, contract: Contract) -> list[dict[str, Any]]:
+    """Return rows that an estimator keeps of its training, as one of neighbours does."""
     if any(feature.type != "float" for feature in contract.features.values()):
         return []
     kept = [getattr(part, name, None) for part in find_parts(estimator) for name in ("_fit_X", "support_vectors_")]
@@ -67,9 +69,9 @@ def find_learnt(estimator: Any, contract: Contract) -> list[dict[str, Any]]:
     ]
 
 
-def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
-    """Give the thresholds of trees by the feature that they part, with the float32 on either side of each."""
-    edges: dict[str, set[float]] = {}
+def find_thresholds(estimator: Any, contract: Contract) -> dict[str, list[float]]:
+    """Return the thresholds of trees by feature, each with the next float32 on either side."""
+    thresholds: dict[str, set[float]] = {}
     order = list(contract.columns)
     for part in find_parts(estimator):
         if (tree := getattr(part, "tree_", None)) is not None and tree.n_features == len(contract.columns):
@@ -78,5 +80,5 @@ def find_edges(estimator: Any, contract: Contract) -> dict[str, list[float]]:
                 if position >= 0 and contract.features[name].type == "float" and math.isfinite(threshold):
                     near = np.float32(threshold)
                     beside = (np.nextafter(near, np.float32(end)) for end in (-np.inf, np.inf))
-                    edges.setdefault(name, set()).update((threshold, float(near), *map(float, beside)))
-    return {name: sorted(values) for name, values in edges.items()}
+                    thresholds.setdefault(name, set()).update((threshold, float(near), *map(float, beside)))
+    return {name: sorted(values) for name, values in thresholds.items()}

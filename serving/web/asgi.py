@@ -17,7 +17,7 @@ CUT_SHORT = "serving.cut_short"  # in a scope: the error by which a body ended b
 
 
 async def receive_unless_cut(scope: Any, receive: Any) -> Any:
-    """Tell an app of a body that was cut short as of a client that left, but which can still be answered."""
+    """Report a truncated body to the app as a disconnect. The client may still be reading, so it can be answered."""
     message = await receive()
     return {"type": "http.disconnect"} if CUT_SHORT in scope else message
 
