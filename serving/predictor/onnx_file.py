@@ -122,7 +122,7 @@ EXTRAS = ("class_labels", "decision_path", "decision_leaf", "score_samples", "GP
 
 
 def _read_outputs(session: Any, graph: OnnxGraph, zipped: Mapping[str, Any]) -> OnnxArtifact:
-    """Return the artifact of a graph, whose outputs are told by their names, types and operators. Raises `ModelError`."""
+    """Return the artifact of a graph, with its outputs told by names, types and operators. Raises `ModelError`."""
     given = session.get_outputs()
     types = {item.name: item.type for item in given}
     prediction = _find_prediction(types, graph)

@@ -214,7 +214,7 @@ LIKELIEST: dict[str, float] = {
 
 
 def _find_tie(estimator: Any) -> float | None:
-    """Return the difference below which two probabilities count as a tie. None: `predict` does not use probabilities."""
+    """Return the difference below which two probabilities are a tie. None: `predict` does not use probabilities."""
     if not type(estimator).__module__.startswith("sklearn."):
         return None
     inner = estimator.steps[-1][1] if hasattr(estimator, "steps") else getattr(estimator, "best_estimator_", None)
