@@ -1,4 +1,4 @@
-"""The README's commands give what it shows, and its tables list what there is."""
+"""The commands of README and docs give what is shown, and the tables list what there is."""
 
 import json
 import os
@@ -14,13 +14,16 @@ import pytest
 import app
 from serving.predictor.artifact import OLDEST_SKLEARN
 from serving.predictor.features import FeatureSettings
-from serving.settings import setting_keys
 from tests.lib.artifacts import copy_project
 from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment
 from tests.lib.sizes import each_combination, each_worker
 
 README = (PROJECT / "README.md").read_text()
-SHIPPED = README.partition("## Serve your own model")[0]
+PAGES = {
+    name: (PROJECT / "docs" / name).read_text()
+    for name in ("http.md", "operate.md", "models.md", "speed.md", "design.md")
+}
+SHIPPED = README.partition("## Serve your own model")[0] + PAGES["http.md"]
 EXAMPLES = re.findall(r"^\$ (curl [^\n]+)\n([^\n]+)$", SHIPPED, re.MULTILINE)
 
 
@@ -52,34 +55,36 @@ def test_examples_are_there() -> None:
     assert len(EXAMPLES) >= 6
 
 
-def test_settings_table_lists_every_key() -> None:
-    """The table of settings has each key with its default, in the file's order."""
-    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `([^`]+)` \|", README, re.MULTILINE)
-    defaults = app.Settings().model_dump()
-    expected = []
-    for key in setting_keys(app.Settings):
-        value: Any = defaults
-        for part in key:
-            value = value[part]
-        expected.append((".".join(key), value))
-    assert [(key, json.loads(default)) for key, default in rows] == expected
-
-
 def test_feature_keys_are_listed() -> None:
-    """The row of `features`, and the shipped file, name every key that a feature has."""
-    (row,) = re.findall(r"^\| `features` .*$", README, re.MULTILINE)
+    """The shipped settings file, which documents itself, names every key that a feature has."""
     shipped = (PROJECT / "settings.toml").read_text()
     for name in FeatureSettings.model_fields:
-        assert f"`{name}`" in row
         assert re.search(rf"#.*\b{name}\b", shipped)
+
+
+def test_readme_is_short() -> None:
+    """The README is for whoever meets the project; the rest stands in pages of its own, each of which it names."""
+    assert len(README.splitlines()) <= 130
+    assert {path.name for path in (PROJECT / "docs").glob("*.md")} == {*PAGES}
+    for name in PAGES:
+        assert f"(docs/{name})" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in PAGES)])
+def test_links_lead_somewhere(page: str) -> None:
+    """Each link between the pages is to a file that is there."""
+    file = PROJECT / page
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()) if not link.startswith("http")]
+    assert [link for link in links if not (file.parent / link).exists()] == []
 
 
 def test_versions_are_those_that_are_run() -> None:
     """The Pythons are those of `.ci/run`; the oldest scikit-learn is what is tried, and refused below."""
     (pythons,) = re.findall(r"^for version in (.*); do$", (PROJECT / ".ci/run").read_text(), re.MULTILINE)
-    (named,) = re.findall(r"run on Python (3\.[^(]*) \(", README)
+    text = " ".join(README.split())
+    (named,) = re.findall(r"run on Python (3\.[^(]*) \(", text)
     assert re.findall(r"\b(3\.\d+)\.\d+\b", named) == pythons.split()
-    (oldest,) = re.findall(r"oldest scikit-learn that is supported is\s([\d.]+),", README)
+    (oldest,) = re.findall(r"oldest scikit-learn that is supported is ([\d.]+),", text)
     assert f"scikit-learn=={oldest}\n" in (PROJECT / "tests/requirements-oldest.txt").read_text()
     assert f"# {oldest} is the oldest scikit-learn that is supported." in (PROJECT / "requirements.txt").read_text()
     assert oldest == ".".join(map(str, OLDEST_SKLEARN)) + ".0"
@@ -87,14 +92,24 @@ def test_versions_are_those_that_are_run() -> None:
 
 def test_status_table_lists_every_error() -> None:
     """Every status that an operation can answer with is explained."""
-    rows = re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| ([\d, ]+) \|", PAGES["http.md"], re.MULTILINE)
     listed = {int(status) for row in rows for status in row.split(",")}
     assert {status for operation in [*app.operations()] for status in operation.errors} <= listed
 
 
 def test_speed_is_what_the_bench_wrote() -> None:
     """The table of figures is the bench's own, with date, machine and command."""
-    assert (PROJECT / "bench" / "results.md").read_text().strip() in README
+    written = (PROJECT / "bench" / "results.md").read_text().strip()
+    assert written.replace("(results.png)", "(../bench/results.png)") in PAGES["speed.md"]
+
+
+def test_speed_of_the_readme_is_that_of_the_bench() -> None:
+    """Each figure of the README stands in the bench's table, and every goal that was missed is among them."""
+    measured = re.findall(r"^\| (.*?) \|.*\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", PAGES["speed.md"], re.MULTILINE)
+    shown = re.findall(r"^\| (.*?) \| ([^|]+) \| ([^|]+) \| (yes|\*\*no\*\*) \|$", README, re.MULTILINE)
+    assert shown
+    assert {*shown} <= {*measured}
+    assert {row for row in measured if row[3] == "**no**"} <= {*shown}
 
 
 def test_layout_table_lists_the_house() -> None:
@@ -111,7 +126,13 @@ def test_development_commands_are_tested() -> None:
     def plain(command: str) -> str:
         return re.sub(r"--(port|host|bind) \S+|#.*", "", command).replace("  ", " ").strip()
 
-    block = README.partition("## Develop")[2].partition("```console\n")[2].partition("```")[0]
+    block = (
+        (PROJECT / "CONTRIBUTING.md")
+        .read_text()
+        .partition("## Run it while developing")[2]
+        .partition("```console\n")[2]
+        .partition("```")[0]
+    )
     commands = {plain(line.removeprefix("$ ")) for line in block.splitlines()}
     run = {plain(command) for command, _ in SERVE_COMMANDS}
     run |= {"flask --app app run --debug", "uvicorn app:app --reload"}
