@@ -7,8 +7,11 @@ The path of a request, the same under both frameworks:
 
 1. the framework's route, or a shortcut in front of its router, makes a `Request` of it;
 2. `Service.respond` gives it an id, finds its `Operation`, and reads its body up to the limit;
-3. the operation's endpoint turns bytes into rows by the `Contract`;
-4. a batcher puts the rows of requests that wait at the same moment together, and the `Model` answers them;
+3. the operation's endpoint, such as `predict_body`, turns bytes into rows by the `Contract`, and calls
+   `Service.predict` with them as a `Job`;
+4. a batcher (`LoopBatcher` or `ThreadBatcher`) puts together the jobs that wait at the same moment, and
+   `BatchQueue.call` calls `Model.predict_rows`: `Arrays.of_rows` makes X of them, and `Predictor.ask` calls the
+   estimator's `predict_proba` or `predict` with it;
 5. the endpoint writes the `Response`, which observers are shown and which goes back byte for byte the same.
 
 Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or
@@ -30,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import joblib
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
-from serving.errors import SettingsError, Unavailable, about, exit_on_startup_error
+from serving.errors import SettingsError, Unavailable, errors_about, exit_on_startup_error
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
 from serving.predictor.arrays import LONG_BYTES, PIECE_BYTES, LongBody, read_rows
@@ -109,8 +112,8 @@ class Settings(SettingsFile):
         return self.folder / self.model.path
 
     @property
-    def artifact(self) -> str:
-        """The artifact as the subject of a message."""
+    def artifact_subject(self) -> str:
+        """The subject of a message about the artifact, such as `has no predict()`."""
         return f"{self.place('model', 'path')} is {str(self.model_path)!r}, which"
 
     @property
@@ -282,23 +285,23 @@ def build_flask(service: Service[Any]) -> flask.Flask:
         name = next((operation.name for operation in methods.values()), "")
         return (method in methods or method == "HEAD") and app.view_functions.get(name) is view
 
-    def answers(path: str, method: str) -> bool:
+    def answers_alone(path: str, method: str) -> bool:
         return is_ours(path, method) and not _has_hooks(app)
 
     def hot_first(environ: Any, start_response: Any) -> Any:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        is_first = method in service.hot.get(path, ()) and answers(path, method)
+        is_first = method in service.hot.get(path, ()) and answers_alone(path, method)
         return (endpoint if is_first else inner)(environ, start_response)
 
     app.wsgi_app = hot_first  # type: ignore[method-assign]
     before = _count_parts(app)
 
     def is_bare() -> bool:
-        is_ours = app.wsgi_app is hot_first and all(each is view for each in app.view_functions.values())
-        return is_ours and _count_parts(app) == before
+        has_only_ours = app.wsgi_app is hot_first and all(each is view for each in app.view_functions.values())
+        return has_only_ours and _count_parts(app) == before
 
     app.extensions["serving"] = service
-    app.extensions["serving.binding"] = Binding(service, is_ours, answers, is_bare)
+    app.extensions["serving.binding"] = Binding(service, is_ours, answers_alone, is_bare)
     return app
 
 
@@ -389,13 +392,13 @@ def load(settings: Settings, report: Report = lambda doing: None) -> Model:
 
     Raises `StartupError`, which names the place of what is wrong.
     """
-    with about(settings.artifact), settings.locate():
+    with errors_about(settings.artifact_subject), settings.locate():
         return load_model(settings.model, settings.features, settings.folder, settings.threads, report)
 
 
 def prove_here(settings: Settings, model: Model) -> Proof:
     """Prove a model in this process. Raises `ModelError`."""
-    with about(settings.artifact):
+    with errors_about(settings.artifact_subject):
         return prove(model)
 
 

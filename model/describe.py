@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import app
-from serving.errors import ModelError, ServingError, SettingsError, Unprocessable, about, exit_on_startup_error
+from serving.errors import ModelError, ServingError, SettingsError, Unprocessable, errors_about, exit_on_startup_error
 from serving.logs import configure_logging
 from serving.predictor.arrays import parse_json
 from serving.predictor.artifact import SAFE_FORMATS, ModelSettings, find_untrusted_types, load_estimator, read_artifact
@@ -36,7 +36,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--trust", action="store_true", help="load it, though it may run code that is inside")
     parser.add_argument("--golden", type=Path, metavar="ROWS.json", help="rows to answer and keep beside the artifact")
     arguments = parser.parse_args(words)
-    with exit_on_startup_error(), about(repr(str(arguments.path))):
+    with exit_on_startup_error(), errors_about(repr(str(arguments.path))):
         describe(arguments.path, arguments.trust, arguments.golden)
 
 

@@ -104,7 +104,7 @@ class Client:
                     acknowledged = count_acknowledged(self.sock)
                     taken = -count_unacknowledged(self.sock) if acknowledged is None else acknowledged
                     progress = progress or Progress(taken, self.patience_s)
-                    if progress.has_ended(taken):
+                    if progress.is_stalled(taken):
                         raise self._cut_off() from None
         finally:
             self.sock.settimeout(None)

@@ -16,7 +16,7 @@ from processes import boot, early, options
 from processes.handshake import give_time
 from processes.loading import refuse_start
 from processes.master import Master
-from serving.errors import StartupError, about, exit_on_startup_error
+from serving.errors import StartupError, errors_about, exit_on_startup_error
 from serving.output import finish_output, reopen_output
 from serving.web.service import Service
 
@@ -58,7 +58,7 @@ def post_fork(server: Master, worker: Any) -> None:
     """Prepare a worker. A signal that came while it was forked, as `Master.spawn_worker` tells, ends it here."""
     gc.freeze()  # or the collector would write to all that is shared with the master
     worker.handshake, worker.service = server.handshake, server.service
-    server.reload_.leave_previous()
+    server.reload_.drop_previous()
     allow_files()
     give_time(worker.tmp, server.start_timeout_s)
     for number in worker.SIGNALS:
@@ -76,7 +76,7 @@ def allow_files() -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Answer the first rows in a worker, and keep the garbage collector from what it has loaded."""
-    with exit_on_startup_error(), about(worker.service.settings.artifact):
+    with exit_on_startup_error(), errors_about(worker.service.settings.artifact_subject):
         worker.service.model.warm_up()
     boot.freeze()
     gc.set_threshold(GC_THRESHOLD)

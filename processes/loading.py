@@ -22,7 +22,7 @@ import app
 from processes import options
 from processes.tls import check_tls
 from processes.trial import try_out
-from serving.errors import STARTUP_STATUS, ModelError, StartupError, about, listed, print_error, reason_of
+from serving.errors import STARTUP_STATUS, ModelError, StartupError, errors_about, listed, print_error, reason_of
 from serving.logs import configure_logging
 from serving.output import finish_output
 from serving.predictor.model import Model
@@ -145,14 +145,14 @@ def count_native_threads() -> int:
 def load(deadline: Deadline) -> Loaded:
     """Load what the settings say, for workers to be forked. Raises `StartupError`."""
     settings = app.load_settings(options=options.read_options())
-    deadline.set(settings.artifact, settings.model.load_timeout_s)
+    deadline.set(settings.artifact_subject, settings.model.load_timeout_s)
     if app.current_service() is None:
         configure_logging(settings.logging)
     check_tls(settings)
     model = app.load(settings, deadline.report)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
-        with about(settings.artifact):
+        with errors_about(settings.artifact_subject):
             raise ModelError(f"starts threads when it is loaded, which forked workers lack: {listed(others)}")
     importlib.import_module(settings.framework)  # once for all workers
     return settings, model
@@ -162,7 +162,7 @@ def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, 
     """Yield until a child has proven a model, and return the service of it. Raises `StartupError`."""
     settings, model = loaded
     prove = functools.partial(_prove, settings, model)
-    proof = yield from try_out(prove, settings.artifact, deadline.check)
+    proof = yield from try_out(prove, settings.artifact_subject, deadline.check)
     return app.make_service(settings, model, Proof(**json.loads(proof)))
 
 

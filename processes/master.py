@@ -16,6 +16,7 @@ from processes.handshake import BOOTING, DRAINING, READY, Handshake, read_stage
 from processes.listeners import close
 from processes.reload import MAX_WAIT_S, Reload, start_timeout_s
 from processes.trial import Trial
+from processes.worker import SupervisedWorker
 from serving.errors import STARTUP_STATUS, listed, reason_of
 from serving.output import flush_output
 from serving.web.service import Service
@@ -59,8 +60,8 @@ class Master(Arbiter):
         self.service = service
 
     def announce(self) -> None:
-        """Log what is served, and how the cores are shared out: workers times threads is no more of them, unless there
-        are more workers."""
+        """Log what is served, and how cores are shared: workers times threads never exceed them, but for workers that
+        are more than the cores."""
         settings = self.service.settings
         named = {"framework": settings.framework, "worker_class": settings.worker_class}
         log.info("serving", **named, **self.service.identity)
@@ -68,7 +69,7 @@ class Master(Arbiter):
         self.service.model.note_python()
 
     def handle_hup(self) -> None:
-        """Ask for a reload. One that is under way gives way to it, unless it loads: that cannot be stopped."""
+        """Ask for a reload. It replaces one that is under way, at once or, while that one loads, after the load."""
         self.reload_.is_asked = True
 
     def manage_workers(self) -> None:
@@ -93,10 +94,10 @@ class Master(Arbiter):
             self.retire(pid)
 
     def spawn_worker(self) -> int:
-        """Fork a worker, for which signals wait until it has lost the master's handlers.
+        """Fork a worker. Signals to it wait until it has its own handlers.
 
-        These would queue a signal where nobody reads it, and Python forgets in a child what came before its first step
-        (`PyOS_AfterFork_Child`); the service would wait `graceful_timeout` for the worker.
+        Before that, a signal would go to the master's handlers, which queue it where nobody reads it, or be forgotten
+        by Python (`PyOS_AfterFork_Child`); the service would wait `graceful_timeout` for the worker.
         """
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, Worker.SIGNALS)
         try:
@@ -127,8 +128,11 @@ class Master(Arbiter):
             self.kill_worker(pid, signal.SIGTERM)
 
     def stage_of(self, pid: int) -> int:
-        """Return the stage of a worker."""
-        return read_stage(self.WORKERS[pid]) if pid in self.WORKERS else BOOTING
+        """Return the stage of a worker; READY for one of gunicorn's or uvicorn's own classes, which tell nothing."""
+        worker = self.WORKERS.get(pid)
+        if isinstance(worker, SupervisedWorker):
+            return read_stage(worker.tmp)
+        return BOOTING if worker is None else READY
 
     def reap_workers(self) -> None:
         """Bury workers that have ended. Once all have served, one that cannot start does not end the service."""

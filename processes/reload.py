@@ -1,4 +1,17 @@
-"""The reload: a new service and its workers take the place of the old ones, or everything stays as it was."""
+"""The reload: a new service and its workers take the place of the old ones, or everything stays as it was.
+
+What happens at HUP, in order:
+
+1. `Master.handle_hup` notes it, and the master's next turn (`Master.manage_workers`) begins it: `Reload.go_on`.
+2. `_rehearse`: a child reads the settings, loads and proves the model, and configures gunicorn (`trial.try_out`).
+3. `_load`: the master reads and loads the same in a thread (`loading.Loading`), and a child of it proves it.
+4. `_replace`: gunicorn.conf.py is read again, new addresses are opened, and the new workers are forked (`_start`).
+5. When all of them are ready, the old ones are told to end (`_retire`). Each stops accepting, answers what is under way
+   (`SupervisedWorker.begin_drain`, `close_listeners`), and ends; one that takes longer than `graceful_timeout` is
+   killed (`Master.manage_workers`).
+
+Whatever fails before 5 is logged as `reload_refused`, and `_restore` puts back what there was.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +67,7 @@ class Reload:
     def __init__(self, master: Master) -> None:
         self.master = master
         self.is_asked = False
-        self.is_loading = False  # in a thread, beside which nothing is forked as long as it is waited for
+        self.is_loading = False  # a thread loads; no worker is forked until it has ended or is given up
         self.previous: Previous | None = None  # while workers are replaced
         self._steps: Generator[None, None, None] | None = None
         self._loading: Loading | None = None  # the last one
@@ -116,9 +129,9 @@ class Reload:
         return json.dumps(service.identity)
 
     def _load(self) -> Generator[None, None, Service[app.Settings]]:
-        """Load beside the arbiter's loop, which goes on, and have a child prove that what is forked from here answers.
+        """Load in a thread while the master's loop goes on; then a child proves that forked workers can predict.
 
-        It is what a start does, so that no reload takes what the next start would refuse.
+        A start does the same, so no reload takes what the next start would refuse.
         """
         deadline = Deadline(self.master.service.settings.model.load_timeout_s)
         self.is_loading, self._loading = True, Loading(deadline, self.master.wakeup)
@@ -155,7 +168,7 @@ class Reload:
             self._restore(self.previous, new)
             raise
         else:
-            self._leave(self.previous)
+            self._retire(self.previous)
         finally:
             self.previous = None
 
@@ -220,8 +233,8 @@ class Reload:
             master.retire(pid)
         close(opened)
 
-    def _leave(self, previous: Previous) -> None:
-        """Retire what was before."""
+    def _retire(self, previous: Previous) -> None:
+        """Tell the workers that were before to end, and close the addresses that are no more."""
         master = self.master
         previous.handshake.drop(listener not in master.LISTENERS for listener in previous.listeners)
         for pid in previous.workers:
@@ -233,8 +246,8 @@ class Reload:
     def _dropped(self, previous: Previous) -> list[Any]:
         return [listener for listener in previous.listeners if listener not in self.master.LISTENERS]
 
-    def leave_previous(self) -> None:
-        """Let go, in a worker that was just forked, of everything that was before."""
+    def drop_previous(self) -> None:
+        """Close, in a worker that was just forked, what only the workers before it serve."""
         if self.previous is not None:
             for listener in self._dropped(self.previous):
                 listener.close()

@@ -1,4 +1,8 @@
-"""Clients that take nothing of their answer: how that is seen, and how their connection ends."""
+"""Clients that take nothing of their answer: how that is seen, and how their connection ends.
+
+`gevent_worker.Client` looks at it while it sends, `transport.Sending` for all connections of a uvicorn worker together.
+A client that takes a byte within each `server.send_timeout` is slow, and goes on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class Progress:
         self.taken, self.since = taken, time.monotonic()
         self.patience_s = patience_s
 
-    def has_ended(self, taken: int) -> bool:
+    def is_stalled(self, taken: int) -> bool:
         """Note how many bytes the client has taken by now. Return whether it has taken none for too long."""
         now = time.monotonic()
         if taken > self.taken:
@@ -35,8 +39,10 @@ class Progress:
 
 
 def count_unacknowledged(sock: Any) -> int:
-    """Return the bytes that a socket has taken and the other side's kernel has not: a client may read for long before
-    a full socket takes more."""
+    """Return the bytes of a socket's buffer that the other side's kernel has not acknowledged.
+
+    A full buffer may take nothing more for long although the client reads.
+    """
     count = bytearray(4)
     with contextlib.suppress(OSError, ValueError):  # no such count for this kind of socket, or it is closed
         fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)

@@ -46,7 +46,7 @@ class Sending:
             for transport, progress in [*self.watched.items()]:
                 if transport.has_sent_all():
                     del self.watched[transport]
-                elif progress.has_ended(transport.count_taken()):
+                elif progress.is_stalled(transport.count_taken()):
                     del self.watched[transport]
                     transport.cut_off()
         finally:

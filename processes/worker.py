@@ -47,7 +47,7 @@ class SupervisedWorker(Worker):
         self.stage = stage
         tell_stage(self.tmp, stage)
         with contextlib.suppress(OSError):  # another user's; it looks each second anyway
-            os.kill(self.ppid, signal.SIGCHLD)  # for which the master looks after its workers
+            os.kill(self.ppid, signal.SIGCHLD)  # wakes the master, which then reads the stages
 
     def must_end(self) -> bool:
         """Return whether this worker has lost its master, or makes a call that does not end."""

@@ -50,7 +50,7 @@ class MisfitError(SettingsError):
 
 
 class ModelError(StartupError):
-    """The artifact is missing, cannot be loaded, or is not a fitted predictor. `about` puts its name in front."""
+    """The artifact is missing, cannot be loaded, or is not a fitted predictor. `errors_about` names it."""
 
 
 class EstimatorError(ModelError):
@@ -76,12 +76,12 @@ def print_error(error: StartupError) -> None:
 
 
 @contextlib.contextmanager
-def about(artifact: str) -> Iterator[None]:
-    """Put the name of an artifact in front of what is wrong with it."""
+def errors_about(subject: str) -> Iterator[None]:
+    """Put a subject, which names the artifact, in front of each `ModelError`, whose text begins with its verb."""
     try:
         yield
     except ModelError as error:
-        raise ModelError(f"{artifact} {error}") from error.__cause__
+        raise ModelError(f"{subject} {error}") from error.__cause__
 
 
 def reason_of(error: BaseException) -> str:

@@ -91,7 +91,7 @@ def read_settings(kind: type[S], file: Path) -> S:
         kind.model_validate(values, strict=True)
         given = leaves(Environment(cast(Any, _with_environment(kind)))())
         environment = {key: f"environment: {_variable_of(key)}" for key in given}
-        sources = environment | sources | environment  # it comes first, and its values win
+        sources = environment | sources | environment  # first for `_source`, and its values win
         settings: S = _with_environment(kind)(**values)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(kind, error, sources))) from None

@@ -38,7 +38,7 @@ STUCK_AFTER_TIMEOUTS = 2.0  # time-outs of a request after which a call is taken
 MANY_ROWS = 64  # rows of a call by which the cost of one more is measured
 MIN_STUCK_S = 1.0
 LOOK_S = 0.25  # seconds between two looks at a call that runs beside a loop, and at what waits for it
-QUIET_TURNS = 2  # turns of other threads without a row: after one, gevent has not yet looked for what came meanwhile
+QUIET_TURNS = 2  # turns of other threads without a new row before a call; after one, gevent has not polled for input
 
 
 class BatchingSettings(SettingsTable):
@@ -166,9 +166,9 @@ class BatchQueue:
         """Predict a job no more: its client has left, or waited too long."""
         with self._lock:
             job.is_given_up = True
-            self._leave(job)
+            self._uncount(job)
 
-    def _leave(self, job: Job) -> None:
+    def _uncount(self, job: Job) -> None:
         if not job.has_left:
             job.has_left = True
             self.queued_jobs -= 1
@@ -198,7 +198,7 @@ class BatchQueue:
 
     def needs_thread(self, jobs: Sequence[Job]) -> bool:
         """Return whether a call takes so long that it should not run in an event loop."""
-        is_long = bool(jobs) and jobs[0].is_long  # and then alone
+        is_long = bool(jobs) and jobs[0].is_long  # which shares its call with no other
         return is_long or self.cost.seconds_for(count_rows(jobs)) > INLINE_S
 
     def is_full(self, waiting: Iterable[Job]) -> bool:
@@ -212,7 +212,7 @@ class BatchQueue:
         while waiting and (not jobs or self._can_join(waiting[0], jobs[0], n_rows)):
             job = waiting.popleft()
             with self._lock:
-                self._leave(job)
+                self._uncount(job)
             if not job.is_given_up:
                 jobs.append(job)
                 n_rows += job.n_rows
@@ -332,7 +332,7 @@ class LoopBatcher:
             return
         jobs = self._halves.pop() if self._halves else self.queue.take(self._waiting)
         if self.queue.needs_thread(jobs):
-            call = _beside_loop(functools.partial(self.queue.call, jobs))
+            call = _natively(functools.partial(self.queue.call, jobs))
             done = self.loop.run_in_executor(self._thread, call)
             done.add_done_callback(lambda done: self._hand_out(jobs, done.result()))
             self.loop.call_later(LOOK_S, self._look, jobs, done)
@@ -363,7 +363,7 @@ class LoopBatcher:
 class ThreadBatcher:
     """Batches requests of threads, which may be greenlets, in a thread of its own, in which every call is made.
 
-    It starts with the first request of a process: one that runs before does not live on in those that are forked.
+    It starts with the first request of a process: a thread that was started before a fork does not exist in the child.
     """
 
     def __init__(self, queue: BatchQueue) -> None:
@@ -422,14 +422,17 @@ class ThreadBatcher:
 
     def _call(self, jobs: list[Job]) -> list[list[Job]]:
         call = functools.partial(self.queue.call, jobs)
-        halves = (_beside_loop(call) if self.queue.needs_thread(jobs) else call)()
+        halves = (_natively(call) if self.queue.needs_thread(jobs) else call)()
         for job in jobs if not halves else ():
             job.waiter.release()
         return halves
 
 
-def _beside_loop(call: Callable[[], T]) -> Callable[[], T]:
-    """Return a call that runs in a thread of the system's, also where gevent has made greenlets of Python's own."""
+def _natively(call: Callable[[], T]) -> Callable[[], T]:
+    """Return a call that runs in a thread of the system where gevent has patched Python's own to be greenlets.
+
+    Elsewhere the thread that calls is one already.
+    """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return call

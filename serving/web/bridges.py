@@ -34,14 +34,14 @@ log = structlog.get_logger()
 class Binding:
     """A service behind a framework's app, and what a user may have added to the app.
 
-    Asked with a path and a method, `is_ours` tells whether the framework asks the service, and `answers` whether the
-    service may answer alone, since the framework has nothing to do for it. An app that `is_bare` has nothing
-    of a user's that could read a body.
+    Asked with a path and a method, `is_ours` tells whether the framework asks the service, and `answers_alone` whether
+    the service may answer alone, since the framework has nothing to do for it. An app that `is_bare` has nothing of a
+    user's that could read a body.
     """
 
     service: Service[Any]
     is_ours: Callable[[str, str], bool]
-    answers: Callable[[str, str], bool]
+    answers_alone: Callable[[str, str], bool]
     is_bare: Callable[[], bool]
 
 
@@ -96,7 +96,7 @@ class FlaskOverASGI:
             await self.bridge(scope, receive, send)
             return
         request = asgi_request(scope, receive, self.endpoint.batcher)
-        if self.binding.answers(request.path, request.method):
+        if self.binding.answers_alone(request.path, request.method):
             await self.endpoint.respond(request, receive, send)
             return
         if self.binding.is_ours(request.path, request.method) and self.service.lacks_key(request):

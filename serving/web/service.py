@@ -172,7 +172,7 @@ class Service(Generic[S]):
         self.model, self.proof = proof.applied_to(model), proof
         self.operations = [*operations]
         self.observers = [*observers]
-        self.is_stopping = False  # with this process, which no other one takes over from
+        self.is_stopping = False  # this process ends, and no other takes over from it
         self.made_once: dict[str, Any] = {}  # what operations make of it for the first request
         self.routes: dict[str, dict[str, Operation]] = {}
         self.hot: dict[str, set[str]] = {}  # methods that are answered in front of the router, by path
