@@ -19,7 +19,8 @@ from werkzeug.test import EnvironBuilder
 import app
 from serving.predictor.arrays import PIECE_BYTES, split_array
 from serving.predictor.golden import is_close
-from tests.lib.apps import call, make_settings, serve_estimator
+from tests.lib.apps import call, call_asgi, make_settings, serve_estimator
+from tests.lib.cases import Case
 from tests.lib.clients import ROW, Answer, post_case
 from tests.lib.pipelines import fitted, rows_of
 
@@ -95,6 +96,27 @@ def test_long_array_of_nothing_is_answered_by_nothing(framework: str, body: byte
     """White space makes an empty array long, and no more."""
     answer = call(serve(framework), replace(post_case([]), body=body))
     assert (answer.status, answer.body) == (200, b"[]")
+
+
+def test_long_body_is_decoded_beside_the_loop(framework: str) -> None:
+    """While 2.5 MB are decoded, others are answered in the same loop. Its last cell is bad, so nothing is predicted."""
+    asgi = app.as_asgi(app.create_app(make_settings(framework=framework, limits={"max_rows": 3 * N_ROWS})))
+    rows: list[Any] = [{name: round(cell, 2) for name, cell in row.items()} for row in make_rows(N_ROWS)] * 3
+    rows[-1] = {**ROW, "petal_width": "wide"}
+    answer, n_pings = asyncio.run(ping_during(asgi, post_case(rows)))
+    assert [problem["loc"] for problem in answer.json["detail"]] == [["body", len(rows) - 1, "petal_width"]]
+    assert n_pings > 20
+
+
+async def ping_during(asgi: Any, case: Case) -> tuple[Answer, int]:
+    """Send a case, and return its answer and how many requests were answered until it came."""
+    long = asyncio.create_task(call_asgi(asgi, case))
+    n_pings = 0
+    while not long.done():
+        assert (await call_asgi(asgi, Case("ping", "GET", "/ping"))).status == 200
+        await asyncio.sleep(0)
+        n_pings += 1
+    return await long, n_pings
 
 
 @pytest.mark.parametrize("place", [0, 4321, N_ROWS - 1])

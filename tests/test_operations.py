@@ -1,6 +1,8 @@
 """An operation from outside: another media type and another shape of errors are one file and one row."""
 
-import json
+import asyncio
+import concurrent.futures
+import functools
 from typing import Any
 
 import pytest
@@ -9,10 +11,10 @@ import app
 from serving.errors import ServingError, Unprocessable
 from serving.predictor.batcher import Job
 from serving.web.messages import Request, Response
-from serving.web.service import Exchange, Operation, Service
-from tests.lib.apps import call, make_settings
+from serving.web.service import Exchange, Observer, Operation, Service
+from tests.lib.apps import call, call_asgi, make_settings
 from tests.lib.cases import Case
-from tests.lib.clients import ROW, post_case
+from tests.lib.clients import ROW, Answer, post_case
 
 CSV = "text/csv"
 
@@ -48,15 +50,19 @@ ROW_OF_THE_TABLE = Operation(
 )
 
 
+def build(observe: Observer, framework: str, **changes: Any) -> Any:
+    """Return an app with one operation more, and an observer."""
+    settings = make_settings(framework=framework, **changes)
+    made = app.make_service(settings)
+    service = Service(settings, made.model, made.proof, [*app.operations(), ROW_OF_THE_TABLE], [observe])
+    return app.FRAMEWORKS[framework](service)
+
+
 @pytest.fixture
 def native(framework: str) -> Any:
     """An app with one operation more, which shows what observers see in `native.seen`."""
     seen: list[Exchange] = []
-    rows, watchers = [*app.operations(), ROW_OF_THE_TABLE], [seen.append]
-    settings = make_settings(framework=framework)
-    made = app.make_service(settings)
-    service = Service(settings, made.model, made.proof, rows, watchers)
-    native: Any = app.FRAMEWORKS[framework](service)
+    native = build(seen.append, framework)
     native.seen = seen
     return native
 
@@ -101,14 +107,31 @@ def test_rows_of_several_dialects_are_described_and_observed(native: Any) -> Non
     assert (missing.operation, missing.response.status) == (None, 404)
 
 
+def test_rows_of_several_dialects_share_a_call(framework: str) -> None:
+    """Rows that wait together are predicted together, whatever asked for them, and each is answered as it asked."""
+    seen: list[Exchange] = []
+    native = build(seen.append, framework, batching={"max_rows": 3, "max_wait_ms": 1000})
+    cases = [post_case(ROW), csv_case(b"5.1,3.5,1.4,0.2\n6.7,3.0,5.2,2.3")]
+    if framework == "flask":
+        with concurrent.futures.ThreadPoolExecutor(len(cases)) as threads:
+            json_one, csv_one = threads.map(functools.partial(call, native), cases)
+    else:
+        json_one, csv_one = asyncio.run(call_together(native, cases))
+    assert (json_one.json["prediction"], csv_one.body) == ("setosa", b"setosa\nvirginica")
+    first, second = [exchange.request.job for exchange in seen]
+    assert first.call is second.call
+    assert first.call.n_rows == 3
+
+
+async def call_together(native: Any, cases: list[Case]) -> list[Answer]:
+    return await asyncio.gather(*[call_asgi(native, case) for case in cases])
+
+
 def test_observer_that_fails_loses_no_answer(framework: str) -> None:
     """Whatever an observer raises, the client gets its answer."""
-    settings = make_settings(framework=framework)
-    made = app.make_service(settings)
 
     def fail(exchange: Exchange) -> None:
         raise RuntimeError("observer")
 
-    service = Service(settings, made.model, made.proof, app.operations(), [fail])
-    answer = call(app.FRAMEWORKS[framework](service), post_case(ROW))
-    assert json.loads(answer.body)["prediction"] == "setosa"
+    answer = call(build(fail, framework), post_case(ROW))
+    assert answer.json["prediction"] == "setosa"
