@@ -49,7 +49,8 @@ def _start() -> tuple[Service[app.Settings], float]:
     took_s = time.monotonic() - started
     watch.stop()
     app.set_current_service(service)
-    options.check_app(given["wsgi_app"] or options.APPS[service.settings.worker_class], given, service.settings)
+    uri = given["wsgi_app"] or options.APPS[service.settings.worker_class]
+    options.check_app(uri, given, given, service.settings)
     return service, took_s
 
 

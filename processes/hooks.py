@@ -37,9 +37,9 @@ def on_starting(server: Any) -> None:
     """Make the arbiter a `Master`, unless gunicorn's options are refused."""
     service = cast(Service[app.Settings], app.current_service())
     try:
-        final = options.final_options(server.cfg)
-        options.check_options(final, options.read_options())
-        options.check_app(server.app.app_uri, final, service.settings)
+        final, given = options.final_options(server.cfg), options.read_options()
+        options.check_options(final, given)
+        options.check_app(server.app.app_uri, final, given, service.settings)
     except StartupError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()

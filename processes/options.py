@@ -33,7 +33,25 @@ REFUSED = {  # options that cannot be honoured, and what to do instead
     ),
     "statsd_host": NOT_USED,
 }
-REFUSED_IF_GIVEN = dict.fromkeys(("errorlog", "access_log_format", "logger_class"), NOT_USED)  # they have a default
+OTHER_WORKERS = "is known to neither of the two workers; leave it out"
+REFUSED_IF_GIVEN = {  # they have a default
+    **dict.fromkeys(("errorlog", "access_log_format", "logger_class"), NOT_USED),
+    **dict.fromkeys(("asgi_loop", "asgi_lifespan", "asgi_disconnect_grace_period", "root_path"), OTHER_WORKERS),
+    **dict.fromkeys(("http_protocols", "http2_cleartext"), "is not used: HTTP/1.1 alone is served; leave it out"),
+    "threads": f"{OTHER_WORKERS}; each has a share of the cores' threads, and the log says which",
+}
+NOT_UVICORNS = (  # options that are given in vain to uvicorn's worker, which parses and accepts by itself
+    "worker_connections",
+    "proxy_protocol",
+    "proxy_allow_ips",
+    "header_map",
+    "forwarder_headers",
+    "strip_header_spaces",
+    "casefold_http_method",
+    "permit_obsolete_folding",
+    "permit_unconventional_http_method",
+    "permit_unconventional_http_version",
+)
 
 
 def read_options() -> dict[str, Any]:
@@ -82,13 +100,14 @@ def _check_folder(problem: str, folder: str | None) -> None:
         raise StartupError(f"{problem} can be made: {error.strerror or error}; {rule}") from None
 
 
-def check_app(uri: str, options: Mapping[str, Any], settings: app.Settings) -> None:
+def check_app(uri: str, options: Mapping[str, Any], given: Mapping[str, Any], settings: app.Settings) -> None:
     """Raise `StartupError` if the worker cannot work with the app, which may be of the other interface, or options."""
     called = KNOWN_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
-    if called == APPS["uvicorn"] and options.get("proxy_protocol") not in (None, False, "off"):
-        raise StartupError("proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's")
+    in_vain = next((name for name in NOT_UVICORNS if given.get(name) not in (None, False, "off")), None)
+    if called == APPS["uvicorn"] and in_vain:
+        raise StartupError(f"{in_vain} is not known to uvicorn's worker; leave it out, or use gevent's")
     native = {"fastapi": "app:asgi", "flask": "app:wsgi"}[settings.framework]
-    given = native if uri in ("app:app", "app:create_app()") else uri
-    if given in APPS.values() and given != called:
+    asked = native if uri in ("app:app", "app:create_app()") else uri
+    if asked in APPS.values() and asked != called:
         worker = next(name for name, needed in APPS.items() if needed == called)
         raise StartupError(f"the app is {uri!r}, which {worker}'s worker cannot run; use {called!r}")

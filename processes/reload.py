@@ -180,9 +180,9 @@ class Reload:
         except SystemExit:
             problem = "gunicorn.conf.py or gunicorn's options are refused; the lines before this one say why"
             raise StartupError(problem) from None
-        final = options.final_options(application.cfg)
-        options.check_options(final, options.read_options())
-        options.check_app(application.app_uri, final, self.master.service.settings)
+        final, given = options.final_options(application.cfg), options.read_options()
+        options.check_options(final, given)
+        options.check_app(application.app_uri, final, given, self.master.service.settings)
 
     def _listen(self) -> list[Any]:
         """Return a listener for each address of the configuration: those that there are, and new ones."""

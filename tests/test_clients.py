@@ -531,5 +531,5 @@ def test_worker_may_have_many_files(serve: Starter) -> None:
 
 def test_worker_connections_can_be_given() -> None:
     """Gunicorn's own option wins over the shipped value."""
-    done = run_gunicorn("--worker-connections 7 --print-config")
+    done = run_gunicorn("--worker-connections 7 --print-config", SERVING_FRAMEWORK="flask")
     assert re.search(r"^worker_connections\s+= 7$", done.stdout, re.MULTILINE)
