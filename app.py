@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 
 PROJECT = Path(__file__).resolve().parent
-RESTART_S = 5.0  # seconds that a service which stops may need to be there again
+RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
 

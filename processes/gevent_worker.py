@@ -31,8 +31,8 @@ from serving.web.messages import LINGER_S
 
 log = structlog.get_logger()
 
-OWN_FILES = 100  # of a worker: listeners, libraries, logs and what a model opens
-LINGER_BYTES = 16_384  # that are read at once from a client whose connection ends
+OWN_FILES = 100  # open files of a worker besides connections: listeners, libraries, logs, a model's
+LINGER_BYTES = 16_384  # bytes of one read from a client whose connection ends
 
 
 class TimedBody:

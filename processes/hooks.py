@@ -20,8 +20,8 @@ from serving.errors import StartupError, errors_about, exit_on_startup_error
 from serving.output import finish_output, reopen_output
 from serving.web.service import Service
 
-MAX_FILES = 65_536  # that a worker may have open, where the hard limit lets it
-GC_THRESHOLD = 10_000  # new objects: more than requests in flight have, so that these are not searched for garbage
+MAX_FILES = 65_536  # open files of a worker, where the hard limit allows as many
+GC_THRESHOLD = 10_000  # new objects before garbage is looked for: more than requests in flight have
 
 
 class GunicornLogger(Logger):

@@ -34,13 +34,13 @@ REFUSED = {  # options that cannot be honoured, and what to do instead
     "statsd_host": NOT_USED,
 }
 OTHER_WORKERS = "is known to neither of the two workers; leave it out"
-REFUSED_IF_GIVEN = {  # they have a default
+REFUSED_IF_GIVEN = {  # options with a default, refused only where they are given
     **dict.fromkeys(("errorlog", "access_log_format", "logger_class"), NOT_USED),
     **dict.fromkeys(("asgi_loop", "asgi_lifespan", "asgi_disconnect_grace_period", "root_path"), OTHER_WORKERS),
     **dict.fromkeys(("http_protocols", "http2_cleartext"), "is not used: HTTP/1.1 alone is served; leave it out"),
     "threads": f"{OTHER_WORKERS}; each has a share of the cores' threads, and the log says which",
 }
-NOT_UVICORNS = (  # options that are given in vain to uvicorn's worker, which parses and accepts by itself
+NOT_UVICORNS = (  # options unknown to uvicorn's worker, which parses and accepts by itself
     "worker_connections",
     "proxy_protocol",
     "proxy_allow_ips",

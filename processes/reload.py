@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-START_TIMEOUT_S = 10.0  # that a worker may take to start, before `server.timeout` counts
-START_TIMEOUT_PROOFS = 10.0  # multiples of the time that the proof of its model took, which a worker may take besides
+START_TIMEOUT_S = 10.0  # seconds of a worker's start, before `server.timeout` counts
+START_TIMEOUT_PROOFS = 10.0  # as many times the seconds of its model's proof come on top
 MAX_WAIT_S = 30.0
 
 

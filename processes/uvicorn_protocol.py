@@ -18,11 +18,11 @@ from processes.worker import SETTLE_S
 from serving.errors import BodyCutShort, BodyTooSlow, ServingError
 from serving.web.asgi import CUT_SHORT
 
-MAX_UNPARSED_BYTES = 1_048_576  # more than a request line and 100 fields come to
-PIECE_BYTES = 256  # of a body that the parser gets at once, at the least, where empty lines are in it
-MAX_PIECE_BYTES = 32_768  # that the parser gets at once, at the most
+MAX_UNPARSED_BYTES = 1_048_576  # bytes without a whole head: more than a request line and 100 fields have
+PIECE_BYTES = 256  # smallest piece, in bytes, of a body with empty lines in it that the parser gets
+MAX_PIECE_BYTES = 32_768  # largest piece that the parser gets
 TURN_S = 0.005  # seconds for which one connection's bytes are parsed before others have their turn
-TURN_REQUESTS = 16  # requests that were sent too early and are begun in one turn of the loop
+TURN_REQUESTS = 16  # early requests that are begun in one turn of the loop
 
 
 class Connections:

@@ -20,7 +20,7 @@ from serving.web.service import Service
 
 log = structlog.get_logger()
 
-DRAIN_S = 1.0  # seconds that connections stay open after the order to end: clients in use come back sooner
+DRAIN_S = 1.0  # seconds for which idle connections stay open after the order to end
 SETTLE_S = 0.1  # seconds in which a connection that was begun comes to be accepted
 MARGIN_S = 0.5  # seconds before the master kills what has not ended
 POLL_S = 0.05

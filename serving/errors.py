@@ -21,15 +21,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 Key = tuple[str, ...]  # of a setting, such as ("server", "workers")
-MAX_NAME = 100  # characters up to which a name is compared with the right ones, which takes their product's time
-MAX_NAMES = 200  # names with which it is compared
-LIKELY_NAMES = 5  # of these the ones with which it is compared letter by letter
+MAX_NAME = 100  # characters of the longest name that gets a suggestion: comparing takes time by their square
+MAX_NAMES = 200  # right names that are looked through for a suggestion
+LIKELY_NAMES = 5  # right names that are compared letter by letter
 MAX_LISTED = 20  # values that a message lists
 MAX_SHOWN = 200  # characters of a text that a message shows
-MAX_DIGITS = 200  # of an integer
-MAX_ITEMS = 6  # of an array or an object
-MAX_DEPTH = 3  # of arrays and objects inside each other
-CUT = "…"  # stands for what is left out
+MAX_DIGITS = 200  # digits of an integer that a message shows
+MAX_ITEMS = 6  # items of an array or an object that a message shows
+MAX_DEPTH = 3  # levels of arrays and objects that a message shows
+CUT = "…"  # mark in place of what is left out
 STARTUP_STATUS = 4
 
 

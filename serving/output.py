@@ -22,7 +22,7 @@ import structlog
 
 log = structlog.get_logger()
 MAX_PENDING_BYTES = 262_144  # bytes of lines that wait for a slow reader
-LAST_LINES_S = 0.2  # seconds that it has for them when the process ends
+LAST_LINES_S = 0.2  # seconds for which the end of a process waits for that reader
 
 
 class LossyOutput(io.RawIOBase):

@@ -21,9 +21,9 @@ from serving.predictor.inputs import Array, Column, is_nan
 from serving.predictor.predictions import Predictions
 
 PIECE_BYTES = 65_536
-MAX_PIECE_BYTES = 16 * PIECE_BYTES  # of a piece that ends with a long row
-LONG_BYTES = 262_144  # of a body that is decoded beside the event loop
-DECODING = threading.Lock()  # of one long body at a time, as Python's own lock has it anyway
+MAX_PIECE_BYTES = 16 * PIECE_BYTES  # largest piece, which ends with a long row
+LONG_BYTES = 262_144  # smallest body that is decoded beside the event loop
+DECODING = threading.Lock()  # lock for one long body at a time: under Python's own, two gain nothing
 ARRAY_OF_OBJECTS = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\{")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 

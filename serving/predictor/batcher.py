@@ -31,9 +31,9 @@ from serving.predictor.predictions import Predictions
 from serving.settings import SettingsTable
 
 T = TypeVar("T")
-INLINE_S = 0.01  # the longest call that runs in an event loop, in seconds
-SURPRISE_FACTOR = 10.0  # a call that takes so many times as long as expected is what later ones are expected to take
-SMOOTHING = 0.1  # the part of a difference by which an expectation is corrected
+INLINE_S = 0.01  # seconds of the longest call that runs in an event loop
+SURPRISE_FACTOR = 10.0  # times the expected seconds from which a call sets the expectation alone
+SMOOTHING = 0.1  # part of a difference by which an expectation is corrected
 STUCK_AFTER_TIMEOUTS = 2.0  # time-outs of a request after which a call is taken never to end
 MANY_ROWS = 64  # rows of a call by which the cost of one more is measured
 MIN_STUCK_S = 1.0

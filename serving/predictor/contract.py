@@ -20,7 +20,7 @@ from serving.predictor.inputs import Column, Inputs
 Rows = list[dict[str, Any]]  # of checked cells by the names of features
 make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 MAX_PROBLEMS = 1000  # bad cells named in one answer
-MAX_DETAIL_BYTES = 131_072  # of its JSON; a thousand problems without a long name or value take about as much
+MAX_DETAIL_BYTES = 131_072  # bytes of its JSON, about those of a thousand problems with short names and values
 MAX_HINTS = 10  # suggestions in one answer
 
 

@@ -14,7 +14,7 @@ from serving.errors import MisfitError, listed
 from serving.predictor.inputs import FEATURE_TYPES, Cell, Column
 from serving.settings import Finite, SettingsTable, check_each_once, should
 
-NUMBER_RANGES: dict[str, float] = {  # of a feature, by its type
+NUMBER_RANGES: dict[str, float] = {  # largest magnitude of a number, by the feature's type
     "float": float(np.finfo(np.float32).max),  # trees compute in float32
     "int": 2**53,  # up to here every integer is a float64 of its own
 }

@@ -393,7 +393,7 @@ def _inside(attribute: str) -> Reader:
     return functools.partial(_read_inner, attribute=attribute)
 
 
-READERS: dict[str, Reader] = {  # by the name of a class of scikit-learn's; of the others the tags are read
+READERS: dict[str, Reader] = {  # by the name of scikit-learn's class; of other classes the tags are read
     "Pipeline": _read_steps,
     "ColumnTransformer": _read_branches,
     "FeatureUnion": _read_union,

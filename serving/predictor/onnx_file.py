@@ -115,10 +115,11 @@ def _unzip(model: Any) -> dict[str, Any]:
     return zipped
 
 
-LABELS = ("label", "output_label")  # names that exporters give to a class, a cluster, or what is an outlier
-NUMBERS = ("variable", "GPmean", "predictions", "prediction")  # to what a regressor predicts
-SHARES = ("probabilities", "output_probability", "probability")  # to scores of classes, which may be anything
-EXTRAS = ("class_labels", "decision_path", "decision_leaf", "score_samples", "GPcovstd", "std")  # to what no answer has
+# Names that exporters give to outputs:
+LABELS = ("label", "output_label")  # classes, clusters, outliers
+NUMBERS = ("variable", "GPmean", "predictions", "prediction")  # what a regressor predicts
+SHARES = ("probabilities", "output_probability", "probability")  # scores of classes, of whatever kind
+EXTRAS = ("class_labels", "decision_path", "decision_leaf", "score_samples", "GPcovstd", "std")  # what is left out
 
 
 def _read_outputs(session: Any, graph: OnnxGraph, zipped: Mapping[str, Any]) -> OnnxArtifact:

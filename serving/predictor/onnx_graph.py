@@ -8,10 +8,11 @@ from typing import Any
 
 from serving.predictor.onnx_runtime import as_classes, import_onnx, read_labels
 
-PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}  # operators that leave values as they are
+# Operators, by what their output is:
+PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}  # the input's values
 LINEAR = PASSING | {"Add", "Sub", "Sum", "Mul", "Neg", "Concat", "Slice", "Split", "Gather", "ArrayFeatureExtractor"}
 COMPARING = {"Sign", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
-DISTRIBUTING = {"Softmax", "Sigmoid", "LogSoftmax", "Normalizer", "LpNormalization"}  # what they give is no prediction
+DISTRIBUTING = {"Softmax", "Sigmoid", "LogSoftmax", "Normalizer", "LpNormalization"}  # scores, no prediction
 
 
 class OnnxGraph:

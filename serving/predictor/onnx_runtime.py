@@ -21,7 +21,7 @@ from serving.settings import toml_value
 
 USE_SKLEARN = 'set model.runtime = "sklearn"'
 
-ONNX_TYPES: dict[str, tuple[str, Any]] = {  # of an input: the feature's type, and numpy's
+ONNX_TYPES: dict[str, tuple[str, Any]] = {  # an input's type in ONNX: the feature's type, and numpy's
     "tensor(double)": ("float", np.float64),
     "tensor(float)": ("float", np.float32),
     "tensor(int64)": ("int", np.int64),
@@ -29,9 +29,9 @@ ONNX_TYPES: dict[str, tuple[str, Any]] = {  # of an input: the feature's type, a
     "tensor(string)": ("str", object),
 }
 
-OPSETS = {"": 21, "ai.onnx.ml": 3}  # the newest that each converter of skl2onnx 1.20 keeps to
-SHARES_TOLERANCE = 1e-3  # within which float32 probabilities of many classes or trees sum to 1
-TOLERANCE = 1e-5  # within which numbers agree, and two classes are tied
+OPSETS = {"": 21, "ai.onnx.ml": 3}  # newest versions that each converter of skl2onnx 1.20 keeps to
+SHARES_TOLERANCE = 1e-3  # distance from 1 of a sum of float32 probabilities of many classes or trees
+TOLERANCE = 1e-5  # distance of numbers that agree, and of scores of tied classes
 
 
 def import_onnx(name: str) -> Any:

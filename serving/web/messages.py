@@ -17,9 +17,9 @@ from serving.predictor.batcher import Job, LoopBatcher, ThreadBatcher
 
 JSON = "application/json"
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-LINGER_S = 2.0  # seconds for which a closed connection still reads, so that the client gets its answer
-READ_BYTES = 65_536  # of a body that are asked for at once
-IDS = random.Random()  # noqa: S311 — no secrets; a generator of our own, which nobody else seeds, saves a system call
+LINGER_S = 2.0  # seconds for which a closed connection still reads, or its client might lose the answer
+READ_BYTES = 65_536  # bytes of a body that are asked for at once
+IDS = random.Random()  # noqa: S311 — no secrets; its own generator, for no system call, and nobody else seeds it
 os.register_at_fork(after_in_child=IDS.seed)
 
 
