@@ -445,9 +445,8 @@ COMMANDS = {  # the framework whose apps a command runs, and what to do about th
 }
 
 
-@functools.cache
 def native_app() -> flask.Flask | fastapi.FastAPI:
-    """Return the app for a server that asks this module for it; a mistake in the settings ends the process."""
+    """Return the app that a server asks for; a mistake in the settings ends the process."""
     with exit_on_startup_error():
         return create_app()
 
@@ -462,22 +461,28 @@ def app_for_command() -> flask.Flask | fastapi.FastAPI:
         if settings.framework != needed:
             place = settings.place("framework")
             raise SettingsError(f"{place} is {settings.framework!r}, but `{command}` takes {needed!r}; {cure}")
-    return native_app()
+    return cast("flask.Flask | fastapi.FastAPI", served("native"))
 
 
-MODULE_ATTRIBUTES: dict[str, Callable[[], Any]] = {
+@functools.cache
+def served(name: str) -> Any:
+    """Return one of `SERVED`, made when it is first asked for."""
+    return SERVED[name]()
+
+
+SERVED: dict[str, Callable[[], Any]] = {  # what makes each attribute that a server may ask this module for
+    "native": native_app,
     "app": app_for_command,
-    "asgi": lambda: as_asgi(native_app()),
-    "wsgi": lambda: as_wsgi(native_app()),
+    "asgi": lambda: as_asgi(served("native")),
+    "wsgi": lambda: as_wsgi(served("native")),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Make `app`, `asgi` and `wsgi` when a server first asks for them, so that importing this module does nothing."""
-    if name not in MODULE_ATTRIBUTES:
+    """Return `app`, `asgi` or `wsgi`, which nobody makes before: importing this module does nothing."""
+    if name not in SERVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = MODULE_ATTRIBUTES[name]()
-    return globals()[name]
+    return served(name)
 
 
 if __name__ == "__main__":

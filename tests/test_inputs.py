@@ -545,7 +545,7 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden)
 import app
-app.native_app()
+app.native
 print("served")
 """
 
