@@ -25,15 +25,15 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import joblib
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
-from serving.errors import SettingsError, Unavailable, errors_about, exit_on_startup_error
+from serving.errors import SettingsError, Unavailable, errors_about, exit_on_startup_error, listed
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
 from serving.predictor.arrays import LONG_BYTES, PIECE_BYTES, LongBody, read_rows
@@ -41,13 +41,14 @@ from serving.predictor.artifact import ModelSettings
 from serving.predictor.batcher import BatchingSettings, Job
 from serving.predictor.features import FeatureSettings
 from serving.predictor.model import Model, Report, load_model
+from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
 from serving.settings import PathText, SettingsFile, SettingsTable, print_settings, read_settings
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
-from serving.web.bridges import Binding, as_asgi, as_wsgi
+from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
 from serving.web.messages import JSON, Request, Response
 from serving.web.openapi import document_json_of, document_of
-from serving.web.service import AccessLog, AuthSettings, LimitSettings, Observer, Operation, Service
+from serving.web.service import STOPPING, AccessLog, AuthSettings, LimitSettings, Observer, Operation, Service
 from serving.web.wsgi import WSGIEndpoint, run_now, wsgi_request
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 
 PROJECT = Path(__file__).resolve().parent
+CONCURRENCY = "WEB_CONCURRENCY"  # the variable with a platform's number of workers
+OPTIONS = "gunicorn's options"  # the source of a value
 RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
@@ -151,25 +154,40 @@ def load_settings(
     settings = read_settings(Settings, file)
     for name, feature in settings.features.items():
         feature._is_variable = settings.source("features", name, "example").startswith("environment")
-    if settings.server.workers == "auto" and (number := os.environ.get("WEB_CONCURRENCY")):
+    if settings.server.workers == "auto" and "workers" not in options and (number := os.environ.get(CONCURRENCY)):
         # Platforms set it. Gunicorn too takes it for the number of workers that nobody has set.
         if not re.fullmatch("[1-9][0-9]{0,5}", number):
-            raise SettingsError(f"environment: WEB_CONCURRENCY is {number!r}; it should be a number of workers")
-        settings = settings.with_value(("server", "workers"), int(number), "environment: WEB_CONCURRENCY")
+            raise SettingsError(f"environment: {CONCURRENCY} is {number!r}; it should be a number of workers")
+        settings = settings.with_value(("server", "workers"), int(number), f"environment: {CONCURRENCY}")
     for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
-        settings = settings.with_value(("server", name), options[name], "gunicorn's options")
+        # A path of an option starts from the working directory, one of the settings from their file.
+        value = str(Path(options[name]).absolute()) if name in ("certfile", "keyfile") else options[name]
+        settings = settings.with_value(("server", name), value, OPTIONS)
     if "loglevel" in options:
-        settings = settings.with_value(("logging", "level"), options["loglevel"].lower(), "gunicorn's options")
+        level, levels = options["loglevel"].lower(), get_args(LoggingSettings.model_fields["level"].annotation)
+        if level not in levels:
+            raise SettingsError(f"{OPTIONS}: logging.level is {level!r}; use one of {listed(levels)}")
+        settings = settings.with_value(("logging", "level"), level, OPTIONS)
     return settings
 
 
-def read_gunicorn_options(words: Sequence[str] | None = ()) -> dict[str, Any]:
-    """Return gunicorn's options of a command line, None for this process's, or else of GUNICORN_CMD_ARGS."""
-    from gunicorn.config import Config  # here, for other servers do without gunicorn
+def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
+    """Return gunicorn's options of GUNICORN_CMD_ARGS, and over them those of this process's command line if asked.
 
-    config = Config()
-    parsed = config.parser().parse_known_args(config.get_cmd_args_from_env() if words == () else words)[0]
-    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    Raises `SettingsError` for a variable that gunicorn cannot read.
+    """
+    variable = CONCURRENCY
+    try:
+        from gunicorn.config import Config  # here, for other servers do without gunicorn; it reads WEB_CONCURRENCY
+
+        config, variable = Config(), "GUNICORN_CMD_ARGS"
+        lines = [config.get_cmd_args_from_env(), *([None] if with_command_line else [])]
+    except ValueError as error:
+        raise SettingsError(f"environment: {variable} is {os.environ[variable]!r}: {error}") from None
+    given: dict[str, Any] = {}
+    for words in lines:
+        parsed = vars(config.parser().parse_known_args(words)[0])
+        given |= {name: value for name, value in parsed.items() if value is not None}
     return given | {"wsgi_app": next(iter(given["args"]), None)}
 
 
@@ -178,8 +196,7 @@ def read_gunicorn_options(words: Sequence[str] | None = ()) -> dict[str, Any]:
 
 async def predict_query(service: Service[Any], request: Request) -> Response:
     rows = service.model.contract.parse_query(request.query)
-    predictions = await service.predict(request, Job(len(rows), rows))
-    return Response(predictions.render())
+    return Response(await service.predict(request, Job(len(rows), rows, Predictions.render)))
 
 
 async def predict_body(service: Service[Any], request: Request) -> Response:
@@ -189,18 +206,18 @@ async def predict_body(service: Service[Any], request: Request) -> Response:
     rows, is_array = read_rows(service.model.contract, request.take_body(), max_rows)
     if not rows:
         return Response([b"[]"])
-    answers = (await service.predict(request, Job(len(rows), rows))).render()
+    answers = await service.predict(request, Job(len(rows), rows, Predictions.render))
     return Response([b"[%b]" % b",".join(answers)] if is_array else answers)
 
 
 async def predict_long(service: Service[Any], request: Request, max_rows: int) -> Response:
     """Answer a body that is decoded in the call that predicts it."""
     body = LongBody(service.model.arrays, request.take_body(), max_rows)
-    job = Job(body.max_rows_in_it, decode=body.decode, encode=body.encode, is_long=body.size > LONG_BYTES)
+    job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_long=body.size > LONG_BYTES)
     try:
         return Response(await service.predict(request, job))
     finally:
-        request.rows = body.n_rows
+        request.rows = job.n_rows
 
 
 async def live(service: Service[Any], request: Request) -> Response:
@@ -208,7 +225,7 @@ async def live(service: Service[Any], request: Request) -> Response:
 
 
 async def ready(service: Service[Any], request: Request) -> Response:
-    if service.is_stopping:
+    if STOPPING.is_set():
         raise Unavailable("the service is ending", RESTART_S)
     return Response.of({"status": "ready", **service.identity})
 
@@ -250,7 +267,7 @@ def operations() -> Iterator[Operation]:
 
 
 def observers(settings: Settings) -> Iterator[Observer]:
-    """Yield what is shown every exchange."""
+    """Yield the observers of each exchange."""
     if settings.logging.access:
         yield AccessLog()
 
@@ -265,7 +282,7 @@ def build_flask(service: Service[Any]) -> flask.Flask:
 
     app = flask.Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False
-    endpoint = WSGIEndpoint(service)
+    inner, endpoint = app.wsgi_app, WSGIEndpoint(service)
 
     def view() -> flask.Response:
         response = run_now(service.respond(wsgi_request(flask.request.environ, endpoint.batcher)))
@@ -275,15 +292,12 @@ def build_flask(service: Service[Any]) -> flask.Flask:
         return view() if flask.request.routing_exception else error
 
     for path, methods in service.routes.items():
-        name = next(iter(methods.values())).name
-        app.add_url_rule(path, name, view, methods=[*methods], provide_automatic_options=False)
+        app.add_url_rule(path, service.names[path], view, methods=[*methods], provide_automatic_options=False)
     app.register_error_handler(HTTPException, unmatched)
-    inner = app.wsgi_app
 
     def is_ours(path: str, method: str) -> bool:
-        methods = service.routes.get(path, {})
-        name = next((operation.name for operation in methods.values()), "")
-        return (method in methods or method == "HEAD") and app.view_functions.get(name) is view
+        is_known = method in service.routes.get(path, ()) or method == "HEAD"
+        return is_known and app.view_functions.get(service.names.get(path, "")) is view
 
     def answers_alone(path: str, method: str) -> bool:
         return is_ours(path, method) and not _has_hooks(app)
@@ -297,11 +311,9 @@ def build_flask(service: Service[Any]) -> flask.Flask:
     before = _count_parts(app)
 
     def is_bare() -> bool:
-        has_only_ours = app.wsgi_app is hot_first and all(each is view for each in app.view_functions.values())
-        return has_only_ours and _count_parts(app) == before
+        return app.wsgi_app is hot_first and {*app.view_functions.values()} == {view} and _count_parts(app) == before
 
-    app.extensions["serving"] = service
-    app.extensions["serving.binding"] = Binding(service, is_ours, answers_alone, is_bare)
+    app.extensions["serving"] = FlaskBinding(service, is_bare, is_ours, answers_alone)
     return app
 
 
@@ -346,8 +358,7 @@ def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
     async def unmatched(scope: Any, receive: Any, send: Any) -> None:
         await (endpoint if scope["type"] == "http" else not_found)(scope, receive, send)
 
-    for path, methods in service.routes.items():
-        name = next(iter(methods.values())).name
+    for path, name in service.names.items():
         app.add_route(path, cast(Any, endpoint), name=name)  # without methods: the service knows them
     app.router.default = unmatched
     before = len(app.routes), len(app.exception_handlers)
@@ -359,11 +370,7 @@ def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
         is_more = has_middleware() or app.router.default is not unmatched
         return not is_more and (len(app.routes), len(app.exception_handlers)) == before
 
-    def is_ours(path: str, method: str) -> bool:
-        return path in service.routes
-
-    app.state.serving = service
-    app.state.serving_binding = Binding(service, is_ours, is_ours, is_bare)
+    app.state.serving = Binding(service, is_bare)
     app.openapi = lambda: document_of(service)  # type: ignore[method-assign]
     return app
 
@@ -408,8 +415,10 @@ def make_service(settings: Settings, model: Model | None = None, proof: Proof | 
     Raises `StartupError`.
     """
     model = model or load(settings)
-    proof = proof or prove_here(settings, model)
-    return Service(settings, model, proof, operations(), observers(settings))
+    service = Service(settings, model, proof or prove_here(settings, model), operations(), observers(settings))
+    if proof is None:
+        service.model.warm_up()
+    return service
 
 
 def create_app(settings: Settings | None = None) -> flask.Flask | fastapi.FastAPI:
@@ -456,7 +465,8 @@ def app_for_command() -> flask.Flask | fastapi.FastAPI:
     script = Path(sys.argv[0])
     command = script.parent.name if script.stem == "__main__" else script.stem
     with exit_on_startup_error():
-        settings = start_service().settings
+        service = current_service()
+        settings = service.settings if service else load_settings()
         needed, cure = COMMANDS.get(command, (settings.framework, ""))
         if settings.framework != needed:
             place = settings.place("framework")

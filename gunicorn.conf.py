@@ -8,7 +8,7 @@ drained stands in `processes/`, which is imported once: a change there takes a r
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `gunicorn -c` from another folder
+sys.path[:] = dict.fromkeys([str(Path(__file__).resolve().parent), *sys.path])  # for `gunicorn -c` from another folder
 
 from processes import early
 

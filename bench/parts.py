@@ -18,7 +18,6 @@ from bench.wrk import flowers, make_bodies
 from serving.logs import configure_logging
 from serving.predictor.arrays import read_long_array
 from serving.predictor.batcher import Job
-from serving.predictor.predictions import Predictions
 from serving.web.asgi import ASGIEndpoint, asgi_request
 from serving.web.service import Service
 from serving.web.wsgi import run_now
@@ -67,8 +66,8 @@ def make_request(service: Service[app.Settings], body: bytes) -> Callable[[], An
     """Return a call that has a request read, checked and answered, as uvicorn does, with an answer that is there."""
 
     class Answered:
-        async def predict(self, job: Job) -> Predictions:
-            return answers
+        async def predict(self, job: Job) -> list[bytes]:
+            return [b"{}"]
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -76,8 +75,6 @@ def make_request(service: Service[app.Settings], body: bytes) -> Callable[[], An
     async def send(message: dict[str, Any]) -> None:
         pass
 
-    answers = Predictions(b"{}", [])
-    answers._rendered = [b"{}"]
     headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     scope = {"type": "http", "method": "POST", "path": "/predictions", "query_string": b"", "headers": headers}
     endpoint, batcher = ASGIEndpoint(service), cast(Any, Answered())

@@ -41,6 +41,9 @@ def _start() -> tuple[Service[app.Settings], float]:
     """Load and prove what is served, and return it with the seconds that the proof took. Raises `StartupError`."""
     given = options.read_options()
     options.check_options(given, given)
+    settings = app.load_settings(options=given)
+    uri = given["wsgi_app"] or options.APPS[settings.worker_class]
+    options.check_app(uri, given, given, settings)
     deadline = Deadline(ModelSettings().load_timeout_s)
     watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
     loaded = finish(wait_for(Loading(deadline), deadline.check))
@@ -49,8 +52,6 @@ def _start() -> tuple[Service[app.Settings], float]:
     took_s = time.monotonic() - started
     watch.stop()
     app.set_current_service(service)
-    uri = given["wsgi_app"] or options.APPS[service.settings.worker_class]
-    options.check_app(uri, given, given, service.settings)
     return service, took_s
 
 

@@ -47,7 +47,7 @@ def tell_stage(heartbeat: Any, stage: int) -> None:
 
 def read_stage(heartbeat: Any) -> int:
     """Return, in the master, the stage that a worker has told; BOOTING if it has ended, and the file is closed."""
-    with contextlib.suppress(KeyError, ValueError):
+    with contextlib.suppress(ValueError):
         return os.fstat(heartbeat.fileno()).st_size
     return BOOTING
 

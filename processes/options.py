@@ -24,34 +24,29 @@ KNOWN_WORKERS = {  # worker classes by name, with what each serves
     "gevent": APPS["gevent"],
 }
 CHOICES = {"protocol": ("http",), "http_parser": ("auto", "python")}  # other values would answer nobody
+# Options that act alike under both workers.
+HONOURED = """
+    args config wsgi_app chdir pythonpath raw_env check_config print_config spew
+    bind backlog reuse_port workers worker_class worker_tmp_dir timeout graceful_timeout max_requests
+    max_requests_jitter keepalive limit_request_line limit_request_fields limit_request_field_size protocol http_parser
+    forwarded_allow_ips sendfile certfile keyfile ssl_version cert_reqs ca_certs ciphers
+    daemon pidfile user group umask initgroups proc_name enable_stdio_inheritance control_socket_disable loglevel
+"""
+# Options that uvicorn's worker does not know, which parses and accepts by itself.
+GEVENTS = """
+    worker_connections proxy_protocol proxy_allow_ips header_map forwarder_headers strip_header_spaces
+    casefold_http_method permit_obsolete_folding permit_unconventional_http_method permit_unconventional_http_version
+"""
+LOGS = "accesslog capture_output errorlog access_log_format logger_class logconfig logconfig_dict logconfig_json syslog"
 NOT_USED = "is not used: every line of the log goes to standard error; leave it out, and see [logging]"
-REFUSED = {  # options that cannot be honoured, and what to do instead
+REFUSED = {  # what is wrong with an option, and what to do instead
     "preload_app": "would have the master predict; leave it out: the workers share the model anyway",
     "reload": "would not see a change, since workers share the master's code; leave it out, and restart",
-    **dict.fromkeys(
-        ("accesslog", "logconfig", "logconfig_dict", "logconfig_json", "syslog", "capture_output"), NOT_USED
-    ),
+    **dict.fromkeys(LOGS.split(), NOT_USED),
     "statsd_host": NOT_USED,
+    "threads": "is not used: each worker has a share of the cores, as the log says; leave it out",
 }
-OTHER_WORKERS = "is known to neither of the two workers; leave it out"
-REFUSED_IF_GIVEN = {  # options with a default, refused only where they are given
-    **dict.fromkeys(("errorlog", "access_log_format", "logger_class"), NOT_USED),
-    **dict.fromkeys(("asgi_loop", "asgi_lifespan", "asgi_disconnect_grace_period", "root_path"), OTHER_WORKERS),
-    **dict.fromkeys(("http_protocols", "http2_cleartext"), "is not used: HTTP/1.1 alone is served; leave it out"),
-    "threads": f"{OTHER_WORKERS}; each has a share of the cores' threads, and the log says which",
-}
-NOT_UVICORNS = (  # options unknown to uvicorn's worker, which parses and accepts by itself
-    "worker_connections",
-    "proxy_protocol",
-    "proxy_allow_ips",
-    "header_map",
-    "forwarder_headers",
-    "strip_header_spaces",
-    "casefold_http_method",
-    "permit_obsolete_folding",
-    "permit_unconventional_http_method",
-    "permit_unconventional_http_version",
-)
+SHIPPED = {"errorlog", "access_log_format", "logger_class", "threads"}  # that have a value which nobody gave
 
 
 def read_options() -> dict[str, Any]:
@@ -59,7 +54,13 @@ def read_options() -> dict[str, Any]:
 
     Gunicorn parses them anew once it has read that file; a check of the configuration has no later hook.
     """
-    return app.read_gunicorn_options() | app.read_gunicorn_options(None)
+    return app.read_gunicorn_options(with_command_line=True)
+
+
+def load_worker(config: Config) -> type:
+    """Return the worker's class, imported by its name. Raises what importing it raises."""
+    kind: type = config.worker_class
+    return kind
 
 
 def final_options(config: Config) -> dict[str, Any]:
@@ -69,9 +70,13 @@ def final_options(config: Config) -> dict[str, Any]:
 
 def check_options(options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise `StartupError` if the service cannot work with gunicorn's options, or not with one that was given."""
-    for values, refused in ((options, REFUSED), (given, REFUSED_IF_GIVEN)):
-        for name in filter(values.get, refused):
-            raise StartupError(f"{name} {refused[name]}")
+    in_force = {name for name in REFUSED.keys() - SHIPPED if options.get(name)}
+    for name in sorted(in_force | given.keys() - {*HONOURED.split(), *GEVENTS.split()}):
+        raise StartupError(f"{name} {REFUSED.get(name, 'is not used by this service; leave it out')}")
+    for variable in given.get("raw_env", ()):
+        if variable.upper().startswith("SERVING_"):
+            name = variable.partition("=")[0]
+            raise StartupError(f"raw_env sets {name}, which is read before; set it in the environment")
     kind = options.get("worker_class")
     is_ours = isinstance(kind, type) and issubclass(kind, SupervisedWorker)
     if not (kind is None or is_ours or kind in KNOWN_WORKERS):
@@ -103,7 +108,8 @@ def _check_folder(problem: str, folder: str | None) -> None:
 def check_app(uri: str, options: Mapping[str, Any], given: Mapping[str, Any], settings: app.Settings) -> None:
     """Raise `StartupError` if the worker cannot work with the app, which may be of the other interface, or options."""
     called = KNOWN_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
-    in_vain = next((name for name in NOT_UVICORNS if given.get(name) not in (None, False, "off")), None)
+    in_force = {**given, "proxy_protocol": options.get("proxy_protocol")}
+    in_vain = next((name for name in GEVENTS.split() if in_force.get(name) not in (None, False, "off")), None)
     if called == APPS["uvicorn"] and in_vain:
         raise StartupError(f"{in_vain} is not known to uvicorn's worker; leave it out, or use gevent's")
     native = {"fastapi": "app:asgi", "flask": "app:wsgi"}[settings.framework]

@@ -91,7 +91,7 @@ class Reload:
             reason = str(error) if type(error) is StartupError else f"{type(error).__name__}: {error}"
             log.error("reload_refused", reason=reason, serving=self.master.service.identity, exc_info=not is_ours)
         self._steps = None
-        gc.collect()  # the types of the rows of what is served no more refer to themselves
+        gc.collect()  # the types of the old contract's rows refer to each other
         if self.is_asked:
             self.master.wakeup()
 
@@ -120,10 +120,9 @@ class Reload:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
         settings, model = load(deadline)
         service = app.make_service(settings, model)
-        service.model.warm_up()
         self.master.use(service)
         self._configure()
-        _ = self.master.app.cfg.worker_class  # imported by its name, so that a missing package is found here
+        options.load_worker(self.master.app.cfg)  # so that a missing package is found here
         if not self.master.app.app_uri.startswith("app:"):
             self.master.app.load()  # a user's module
         return json.dumps(service.identity)

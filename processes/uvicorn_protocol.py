@@ -12,7 +12,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app
-from processes.refusals import refuse
+from processes.refusals import HeadLimits, refuse
 from processes.transport import CoalescingTransport, Sending
 from processes.worker import SETTLE_S
 from serving.errors import BodyCutShort, BodyTooSlow, ServingError
@@ -35,9 +35,7 @@ class Connections:
         self.are_draining = False
         self.request_timeout_s = settings.limits.request_timeout_s
         self.max_requests = settings.server.max_requests_per_connection
-        self.limit_request_line: int = cfg.limit_request_line  # each is read once, not for each request
-        self.limit_request_fields: int = cfg.limit_request_fields
-        self.limit_request_field_size: int = cfg.limit_request_field_size
+        self.head_limits = HeadLimits.of(cfg)
         self.sending = Sending(loop, settings.server.send_timeout)
         self._behind: collections.deque[Protocol] = collections.deque()  # those that hold what can be taken
 
@@ -137,7 +135,7 @@ class Protocol(HttpToolsProtocol):
         cycle = self.cycle
         if self.body_timer is None and cycle is not None and cycle.more_body and not cycle.response_complete:
             self.body_timer = self.loop.call_later(self.shared.request_timeout_s, self._cut_short, BodyTooSlow)
-        if self.unparsed_bytes > self.shared.limit_request_field_size and not self.failed:
+        if self.unparsed_bytes > self.shared.head_limits.field_size and not self.failed:
             self._check_unparsed()
 
     def _take_piece(self, data: bytes) -> bytes:
@@ -157,7 +155,7 @@ class Protocol(HttpToolsProtocol):
             self._fail()
 
     def _feed(self, data: bytes) -> bytes:
-        """Feed the parser, and give what it shall be fed next.
+        """Feed the parser. Return the bytes to feed it next.
 
         A request that asks for an upgrade is taken as if it did not, for none is offered (RFC 9110, section 7.8).
         """
@@ -174,7 +172,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         self.url += url
-        if len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1") > self.shared.limit_request_line:
+        if len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1") > self.shared.head_limits.line:
             self.refusal = 414
         if self.refusal != 400 or not self.url.isascii():
             raise ValueError("request line")
@@ -216,9 +214,9 @@ class Protocol(HttpToolsProtocol):
         hosts = 0
         for name, value in self.headers:
             hosts += name == b"host"
-            if len(name) + len(value) + len(": \r\n") > self.shared.limit_request_field_size:
+            if len(name) + len(value) + len(": \r\n") > self.shared.head_limits.field_size:
                 self.refusal = 431
-        if len(self.headers) > self.shared.limit_request_fields:
+        if len(self.headers) > self.shared.head_limits.fields:
             self.refusal = 431
         return hosts
 

@@ -16,7 +16,7 @@ import app
 from processes.handshake import BOOTING, DRAINING, READY, Handshake, tell_stage
 from processes.listeners import drop_new_connections
 from serving.output import flush_output
-from serving.web.service import Service
+from serving.web.service import STOPPING, Service
 
 log = structlog.get_logger()
 
@@ -37,7 +37,7 @@ class SupervisedWorker(Worker):
     stage = BOOTING
 
     def notify(self) -> None:
-        """Give a sign of life; the first, when the worker listens, tells the master that it is ready."""
+        """Update the heartbeat; the first time, when the worker listens, tell the master that it is ready."""
         flush_output()
         self.tmp.notify()
         if self.stage == BOOTING:
@@ -64,11 +64,12 @@ class SupervisedWorker(Worker):
     def begin_drain(self) -> tuple[float, float]:
         """Tell that this worker ends.
 
-        Return the time by which it must have, before the master loses its patience, and the seconds for which clients
-        may come back.
+        Return the time by which it must have, before the master kills it, and the seconds for which clients may come
+        back.
         """
-        self.service.is_stopping = self.handshake.is_stopping or self.is_orphan
-        log.info("draining", service_ends=self.service.is_stopping)
+        if self.handshake.is_stopping or self.is_orphan:
+            STOPPING.set()
+        log.info("draining", service_ends=STOPPING.is_set())
         if not self.is_orphan:
             self._tell(DRAINING)
         left_s = float(self.cfg.graceful_timeout) - MARGIN_S

@@ -1,6 +1,7 @@
 """Long arrays are read and written in pieces, as if they were not."""
 
 import asyncio
+import gc
 import json
 import tracemalloc
 from dataclasses import replace
@@ -117,6 +118,23 @@ async def ping_during(asgi: Any, case: Case) -> tuple[Answer, int]:
         await asyncio.sleep(0)
         n_pings += 1
     return await long, n_pings
+
+
+def test_refused_long_body_is_let_go_of(framework: str) -> None:
+    """Nothing of a long body that was refused waits for the garbage collector."""
+    native, rows = serve(framework), [*make_rows(N_ROWS), {**ROW, "petal_width": "wide"}]
+    body = json.dumps(rows[1:]).encode()
+    send(native, body)
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            assert call(native, replace(post_case([]), body=body)).status == 422
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < len(body)
 
 
 @pytest.mark.parametrize("place", [0, 4321, N_ROWS - 1])

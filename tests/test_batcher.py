@@ -33,7 +33,8 @@ from serving.predictor.golden import Golden, is_close
 from serving.predictor.model import make_model
 from serving.predictor.predictions import Predictions
 from serving.predictor.predictor import Predictor
-from serving.predictor.proof import find_dependence
+from serving.predictor.proof import Proof, find_dependence
+from serving.web.bridges import Binding
 from serving.web.service import Service
 from tests.lib import estimators
 from tests.lib.apps import answers_of, call, call_asgi, make_service, make_settings
@@ -81,8 +82,8 @@ def ask_together(native: Any, estimator: Any, payloads: Sequence[Any]) -> list[A
 
 
 def service_of(native: Any) -> Service[Any]:
-    service: Service[Any] = native.extensions["serving"] if hasattr(native, "wsgi_app") else native.state.serving
-    return service
+    binding: Binding = native.extensions["serving"] if hasattr(native, "wsgi_app") else native.state.serving
+    return binding.service
 
 
 async def wait_for_jobs(native: Any, count: int) -> None:
@@ -527,12 +528,41 @@ def ask_at_once(native: Any, payloads: Sequence[Any]) -> list[Answer]:
     return ask_together(native, estimators.Centring(), payloads)
 
 
+def test_writing_is_a_part_of_the_call() -> None:
+    """What takes long to write is expected to take as long, so that later calls run beside the loop."""
+    queue = BatchQueue(lambda rows: Predictions(b"{}", []), lambda X: Predictions(b"{}", []), 256, 0.0)
+    job = Job(1, [{}], lambda predictions: time.sleep(11 * INLINE_S) or "written")
+    assert not queue.needs_thread([job])
+    assert queue.call([job]) == []
+    assert job.result() == "written"
+    assert queue.needs_thread([job])
+
+
+def test_decoding_is_no_call_that_might_not_end() -> None:
+    """A body that takes long to decode does not cost its worker, which ends for a prediction that never ends."""
+    queue = BatchQueue(lambda rows: Predictions(b"{}", []), lambda X: Predictions(b"{}", []), 256, 0.0)
+    called: list[float | None] = []
+
+    def decode() -> list[float]:
+        called.append(queue.called_at)
+        return [1.0, 2.0]
+
+    job = Job(100, decode=decode, encode=lambda predictions: called.append(queue.called_at))
+    assert queue.call([job]) == []
+    assert called[0] is None
+    assert called[1] is not None
+    assert (job.n_rows, job.call and job.call.n_rows, queue.called_at) == (2, 2, None)
+
+
 @pytest.mark.parametrize("golden_rows", [[{"x0": 1.5}] * 3, [{"x0": 1.5}, {"x0": 2.5}]], ids=["alike", "different"])
 def test_dependence_is_found_with_golden_rows(golden_rows: list[dict[str, float]]) -> None:
     """Golden rows that are all alike do not hide that answers depend on the others of a call."""
     golden = Golden(versions={}, rows=golden_rows, predictions=[{"prediction": 0.0}] * len(golden_rows))
     model = make_model(estimators.Centring(), Path("model.joblib"), {}, golden)
     assert find_dependence(model) is not None
+    assert not app.make_service(
+        make_settings(features={}), model, Proof(never_batched=find_dependence(model))
+    ).queue.can_share
 
 
 def test_estimator_that_takes_one_row_only_is_served() -> None:

@@ -480,6 +480,21 @@ def test_options_win_over_the_settings(serve: Starter, combination: tuple[str, s
 
 
 @each_worker()
+def test_limits_of_the_head_are_gunicorns(serve: Starter, combination: tuple[str, str]) -> None:
+    """A limit of 0 stands for a large one, and a line has 8190 bytes at most, as gunicorn's own parser has it."""
+    options = "--limit-request-line 0 --limit-request-fields 0 --limit-request-field_size 0"
+    server = serve(f"{GUNICORN} {options}", **gunicorn_environment(*combination))
+    fields = tuple((f"X-{number}", "1") for number in range(120))
+    assert server.exchange(Case("fields", "GET", "/ping", fields).raw()).status == 200
+    assert server.get(f"/predictions?{'x' * 9000}").status == 422
+    assert server.stop() == 0
+    server = serve(f"{GUNICORN} --limit-request-line 9000", **gunicorn_environment(*combination))
+    long = server.get(f"/predictions?{'x' * 8500}")
+    assert (long.status, long.json["detail"]) == (414, "the request line is too long; send at most 8190 bytes")
+    assert server.stop() == 0
+
+
+@each_worker()
 def test_options_of_the_environment_count_too(serve: Starter, combination: tuple[str, str]) -> None:
     """So does GUNICORN_CMD_ARGS, also at a reload, and WEB_CONCURRENCY where the settings leave it open."""
     environment = gunicorn_environment(*combination, WEB_CONCURRENCY="3", GUNICORN_CMD_ARGS="--max-requests 1000")
@@ -545,6 +560,21 @@ def test_tls(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> No
         client.sendall(post_case(ROW).raw())
         assert read_answer(client, "POST").json["prediction"] == "setosa"
         assert server.stop() == 0
+
+
+@each_worker()
+def test_files_of_options_are_found_from_the_working_directory(
+    serve: Starter, tmp_path: Path, combination: tuple[str, str]
+) -> None:
+    """A path that is given on the command line starts where gunicorn was started, as with every other tool."""
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    command = f"gunicorn -c {PROJECT / 'gunicorn.conf.py'} --certfile both.pem --keyfile both.pem"
+    server = serve(command, tmp_path, tls=context, is_shipped=True, **gunicorn_environment(*combination))
+    assert server.post(ROW).json["prediction"] == "setosa"
+    assert server.stop() == 0
 
 
 def test_configuration_is_found_from_another_folder(serve: Starter, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The document that both frameworks serve, held to the specification and to what the service really answers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,12 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 import app
+from serving.predictor.model import make_model
+from serving.web import openapi
 from tests.lib.apps import call, make_settings
 from tests.lib.cases import BAD, GOOD, Case
 from tests.lib.clients import ROW, post_case
+from tests.lib.estimators import Noting
 
 
 def document_of(native: Any) -> dict[str, Any]:
@@ -36,6 +40,15 @@ def test_document_lists_the_table(document: dict[str, Any]) -> None:
     """Each operation of the table is in the document, and nothing else is."""
     listed = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert listed == {(operation.method, operation.path) for operation in [*app.operations()]}
+
+
+def test_document_asks_the_model_nothing() -> None:
+    """Its example was answered when the model was proven, so the first request for it makes no call."""
+    estimator = Noting()
+    service = app.make_service(make_settings(features={}), make_model(estimator, Path("model.joblib"), {}))
+    estimator.calls.clear()
+    assert openapi.document_of(service)["components"]["schemas"]["Prediction"]["required"] == ["prediction"]
+    assert estimator.calls == []
 
 
 def test_document_shows_features(document: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from tests.lib.artifacts import copy_project, deploy
-from tests.lib.clients import ROW, post_case
+from tests.lib.cases import Case
+from tests.lib.clients import ROW, post_case, read_answer
 from tests.lib.estimators import Hanging
 from tests.lib.load import Load, keeping_and_closing, pause_s
 from tests.lib.proc import children_of, is_alive, private_mb
@@ -33,6 +34,30 @@ def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None
     assert ready == 503
     for load in (kept, closed):
         assert (load.failures, [*load.answers]) == ([], [200])
+
+
+@pytest.mark.parametrize("worker", ["uvicorn", "gevent"])
+def test_app_of_its_own_service_is_not_ready_at_the_end(serve: Starter, tmp_path: Path, worker: str) -> None:
+    """Readiness ends for every service of a process, so for that of an app that a user's module makes of settings."""
+    framework = {"uvicorn": "fastapi", "gevent": "flask"}[worker]
+    (tmp_path / "mine.py").write_text(OWN_SERVICE)
+    server = serve(gunicorn_with("mine", worker), **gunicorn_environment(framework, worker, PYTHONPATH=str(tmp_path)))
+    with server.connect() as client:
+        client.sendall(Case("ping", "GET", "/ping").raw())
+        assert read_answer(client).status == 200
+        server.process.terminate()
+        wait_until(lambda: '"event":"draining"' in server.text, "the drain")
+        client.sendall(Case("ready", "GET", "/health/ready").raw())
+        assert read_answer(client).status == 503
+    assert server.end() == 0
+
+
+OWN_SERVICE = """
+import app
+
+native = app.create_app(app.load_settings())
+asgi, wsgi = app.as_asgi(native), app.as_wsgi(native)
+"""
 
 
 def not_ready(server: Server) -> int:

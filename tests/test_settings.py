@@ -142,10 +142,11 @@ def test_worker_class_follows_framework(framework: Any, worker_class: Any, expec
             "workers = 2  # environment: SERVING_SERVER__WORKERS",
         ),
         ({"WEB_CONCURRENCY": "5", "GUNICORN_CMD_ARGS": "-w 3"}, "workers = 3  # gunicorn's options"),
+        ({"WEB_CONCURRENCY": "0", "GUNICORN_CMD_ARGS": "-w 3"}, "workers = 3  # gunicorn's options"),
         ({"GUNICORN_CMD_ARGS": "--keep-alive 7 -w 3"}, "keepalive = 7  # gunicorn's options"),
         ({"GUNICORN_CMD_ARGS": "--log-level DEBUG"}, 'level = "debug"  # gunicorn\'s options'),
     ],
-    ids=["platform", "settings", "options", "another", "level"],
+    ids=["platform", "settings", "options", "ignored", "another", "level"],
 )
 def test_gunicorns_options_and_the_platform_are_printed(variables: dict[str, str], line: str) -> None:
     """What `python app.py` prints is what gunicorn runs with: its options first, and the platform's number last."""
@@ -153,10 +154,19 @@ def test_gunicorns_options_and_the_platform_are_printed(variables: dict[str, str
     assert line in done.stdout.splitlines()
 
 
-def test_number_of_the_platform_is_checked() -> None:
-    """A WEB_CONCURRENCY that is no number of workers ends in one line."""
-    done = run("python app.py", WEB_CONCURRENCY="0")
-    assert done.stderr == "SettingsError: environment: WEB_CONCURRENCY is '0'; it should be a number of workers\n"
+WRONG_VARIABLES = {
+    "WEB_CONCURRENCY": ("0", "WEB_CONCURRENCY is '0'; it should be a number of workers"),
+    "web_concurrency": ("many", "WEB_CONCURRENCY is 'many': invalid literal for int() with base 10: 'many'"),
+    "GUNICORN_CMD_ARGS": ("--bind 'x", 'GUNICORN_CMD_ARGS is "--bind \'x": No closing quotation'),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VARIABLES)
+def test_variables_of_the_platform_are_checked(name: str) -> None:
+    """A variable that gunicorn could not read ends in one line."""
+    value, message = WRONG_VARIABLES[name]
+    done = run("python app.py", **{name.upper(): value})
+    assert done.stderr == f"SettingsError: environment: {message}\n"
 
 
 def test_auto_workers_count_the_cores_of_this_process() -> None:

@@ -353,11 +353,14 @@ REFUSED = {
     "--http-parser fast": "gunicorn's http_parser is 'fast'; leave it out",
     "--workers 0": "gunicorn's workers is 0; use 1 or more",
     "--keep-alive 0": "gunicorn's keepalive is 0; use 1 or more",
+    "--log-level loud": "gunicorn's options: logging.level is 'loud'; use one of 'debug', 'info', 'warning'",
     "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
     "--worker-connections 100": "worker_connections is not known to uvicorn's worker; leave it out, or use gevent's",
     "--header-map refuse": "header_map is not known to uvicorn's worker; leave it out, or use gevent's",
-    "--threads 2": "threads is known to neither of the two workers; leave it out",
-    "--http-protocols h2": "http_protocols is not used: HTTP/1.1 alone is served; leave it out",
+    "--threads 2": "threads is not used: each worker has a share of the cores",
+    "--http-protocols h2": "http_protocols is not used by this service; leave it out",
+    "--dirty-app mine:App": "dirty_apps is not used by this service; leave it out",
+    "--env SERVING_FRAMEWORK=flask": "raw_env sets SERVING_FRAMEWORK, which is read before; set it in the environment",
     "--worker-connections 0": "gunicorn's worker_connections is 0; use 1 or more",
     "--reload": "reload would not see a change, since workers share the master's code; leave it out, and restart",
     "--access-logfile -": "accesslog is not used: every line of the log goes to standard error; leave it out",
@@ -373,7 +376,7 @@ def test_option_that_cannot_work_is_refused(given: str) -> None:
     """An option with which every request would be an error, or none be answered, ends a start and a check."""
     for done in start_and_check(given, **gunicorn_environment("fastapi", "uvicorn")):
         assert done.returncode == STARTUP_STATUS
-        assert re.fullmatch(f"StartupError: {re.escape(REFUSED[given])}.*\n", done.stderr)
+        assert re.fullmatch(f"(Startup|Settings)Error: {re.escape(REFUSED[given])}.*\n", done.stderr)
 
 
 def test_option_that_cannot_work_is_refused_by_hup(serve: Starter, project: Path) -> None:
@@ -382,6 +385,8 @@ def test_option_that_cannot_work_is_refused_by_hup(serve: Starter, project: Path
     text = file.read_text()
     server = serve(cwd=project, **gunicorn_environment("fastapi", "uvicorn"))
     try:
+        file.write_text(f"{text}proxy_protocol = True\n")
+        assert server.reload()["reason"].startswith("proxy_protocol is not known to uvicorn's worker; leave it out")
         file.write_text(f'{text}worker_class = "sync"\n')
         assert server.reload()["reason"].startswith("gunicorn's worker_class is 'sync'; leave it out")
         with pytest.raises(AssertionError, match=r"(?s)exited with 4: .*StartupError: gunicorn's worker_class"):

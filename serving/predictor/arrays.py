@@ -157,7 +157,8 @@ class LongBody:
 
     def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
         self.size = len(body)  # in bytes
-        self.max_rows_in_it = max(1, _count_byte(body, ord("{")))  # fewer, where braces are in texts
+        # Fewer where braces are in texts; more would be refused.
+        self.max_rows_in_it = min(max_rows, max(1, _count_byte(body, ord("{"))))
         self.n_rows = 0  # once it is decoded
         self._arrays, self._body, self._max_rows = arrays, body, max_rows
         self._is_array = True

@@ -127,7 +127,7 @@ def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
 
 def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
     """Load a skops file in which all types are trusted, by skops or by the list. Raises `ModelError`."""
-    import skops.io  # here, for it takes with it the whole of scikit-learn: a second that other formats can do without
+    import skops.io  # here, for it imports all of scikit-learn: a second that other formats can do without
 
     untrusted = find_untrusted_types(data) - set(trusted_types)
     if untrusted:

@@ -59,14 +59,15 @@ class Call:
 class Job:
     """The rows of one request, from the moment when they wait for a call until they are answered.
 
-    Rows that take long to decode or to write have both done in the call: `decode` returns X, or None if there is
-    nothing to predict, and `encode` makes the result of its predictions. Such a job shares its call with no other.
+    `encode` makes the result of its predictions, as a part of the call. Rows that take long to decode are decoded there
+    too: `decode` returns X, or None if there is nothing to predict. Such a job shares its call with no other.
     """
 
     n_rows: int
     rows: Rows = field(default_factory=list)
+    encode: Callable[[Any], Any] | None = None
     decode: Callable[[], Any] | None = None
-    encode: Callable[[Predictions | None], Any] | None = None
+    X: Any = None  # what `decode` returned
     is_long: bool = False  # decoding takes longer than an event loop should be kept busy
     waiter: Any = None  # a future of the loop, or a lock
     answer: Any = None  # predictions, or what `encode` made of them
@@ -77,10 +78,21 @@ class Job:
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
+    def read(self) -> None:
+        """Decode the rows. Raises what `decode` raises."""
+        decode, self.decode = self.decode, None  # it holds the body, which may be as large as all the rest
+        self.n_rows = 0
+        self.X = decode() if decode else None
+        self.n_rows = 0 if self.X is None else len(self.X)
+
     def result(self) -> Any:
         """Return the predictions, or what `encode` made of them. Raises what the call raised."""
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # with its traceback it would be a cycle, which keeps the body until it is collected
         return self.answer
 
 
@@ -227,52 +239,45 @@ class BatchQueue:
 
         A job that would be answered too late gets an error instead.
         """
-        called = self._refuse_late(jobs)
-        if not called:
-            return []
-        self.called_at = time.monotonic()
+        called = jobs
         try:
-            if len(called) == 1:
-                (job,) = called
-                job.answer = job.context.run(self._answer, job)
-            else:
-                contextvars.Context().run(self._answer_together, called)
+            if jobs and jobs[0].decode is not None:  # and then alone
+                jobs[0].context.run(jobs[0].read)
+            called = self._refuse_late(jobs)
+            if called:
+                context = called[0].context if len(called) == 1 else contextvars.Context()
+                context.run(self._answer, called)
         except Exception as error:  # what an estimator raises has no bounds
             if len(called) > 1:
                 return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
             called[0].error = error
-        finally:
-            self.called_at = None
         return []
 
-    def _answer(self, job: Job) -> Any:
-        if job.decode is None:
-            answers, job.call = self._timed(self.predict_rows, job.rows, job.n_rows)
-            return answers
-        decode, job.decode = job.decode, None  # which holds the body, as large as the rest
-        X = decode()
-        del decode
-        predictions: Predictions | None = None
-        if X is not None:
-            predictions, job.call = self._timed(self.predict, X, len(X))
-        del X
-        return predictions if job.encode is None else job.encode(predictions)
-
-    def _answer_together(self, jobs: list[Job]) -> None:
-        rows = [row for job in jobs for row in job.rows]
-        predictions, call = self._timed(self.predict_rows, rows, len(rows))
-        start = 0
+    def _answer(self, jobs: list[Job]) -> None:
+        """Predict what was decoded, write the answers, and learn what that costs."""
+        n_rows = count_rows(jobs)
+        started, self.called_at = time.perf_counter(), time.monotonic()
+        try:
+            predictions = self._predict(jobs) if n_rows else None
+            start = 0
+            for job in jobs:
+                part = predictions.part(start, start + job.n_rows) if predictions and len(jobs) > 1 else predictions
+                job.answer = part if job.encode is None else job.encode(part)
+                start += job.n_rows
+            call = Call(n_rows, started, time.perf_counter() - started)
+        finally:
+            self.called_at = None
+        if n_rows:
+            self.cost.learn(n_rows, call.took_s)
         for job in jobs:
-            job.answer = predictions.part(start, start + job.n_rows)
             job.call = call
-            start += job.n_rows
 
-    def _timed(self, predict: Callable[[Any], Predictions], rows: Any, n_rows: int) -> tuple[Predictions, Call]:
-        started = time.perf_counter()
-        predictions = predict(rows)
-        took_s = time.perf_counter() - started
-        self.cost.learn(n_rows, took_s)
-        return predictions, Call(n_rows, started, took_s)
+    def _predict(self, jobs: list[Job]) -> Predictions:
+        first = jobs[0]
+        X, first.X = first.X, None
+        if X is not None:
+            return self.predict(X)
+        return self.predict_rows(first.rows if len(jobs) == 1 else [row for job in jobs for row in job.rows])
 
     def _refuse_late(self, jobs: list[Job]) -> list[Job]:
         """Return the jobs that can be answered in time.

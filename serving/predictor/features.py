@@ -1,4 +1,4 @@
-"""One feature: what the settings may say of it, and what settings, estimator and known rows together do."""
+"""One feature: its settings, and how the estimator and known rows complete them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", 
 
 
 class FeatureSettings(SettingsTable):
-    """One feature; of what is None here the estimator says what it knows."""
+    """Settings of one feature. A key that is None is read off the estimator."""
 
     type: Literal["float", "int", "bool", "str"] | None = None
     ge: Finite | None = None

@@ -26,7 +26,7 @@ FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str"
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What an estimator, or one part of it, says of one feature that it takes."""
+    """What an estimator, or a part of it, knows about one input feature."""
 
     type: str | None = None  # one of FEATURE_TYPES; None where it does not say
     choices: tuple[Cell, ...] | None = None  # the only values that it knows

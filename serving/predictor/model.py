@@ -87,9 +87,12 @@ class Model:
         problem = f"has {self.golden_file} beside it, of which row {index} has the features {listed([*row])}"
         raise ModelError(f"{problem}; it should have {listed(names)}")
 
+    def answer_example(self) -> dict[str, Any]:
+        """Return the answer to the contract's example, which is predicted once. Raises `EstimatorError`."""
+        return self._example_answer
+
     @functools.cached_property
-    def example_answer(self) -> dict[str, Any]:
-        """The answer to the contract's example."""
+    def _example_answer(self) -> dict[str, Any]:
         made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
         hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
         return self.answer([self.contract.example], f"its example row{hint}")[0]
@@ -103,7 +106,7 @@ class Model:
     def warm_up(self) -> None:
         """Answer the known rows, and the example of the API's description, before the first request does."""
         self.answer(self.known_rows, "its known rows")
-        _ = self.example_answer
+        self.answer_example()
 
 
 def load_model(

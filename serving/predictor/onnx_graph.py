@@ -16,7 +16,7 @@ DISTRIBUTING = {"Softmax", "Sigmoid", "LogSoftmax", "Normalizer", "LpNormalizati
 
 
 class OnnxGraph:
-    """The nodes and constants of a graph, for the way back from an output to what makes it."""
+    """The nodes and constants of a graph, to find the operator that makes an output."""
 
     def __init__(self, graph: Any) -> None:
         self._makers = {name: node for node in graph.node for name in node.output}
@@ -55,7 +55,7 @@ class OnnxGraph:
         return [*found.values()]
 
     def classes(self, label: str) -> Any:
-        """Return the classes of which a tensor has one for each row, in the order of the scores; None if unknown."""
+        """Return the classes that a label tensor takes its values from, in the order of the scores; None if unknown."""
         node, name = self.source(label)
         if node is None or node.op_type not in ("ArrayFeatureExtractor", "Gather"):
             is_label = node is not None and node.op_type.endswith("Classifier") and name == node.output[0]

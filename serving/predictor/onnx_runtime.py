@@ -127,7 +127,7 @@ class OnnxModel:
         scores = np.asarray(scores, np.float64)
         if self._is_share:
             scores = np.minimum(scores, 1.0)  # above which the float32 sum over a forest's trees may be
-            if self._is_file:  # in which nothing but this says of a row that float32 made nothing of its probabilities
+            if self._is_file:  # the only sign there that a row's probabilities underflowed in float32
                 scores = np.maximum(scores, 0.0)
                 scores[np.abs(scores.sum(axis=1) - 1) > SHARES_TOLERANCE] = np.nan
             return scores
@@ -291,7 +291,7 @@ def keep_answered(rows: list[dict[str, Any]], predictor: Predictor, arrays: Arra
 def find_disagreement(predictor: Predictor, X: Any, expected: tuple[Any, Any]) -> tuple[int, str] | None:
     """Return the first row of X that is not answered as expected, classes exactly and numbers to 1e-5, and how.
 
-    A row to which the estimator itself gives two classes alike may get either: between them decides rounding, which in
+    A row to which the estimator itself gives two classes alike may get either: rounding decides between them, which in
     scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `is_close`.
     """
     y, scores = as_array(expected[0]), expected[1]

@@ -42,10 +42,7 @@ class Predictions:
     def render(self) -> list[bytes]:
         """Return the JSON of each answer."""
         if not self._rendered:
-            try:
-                self._rendered += self._write(self._all_columns)
-            except ValueError:  # a text of another part is no Unicode
-                return self._write(self.columns)
+            self._rendered += self._write(self._all_columns)
         return self._rendered[self._rows]
 
     def render_array(self, n_rows: int) -> list[bytes]:

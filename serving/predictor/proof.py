@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from serving.errors import EstimatorError, ModelError, reason_of
+from serving.errors import EstimatorError, ModelError, reason_of, shorten
 from serving.predictor.batcher import measure
 from serving.predictor.contract import Rows
 from serving.predictor.golden import (
@@ -65,14 +65,14 @@ def prove(model: Model) -> Proof:
     model = proof.applied_to(model)
     if model.golden is not None:
         _reproduce(model, model.golden)
-    _ = model.example_answer
+    model.answer_example()
     _try_missing(model)
     model.report("timing its answers")
     try:
-        call_s, row_s = measure(model.predict_rows, model.known_rows[0])
+        call_s, row_s = measure(lambda rows: model.predict_rows(rows).render(), model.known_rows[0])
         reason = find_dependence(model)
     except Exception as error:  # what an estimator raises has no bounds
-        call_s, row_s, reason = 0.0, 0.0, f"rows that are answered alone fail together: {reason_of(error)}"
+        call_s, row_s, reason = 0.0, 0.0, f"rows that are answered alone fail together: {shorten(reason_of(error))}"
     if reason is not None:
         log.warning("never_batched", reason=reason)
     return replace(proof, call_s=call_s, row_s=row_s, never_batched=reason)

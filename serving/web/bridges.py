@@ -32,17 +32,22 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Binding:
-    """A service behind a framework's app, and what a user may have added to the app.
-
-    Asked with a path and a method, `is_ours` tells whether the framework asks the service, and `answers_alone` whether
-    the service may answer alone, since the framework has nothing to do for it. An app that `is_bare` has nothing of a
-    user's that could read a body.
-    """
+    """A service behind a framework's app. An app that `is_bare` has nothing of a user's that could read a body."""
 
     service: Service[Any]
+    is_bare: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class FlaskBinding(Binding):
+    """A service behind a Flask.
+
+    Asked with a path and a method, `is_ours` tells whether Flask asks the service, and `answers_alone` whether the
+    service may answer alone, since Flask has nothing to do for it.
+    """
+
     is_ours: Callable[[str, str], bool]
     answers_alone: Callable[[str, str], bool]
-    is_bare: Callable[[], bool]
 
 
 def as_asgi(app: Any) -> Any:
@@ -86,7 +91,7 @@ class FlaskOverASGI:
     def __init__(self, app: flask.Flask) -> None:
         from a2wsgi import WSGIMiddleware
 
-        self.binding: Binding = app.extensions["serving.binding"]
+        self.binding: FlaskBinding = app.extensions["serving"]
         self.service = self.binding.service
         self.endpoint = ASGIEndpoint(self.service)
         self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
@@ -126,7 +131,7 @@ class FastAPIOverWSGI:
 
     def __init__(self, app: fastapi.FastAPI) -> None:
         self.app = app
-        self.binding: Binding = app.state.serving_binding
+        self.binding: Binding = app.state.serving
         self.service = self.binding.service
         self._bridge: Any = None
         self._end: Callable[[], None] = lambda: None

@@ -37,7 +37,7 @@ class Request:
     header: Callable[[str], str | None]  # by lower-case name; repeated fields are joined by commas
     read: Callable[[int], Awaitable[bytes]]  # the next piece of the body, of about so many bytes; b"" at its end
     batcher: LoopBatcher | ThreadBatcher
-    body: bytes | ServingError | None = None  # what reading it gave
+    body: bytes | ServingError | None = None  # the bytes, or the error that reading ended with
     rows: int = 0
     job: Job | None = None  # its prediction
 

@@ -59,7 +59,7 @@ def document_json_of(service: Service[Any]) -> bytes:
 
 def describe_api(service: Service[Any]) -> dict[str, Any]:
     """Make the OpenAPI 3.1 document from the table of operations."""
-    contract, sample, auth = service.model.contract, service.model.example_answer, service.settings.auth
+    contract, sample, auth = service.model.contract, service.model.answer_example(), service.settings.auth
     schemas = _schemas(contract) | {"Prediction": _describe_prediction(service.model.predictor, sample)}
     example = (contract.example, sample) if contract.is_known else (None, None)
     paths: dict[str, Any] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hmac
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from serving.settings import SettingsTable
 from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
+STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
 
 
 class LimitSettings(SettingsTable):
@@ -131,7 +133,7 @@ class Exchange:
 
     request: Request  # with its job, if it was one for predictions
     response: Response
-    operation: Operation | None  # None where there is none for the request
+    operation: Operation | None  # None where no operation has the request's path and method
     began: float  # by `time.perf_counter`
     took_s: float
 
@@ -172,12 +174,13 @@ class Service(Generic[S]):
         self.model, self.proof = proof.applied_to(model), proof
         self.operations = [*operations]
         self.observers = [*observers]
-        self.is_stopping = False  # this process ends, and no other takes over from it
         self.made_once: dict[str, Any] = {}  # what operations make of it for the first request
         self.routes: dict[str, dict[str, Operation]] = {}
+        self.names: dict[str, str] = {}  # of routes, by path
         self.hot: dict[str, set[str]] = {}  # methods that are answered in front of the router, by path
         for operation in self.operations:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
+            self.names.setdefault(operation.path, operation.name)
             if operation.is_hot:
                 methods = {operation.method, "HEAD"} if operation.method == "GET" else {operation.method}
                 self.hot.setdefault(operation.path, set()).update(methods)
@@ -212,7 +215,7 @@ class Service(Generic[S]):
             response = await self._answer(request, found)
             response.request_id = request_id
             if self.observers:
-                operation = found if isinstance(found, Operation) else None
+                operation = self._operation_of(request)
                 self._show(Exchange(request, response, operation, began, time.perf_counter() - began))
             return response
         finally:
@@ -280,6 +283,9 @@ class Service(Generic[S]):
             detail = f"{shorten(request.method)} is not allowed on {request.path}; use one of {allowed}"
             raise MethodNotAllowed(detail, {"Allow": allowed})
         return operation
+
+    def _operation_of(self, request: Request) -> Operation | None:
+        return self.routes.get(request.path, {}).get("GET" if request.method == "HEAD" else request.method)
 
     def _authorize(self, request: Request) -> None:
         """Compare the key in constant time with every key, so that the time taken tells nothing."""
