@@ -243,7 +243,7 @@ def operations() -> Iterator[Operation]:
         "Predict one row, given as query parameters",
         predict_query,
         takes_query=True,
-        gives="Prediction",
+        answer_schema="Prediction",
         errors=(400, 401, 408, 413, 422, 429, 500, 503),
         is_hot=True,
     )
@@ -254,7 +254,7 @@ def operations() -> Iterator[Operation]:
         "Predict one row, or each row of an array in its order",
         predict_body,
         media_types=(JSON,),
-        gives="Prediction",
+        answer_schema="Prediction",
         errors=(400, 401, 408, 413, 415, 422, 429, 500, 503),
         is_hot=True,
     )
@@ -262,7 +262,14 @@ def operations() -> Iterator[Operation]:
     yield Operation("GET", "/health/live", "live", "Whether the process answers", live, access="open")
     yield Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, errors=(503,), access="open")
     yield Operation(
-        "GET", "/openapi.json", "openapi", "This document", openapi, gives="Document", errors=(401,), access="docs"
+        "GET",
+        "/openapi.json",
+        "openapi",
+        "This document",
+        openapi,
+        answer_schema="Document",
+        errors=(401,),
+        access="docs",
     )
 
 

@@ -44,7 +44,7 @@ ROW_OF_THE_TABLE = Operation(
     "Predict lines of numbers",
     predict_csv,
     media_types=(CSV,),
-    produces=CSV,
+    answer_media_type=CSV,
     write_error=write_error,
     scope="/csv",
 )

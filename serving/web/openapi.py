@@ -134,8 +134,8 @@ def _describe(
 ) -> dict[str, Any]:
     """Describe an operation; `example` is a row and its prediction, `nullable` names what a query can leave out."""
     described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
-    row, answer = example if operation.gives == "Prediction" else (None, None)
-    schema: dict[str, Any] = _reference(operation.gives)
+    row, answer = example if operation.answer_schema == "Prediction" else (None, None)
+    schema: dict[str, Any] = _reference(operation.answer_schema)
     if operation.takes_query:
         described["parameters"] = [
             {"name": name, "in": "query", "required": name not in nullable, "schema": cell}
@@ -147,7 +147,7 @@ def _describe(
         rows = _content(_one_or_many(_reference("Features")), row)
         content = {media_type: rows.get(media_type, {}) for media_type in operation.media_types}
         described["requestBody"] = {"required": True, "content": content}
-    given = _content(schema, answer) if operation.produces == JSON else {operation.produces: {}}
+    given = _content(schema, answer) if operation.answer_media_type == JSON else {operation.answer_media_type: {}}
     described["responses"] = {"200": _answer_described(200, given)}
     for status in operation.errors:
         if status != 401 or secured:

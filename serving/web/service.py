@@ -96,8 +96,8 @@ class Operation:
     media_types: Sequence[str] = ()
     encodings: Sequence[str] = ("identity",)
     takes_query: bool = False  # one row, given as query parameters
-    gives: str = "Status"  # the schema of its answer, if that is JSON
-    produces: str = JSON  # the media type of its answer
+    answer_schema: str = "Status"  # of JSON
+    answer_media_type: str = JSON
     errors: Sequence[int] = ()
     access: Literal["key", "docs", "open"] = "key"  # "docs": as `auth.open_docs` says
     is_hot: bool = False  # answered in front of the framework's router, unless the user has added something
