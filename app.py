@@ -11,7 +11,8 @@ The path of a request, the same under both frameworks:
    `Service.predict` with them as a `Job`;
 4. a batcher (`LoopBatcher` or `ThreadBatcher`) puts together the jobs that wait at the same moment, and
    `BatchQueue.call` calls `Model.predict_rows`: `Arrays.of_rows` makes X of them, and `Predictor.ask` calls the
-   estimator's `predict_proba` or `predict` with it;
+   estimator's `predict_proba`, and `predict` where the probabilities do not decide. (A body over 64 kB becomes X in the
+   call, by `LongBody`, and goes to `Model.predict`.)
 5. the endpoint writes the `Response`, which observers are shown and which goes back byte for byte the same.
 
 Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or

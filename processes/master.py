@@ -69,7 +69,7 @@ class Master(Arbiter):
         self.service.model.note_python()
 
     def handle_hup(self) -> None:
-        """Ask for a reload. It replaces one that is under way, at once or, while that one loads, after the load."""
+        """Ask for a reload. One under way is given up for it: at once, or after its load, which cannot be stopped."""
         self.reload_.is_asked = True
 
     def manage_workers(self) -> None:

@@ -4,13 +4,15 @@ What happens at HUP, in order:
 
 1. `Master.handle_hup` notes it, and the master's next turn (`Master.manage_workers`) begins it: `Reload.go_on`.
 2. `_rehearse`: a child reads the settings, loads and proves the model, and configures gunicorn (`trial.try_out`).
-3. `_load`: the master reads and loads the same in a thread (`loading.Loading`), and a child of it proves it.
+3. `_load`: the master reads and loads the same in a thread (`loading.Loading`), and a child of it proves it. If
+   settings or model were changed since 2, the reload is refused.
 4. `_replace`: gunicorn.conf.py is read again, new addresses are opened, and the new workers are forked (`_start`).
-5. When all of them are ready, the old ones are told to end (`_retire`). Each stops accepting, answers what is under way
-   (`SupervisedWorker.begin_drain`, `close_listeners`), and ends; one that takes longer than `graceful_timeout` is
-   killed (`Master.manage_workers`).
+5. When all of them are ready, the old ones are told to end (`_retire`), and `reloaded` is logged. Each stops accepting,
+   answers what is under way, and ends (`DrainingServer.shutdown` or `GeventWorker.drain`); one that takes longer than
+   `graceful_timeout` is killed (`Master.manage_workers`).
 
-Whatever fails before 5 is logged as `reload_refused`, and `_restore` puts back what there was.
+Whatever fails before 5 is logged as `reload_refused`. 2 and 3 have changed nothing in the master; `_restore` takes back
+what 4 did.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Reload:
         self._loading: Loading | None = None  # the last one
 
     def go_on(self) -> None:
-        """Take the next step, and begin if a reload is asked for: one that is under way gives way to it."""
+        """Take the next step. If another HUP came, give up the reload that is under way, and begin anew."""
         if self.is_asked and not self.is_loading:
             if self._steps is not None:
                 self._steps.close()
@@ -143,8 +145,8 @@ class Reload:
     def _replace(self, service: Service[app.Settings]) -> Generator[None, None, None]:
         """Fork workers of the new service, and retire the old ones once all the new ones are ready.
 
-        Only `self.previous` refers to the old service while they are forked: a frame of the stack would keep it alive
-        in each of them.
+        Only `self.previous` refers to the old service while they are forked: a local variable would be copied by the
+        fork, and keep the old model in each new worker's memory.
         """
         master = self.master
         self.previous = Previous(

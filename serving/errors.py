@@ -50,7 +50,7 @@ class MisfitError(SettingsError):
 
 
 class ModelError(StartupError):
-    """The artifact is missing, cannot be loaded, or is not a fitted predictor. `errors_about` names it."""
+    """The artifact is missing, cannot be loaded, or is not a fitted predictor. Its text begins with a verb."""
 
 
 class EstimatorError(ModelError):

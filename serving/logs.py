@@ -98,7 +98,7 @@ def _is_no_access_line(record: logging.LogRecord) -> bool:
 
 
 def _take_over(name: str, handlers: list[logging.Handler]) -> logging.Logger:
-    """Replace a logger's handlers. Without any it is silent: the access line is `Service.respond`'s alone."""
+    """Replace a logger's handlers. Without any it is silent: access lines are `AccessLog`'s alone."""
     logger = logging.getLogger(name)
     logger.handlers, logger.propagate = handlers, False
     return logger

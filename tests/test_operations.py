@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import pytest
+from openapi_spec_validator import validate
 
 import app
 from serving.errors import ServingError, Unprocessable
@@ -45,6 +46,7 @@ ROW_OF_THE_TABLE = Operation(
     predict_csv,
     media_types=(CSV,),
     answer_media_type=CSV,
+    errors=(422,),
     write_error=write_error,
     scope="/csv",
 )
@@ -95,6 +97,8 @@ def test_rows_of_several_dialects_are_described_and_observed(native: Any) -> Non
     document = call(native, Case("openapi", "GET", "/openapi.json")).json
     described = document["paths"]["/csv/predict"]["post"]
     assert [*described["requestBody"]["content"]] == [*described["responses"]["200"]["content"]] == [CSV]
+    assert described["responses"]["422"]["content"] == {}
+    validate(document)
     call(native, post_case(ROW))
     call(native, csv_case(b"5.1,3.5,1.4,0.2"))
     call(native, Case("missing", "GET", "/nothing"))

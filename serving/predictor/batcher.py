@@ -38,7 +38,7 @@ STUCK_AFTER_TIMEOUTS = 2.0  # time-outs of a request after which a call is taken
 MANY_ROWS = 64  # rows of a call by which the cost of one more is measured
 MIN_STUCK_S = 1.0
 LOOK_S = 0.25  # seconds between two looks at a call that runs beside a loop, and at what waits for it
-QUIET_TURNS = 2  # turns of other threads without a new row before a call; after one, gevent has not polled for input
+QUIET_TURNS = 2  # turns of others without a new row before a call begins: gevent polls for input only in the second
 
 
 class BatchingSettings(SettingsTable):
@@ -166,7 +166,10 @@ class BatchQueue:
     _lock: Any = field(default_factory=threading.Lock)  # of the queue's counts
 
     def admit(self, job: Job) -> None:
-        """Let a job wait until its deadline. Raises `TooManyRequests`: a queue that is not empty has its limit."""
+        """Let a job wait until its deadline.
+
+        Raises `TooManyRequests` if the queue would exceed its limit; an empty one takes a job of any size.
+        """
         with self._lock:
             if self.queued_rows and self.queued_rows + job.n_rows > self.max_queued_rows:
                 raise TooManyRequests(f"{self.queued_rows} rows wait already", self.seconds_left())

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from serving.predictor.contract import Contract
 from serving.predictor.predictor import Predictor
-from serving.web.messages import JSON
+from serving.web.messages import JSON, write_detail
 from serving.web.service import Operation, Service
 
 
@@ -151,7 +151,8 @@ def _describe(
     described["responses"] = {"200": _answer_described(200, given)}
     for status in operation.errors:
         if status != 401 or secured:
-            content = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
+            problem = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
+            content = problem if operation.write_error is write_detail else {}
             described["responses"][str(status)] = _answer_described(status, content)
     if secured:
         described["security"] = [{"bearer": []}, {"api_key": []}]

@@ -249,7 +249,7 @@ class Service(Generic[S]):
             return write(InternalError("internal error; the log has it under this X-Request-ID"))
 
     def _error_writer(self, request: Request) -> Callable[[ServingError], Response]:
-        """Return what writes the errors of a request that gets no operation: by its path, or by a part of the API."""
+        """Return the `write_error` for a request without an operation: that of its path, or of its scope."""
         operations = self.routes.get(request.path) or {}
         scopes = [one for one in self.operations if one.scope and f"{request.path}/".startswith(f"{one.scope}/")]
         return next((one.write_error for one in [*operations.values(), *scopes]), write_detail)
