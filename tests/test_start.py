@@ -385,7 +385,7 @@ def test_option_that_cannot_work_is_refused_by_hup(serve: Starter, project: Path
     text = file.read_text()
     server = serve(cwd=project, **gunicorn_environment("fastapi", "uvicorn"))
     try:
-        file.write_text(f"{text}proxy_protocol = True\n")
+        file.write_text(f'{text}proxy_protocol = "auto"\n')
         assert server.reload()["reason"].startswith("proxy_protocol is not known to uvicorn's worker; leave it out")
         file.write_text(f'{text}worker_class = "sync"\n')
         assert server.reload()["reason"].startswith("gunicorn's worker_class is 'sync'; leave it out")
