@@ -11,8 +11,8 @@ The path of a request, the same under both frameworks:
    `Service.predict` with them as a `Job`;
 4. a batcher (`LoopBatcher` or `ThreadBatcher`) puts together the jobs that wait at the same moment, and
    `BatchQueue.call` calls `Model.predict_rows`: `Arrays.of_rows` makes X of them, and `Predictor.ask` calls the
-   estimator's `predict_proba`, and `predict` where the probabilities do not decide. (A body over 64 kB becomes X in the
-   call, by `LongBody`, and goes to `Model.predict`.)
+   estimator's `predict_proba`, and `predict` where the probabilities do not decide. (A body over 64 kB becomes X by
+   `LongBody`, and goes to `Model.predict`.)
 5. the endpoint writes the `Response`, which observers are shown and which goes back byte for byte the same.
 
 Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or
@@ -212,9 +212,13 @@ async def predict_body(service: Service[Any], request: Request) -> Response:
 
 
 async def predict_long(service: Service[Any], request: Request, max_rows: int) -> Response:
-    """Answer a body that is decoded in the call that predicts it."""
+    """Answer a body that is decoded in parts: one over 256 kB in the call that predicts it."""
     body = LongBody(service.model.arrays, request.take_body(), max_rows)
-    job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_long=body.size > LONG_BYTES)
+    if body.size > LONG_BYTES:
+        job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_long=True)
+    else:
+        X = body.decode()
+        job = Job(body.n_rows, encode=body.encode, X=X)
     try:
         return Response(await service.predict(request, job))
     finally:

@@ -153,15 +153,18 @@ def _import_pandas() -> Any:
 
 
 class LongBody:
-    """A body that takes long to decode. It is decoded, and its answers are written, in the call that predicts them."""
+    """A body over `PIECE_BYTES`, which is decoded in parts, and whose answers are written in parts."""
 
     def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
         self.size = len(body)  # in bytes
-        # Fewer where braces are in texts; more would be refused.
-        self.max_rows_in_it = min(max_rows, max(1, _count_byte(body, ord("{"))))
         self.n_rows = 0  # once it is decoded
         self._arrays, self._body, self._max_rows = arrays, body, max_rows
         self._is_array = True
+
+    @property
+    def max_rows_in_it(self) -> int:
+        """The number of rows before they are decoded: fewer where braces are in texts; more would be refused."""
+        return min(self._max_rows, max(1, _count_byte(self._body, ord("{"))))
 
     def decode(self) -> Any:
         """Return X, or None for an empty array. Raises `ServingError`."""

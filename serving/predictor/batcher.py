@@ -59,15 +59,16 @@ class Call:
 class Job:
     """The rows of one request, from the moment when they wait for a call until they are answered.
 
-    `encode` makes the result of its predictions, as a part of the call. Rows that take long to decode are decoded there
-    too: `decode` returns X, or None if there is nothing to predict. Such a job shares its call with no other.
+    `encode` makes the result of its predictions, as a part of the call. Many rows are given as X instead, and those
+    that take long to decode by `decode`, which returns X in the call, or None if there is nothing to predict. Such jobs
+    share their calls with no others.
     """
 
     n_rows: int
     rows: Rows = field(default_factory=list)
     encode: Callable[[Any], Any] | None = None
     decode: Callable[[], Any] | None = None
-    X: Any = None  # what `decode` returned
+    X: Any = None
     is_long: bool = False  # decoding takes longer than an event loop should be kept busy
     waiter: Any = None  # a future of the loop, or a lock
     answer: Any = None  # predictions, or what `encode` made of them
@@ -77,6 +78,11 @@ class Job:
     has_left: bool = False  # the queue, for a call or for good
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it shares its call with no other."""
+        return self.X is not None or self.decode is not None
 
     def read(self) -> None:
         """Decode the rows. Raises what `decode` raises."""
@@ -234,8 +240,8 @@ class BatchQueue:
         return jobs
 
     def _can_join(self, job: Job, first: Job, n_rows: int) -> bool:
-        is_shared = self.can_share and first.decode is None and job.decode is None
-        return is_shared and n_rows + job.n_rows <= self.max_rows
+        is_alone = not self.can_share or first.is_alone or job.is_alone
+        return not is_alone and n_rows + job.n_rows <= self.max_rows
 
     def call(self, jobs: list[Job]) -> list[list[Job]]:
         """Answer jobs in one call. If it fails, return their halves, which isolates an error in the job that causes it.
