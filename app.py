@@ -215,10 +215,10 @@ async def predict_long(service: Service[Any], request: Request, max_rows: int) -
     """Answer a body that is decoded in parts: one over 256 kB in the call that predicts it."""
     body = LongBody(service.model.arrays, request.take_body(), max_rows)
     if body.size > LONG_BYTES:
-        job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_long=True)
+        job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_alone=True, is_long=True)
     else:
         X = body.decode()
-        job = Job(body.n_rows, encode=body.encode, X=X)
+        job = Job(body.n_rows, encode=body.encode, X=X, is_alone=True)
     try:
         return Response(await service.predict(request, job))
     finally:

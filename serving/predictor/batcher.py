@@ -52,7 +52,7 @@ class Call:
 
     n_rows: int
     started: float  # by `time.perf_counter`
-    took_s: float
+    took_s: float = math.nan  # while it is made
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +60,8 @@ class Job:
     """The rows of one request, from the moment when they wait for a call until they are answered.
 
     `encode` makes the result of its predictions, as a part of the call. Many rows are given as X instead, and those
-    that take long to decode by `decode`, which returns X in the call, or None if there is nothing to predict. Such jobs
-    share their calls with no others.
+    that take long to decode by `decode`, which returns X in the call, or None if there is nothing to predict. Both are
+    `is_alone`.
     """
 
     n_rows: int
@@ -69,6 +69,7 @@ class Job:
     encode: Callable[[Any], Any] | None = None
     decode: Callable[[], Any] | None = None
     X: Any = None
+    is_alone: bool = False  # it shares its call with no other
     is_long: bool = False  # decoding takes longer than an event loop should be kept busy
     waiter: Any = None  # a future of the loop, or a lock
     answer: Any = None  # predictions, or what `encode` made of them
@@ -79,11 +80,6 @@ class Job:
     is_given_up: bool = False  # nobody waits for it any more
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether it shares its call with no other."""
-        return self.X is not None or self.decode is not None
-
     def read(self) -> None:
         """Decode the rows. Raises what `decode` raises."""
         decode, self.decode = self.decode, None  # it holds the body, which may be as large as all the rest
@@ -93,12 +89,12 @@ class Job:
 
     def result(self) -> Any:
         """Return the predictions, or what `encode` made of them. Raises what the call raised."""
-        error, self.error = self.error, None
-        try:
-            if error is not None:
+        if self.error is not None:
+            error, self.error = self.error, None
+            try:
                 raise error
-        finally:
-            del error  # with its traceback it would be a cycle, which keeps the body until it is collected
+            finally:
+                del error  # with its traceback it would be a cycle, which keeps the body until it is collected
         return self.answer
 
 
@@ -240,8 +236,8 @@ class BatchQueue:
         return jobs
 
     def _can_join(self, job: Job, first: Job, n_rows: int) -> bool:
-        is_alone = not self.can_share or first.is_alone or job.is_alone
-        return not is_alone and n_rows + job.n_rows <= self.max_rows
+        are_alone = not self.can_share or first.is_alone or job.is_alone
+        return not are_alone and n_rows + job.n_rows <= self.max_rows
 
     def call(self, jobs: list[Job]) -> list[list[Job]]:
         """Answer jobs in one call. If it fails, return their halves, which isolates an error in the job that causes it.
@@ -264,22 +260,22 @@ class BatchQueue:
 
     def _answer(self, jobs: list[Job]) -> None:
         """Predict what was decoded, write the answers, and learn what that costs."""
-        n_rows = count_rows(jobs)
-        started, self.called_at = time.perf_counter(), time.monotonic()
+        n_rows, is_shared = count_rows(jobs), len(jobs) > 1
+        call = Call(n_rows, time.perf_counter())
+        self.called_at = time.monotonic()
         try:
-            predictions = self._predict(jobs) if n_rows else None
-            start = 0
+            part: Any = self._predict(jobs) if n_rows else None
+            all_of_them, start = part, 0
             for job in jobs:
-                part = predictions.part(start, start + job.n_rows) if predictions and len(jobs) > 1 else predictions
+                if is_shared:
+                    part = all_of_them.part(start, start := start + job.n_rows)
                 job.answer = part if job.encode is None else job.encode(part)
-                start += job.n_rows
-            call = Call(n_rows, started, time.perf_counter() - started)
+                job.call = call
         finally:
             self.called_at = None
+        call.took_s = time.perf_counter() - call.started
         if n_rows:
             self.cost.learn(n_rows, call.took_s)
-        for job in jobs:
-            job.call = call
 
     def _predict(self, jobs: list[Job]) -> Predictions:
         first = jobs[0]
