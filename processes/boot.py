@@ -8,7 +8,6 @@ import os
 import time
 
 import app
-from processes import options
 from processes.loading import Deadline, Loading, end_when_late, prove_in_child, refuse_start
 from processes.trial import Trial, finish, wait_for
 from serving.errors import StartupError
@@ -39,11 +38,6 @@ def settings_in_force() -> app.Settings:
 
 def _start() -> tuple[Service[app.Settings], float]:
     """Load and prove what is served, and return it with the seconds that the proof took. Raises `StartupError`."""
-    given = options.read_options()
-    options.check_options(given, given)
-    settings = app.load_settings(options=given)
-    uri = given["wsgi_app"] or options.APPS[settings.worker_class]
-    options.check_app(uri, given, given, settings)
     deadline = Deadline(ModelSettings().load_timeout_s)
     watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
     loaded = finish(wait_for(Loading(deadline), deadline.check))

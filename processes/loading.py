@@ -143,8 +143,14 @@ def count_native_threads() -> int:
 
 
 def load(deadline: Deadline) -> Loaded:
-    """Load what the settings say, for workers to be forked. Raises `StartupError`."""
-    settings = app.load_settings(options=options.read_options())
+    """Load what the settings say, for workers to be forked, unless gunicorn's options do not fit them.
+
+    Raises `StartupError`.
+    """
+    given = options.read_options()
+    options.check_options(given, given)
+    settings = app.load_settings(options=given)
+    options.check_app(given["wsgi_app"] or options.APPS[settings.worker_class], given, given, settings)
     deadline.set(settings.artifact_subject, settings.model.load_timeout_s)
     if app.current_service() is None:
         configure_logging(settings.logging)

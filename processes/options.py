@@ -46,7 +46,7 @@ REFUSED = {  # what is wrong with an option, and what to do instead
     "statsd_host": NOT_USED,
     "threads": "is not used: each worker has a share of the cores, as the log says; leave it out",
 }
-SHIPPED = {"errorlog", "access_log_format", "logger_class", "threads"}  # that have a value which nobody gave
+SHIPPED = {"errorlog", "access_log_format", "logger_class", "threads"}  # options of these that have a value by default
 
 
 def read_options() -> dict[str, Any]:
