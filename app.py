@@ -37,9 +37,9 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Private
 from serving.errors import SettingsError, Unavailable, errors_about, exit_on_startup_error, listed
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
-from serving.predictor.arrays import LONG_BYTES, PIECE_BYTES, LongBody, read_rows
 from serving.predictor.artifact import ModelSettings
 from serving.predictor.batcher import BatchingSettings, Job
+from serving.predictor.bodies import LONG_BYTES, PART_BYTES, LongBody, read_rows
 from serving.predictor.features import FeatureSettings
 from serving.predictor.model import Model, Report, load_model
 from serving.predictor.predictions import Predictions
@@ -202,7 +202,7 @@ async def predict_query(service: Service[Any], request: Request) -> Response:
 
 async def predict_body(service: Service[Any], request: Request) -> Response:
     max_rows = service.settings.limits.max_rows
-    if len(cast(bytes, request.body)) > PIECE_BYTES:
+    if len(cast(bytes, request.body)) > PART_BYTES:
         return await predict_long(service, request, max_rows)
     rows, is_array = read_rows(service.model.contract, request.take_body(), max_rows)
     if not rows:

@@ -16,8 +16,8 @@ from typing import Any, cast
 import app
 from bench.wrk import flowers, make_bodies
 from serving.logs import configure_logging
-from serving.predictor.arrays import read_long_array
 from serving.predictor.batcher import Job
+from serving.predictor.bodies import LongArray
 from serving.web.asgi import ASGIEndpoint, asgi_request
 from serving.web.service import Service
 from serving.web.wsgi import run_now
@@ -48,7 +48,7 @@ def make_parts() -> list[tuple[str, Callable[[], Any]]]:
         ("`predict_proba`, 1 row", lambda: model.predictor.estimator.predict_proba(X)),
         ("a call for 1 row: input, `predict_proba`, JSON", lambda: model.predict_rows(one).render()),
         ("a call for 64 rows", lambda: model.predict_rows(many).render()),
-        ("1000 rows: JSON to numbers, checked", lambda: read_long_array(model.arrays, body, 1000)),
+        ("1000 rows: JSON to numbers, checked", lambda: LongArray(model.arrays, body, 1000).read()),
         ("1000 rows: `predict_proba` and classes", lambda: model.predictor.predict(X_1000)),
         ("1000 rows: numbers to JSON", lambda: predictions.render_array(1000)),
     ]

@@ -19,8 +19,8 @@ from typing import Any
 import app
 from serving.errors import ModelError, ServingError, SettingsError, Unprocessable, errors_about, exit_on_startup_error
 from serving.logs import configure_logging
-from serving.predictor.arrays import parse_json
 from serving.predictor.artifact import SAFE_FORMATS, ModelSettings, find_untrusted_types, load_estimator, read_artifact
+from serving.predictor.bodies import parse_json
 from serving.predictor.contract import Contract, name_columns
 from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import golden_path, load_golden, running_versions

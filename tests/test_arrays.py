@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,17 @@ from sklearn.preprocessing import OneHotEncoder
 from werkzeug.test import EnvironBuilder
 
 import app
-from serving.predictor.arrays import PIECE_BYTES, split_array
+from serving.errors import BadRequest, ContentTooLarge, ServingError, Unprocessable
+from serving.predictor.arrays import Arrays
+from serving.predictor.bodies import PART_BYTES, QUICK_BYTES, LongBody, cut_array, read_rows
+from serving.predictor.contract import Contract
 from serving.predictor.golden import is_close
+from serving.predictor.inputs import read_inputs
 from tests.lib.apps import call, call_asgi, make_settings, serve_estimator
 from tests.lib.cases import Case
 from tests.lib.clients import ROW, Answer, post_case
 from tests.lib.pipelines import fitted, rows_of
+from tests.lib.sizes import scale
 
 N_ROWS = 10_000
 TRICKY = ['},{"a": 1', "plain", "[{}],", 'a "quoted" }, {', "]}"]
@@ -194,7 +200,7 @@ def test_boolean_is_found_among_numbers_whatever_their_names(tmp_path: Path, nam
     for ensure_ascii in (True, False):
         good = json.dumps(dict.fromkeys(names, 0.5), ensure_ascii=ensure_ascii)
         body = f"[{', '.join([good] * 4000 + [good.replace('0.5', cell, 1)])}]"
-        assert len(body) > PIECE_BYTES
+        assert len(body) > PART_BYTES
         answer = call(native, replace(post_case(None), body=body.encode()))
         assert answer.status == (200 if cell == "1e0" else 422)
         if cell != "1e0":
@@ -253,9 +259,79 @@ def test_long_array_reaches_code_that_takes_a_dataframe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", [",", ", ", " ,\n\t"])
-def test_array_is_split_between_objects(separator: str) -> None:
-    """The parts are arrays of some objects each, and together they have them all."""
-    rows = [{"a": index, "b": [index], "c": "x"} for index in range(8000)]
-    parts = list(split_array(f" [{separator.join(map(json.dumps, rows))}] ".encode()))
-    assert [row for part in parts for row in json.loads(part)] == rows
-    assert max(map(len, parts)) < 2 * PIECE_BYTES
+def test_array_is_cut_between_its_values(separator: str) -> None:
+    """Each part has some whole values, whatever is in their texts, and together they have them all."""
+    values = [{"a": index, "b": [index, {}], "c": TRICKY[index % 5] + "\\" * (index % 3)} for index in range(8000)]
+    body = f"[{separator.join(map(json.dumps, values))}]".encode()
+    cuts = list(cut_array(body, 1))
+    parts = [body[begin:end] + (b"" if end == len(body) else b"]") for begin, end, _ in cuts]
+    assert [value for part in parts for value in json.loads(b"[" + part)] == values
+    assert max(map(len, parts)) < QUICK_BYTES
+
+
+def test_long_value_is_cut_out_and_counted() -> None:
+    """A value that is longer than a part is one by itself, with the number of values inside."""
+    long = json.dumps([{"text": "a,b", "cells": [1, 2]}] * 5000)
+    body = f'[{{"a": 1}}, {{"a": 2}}, {long}, {{"a": 3}}]'.encode()
+    before, value, after = cut_array(body, 1)
+    assert body[before[0] : before[1]] == b'{"a": 1}, {"a": 2}'
+    assert body[value[0] : value[1]].strip() == long.encode()
+    # Its own bracket, four commas and brackets in each of its values, a comma behind each.
+    assert value[2] == 1 + 5000 * 4 + 5000
+    assert body[after[0] : after[1]] == b' {"a": 3}]'
+
+
+DAMAGE = [*b'"\\,[]{}: \n1', b"null", b",,", b'\\"', "é".encode(), b"\xff", b"NaN", b'"},{"', b'{"text": 1}', b"[[1]]"]
+
+
+def damage(random: Random, body: bytes) -> bytes:
+    """Put something in, leave something out, or cut the rest off, at a place near the end of a part or anywhere."""
+    place = random.choice([PART_BYTES, QUICK_BYTES, len(body)]) + random.randrange(-200, 200)
+    place = min(max(place, 0), len(body)) if random.random() < 0.7 else random.randrange(len(body))
+    piece = random.choice(DAMAGE)
+    added = bytes([piece]) if isinstance(piece, int) else piece
+    return random.choice(
+        [body[:place] + added + body[place:], body[:place] + body[place + 1 + len(added) :], body[:place]]
+    )
+
+
+def read(contract: Contract, arrays: Arrays, body: bytes, max_rows: int, is_long: bool) -> Any:
+    """Return what a body is read as: an array or not, and its cells; or the error."""
+    try:
+        if is_long:
+            long = LongBody(arrays, body, max_rows)
+            X = long.decode()
+            return long.encode(None) if X is None else np.asarray(X).tolist()
+        rows, _ = read_rows(contract, body, max_rows)
+        return np.asarray(arrays.of_rows(rows)).tolist() if rows else [b"[]"]
+    except ServingError as error:
+        return type(error), error.detail
+
+
+def fit_contract(is_mixed: bool) -> Contract:
+    frame = pd.DataFrame({"text": [*TRICKY] if is_mixed else np.arange(5.0), "number": np.arange(5.0)})
+    columns = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["text"]), remainder="passthrough")
+    estimator = make_pipeline(columns, LinearRegression()) if is_mixed else LinearRegression()
+    return Contract(read_inputs(estimator.fit(frame, frame["number"])), {})
+
+
+@pytest.mark.parametrize("is_mixed", [True, False], ids=["mixed", "numbers"])
+def test_long_body_is_read_as_a_short_one(is_mixed: bool) -> None:
+    """Whatever is wrong with a long body, and wherever, decoding it in parts gives the cells, or the error with its
+    place, that decoding it whole gives."""
+    random = Random(is_mixed)
+    contract = fit_contract(is_mixed)
+    arrays, texts = Arrays(contract), TRICKY if is_mixed else [1.5]
+    seen: set[Any] = set()
+    for number in range(scale(50, 1000)):
+        rows = [{"text": random.choice(texts), "number": random.choice([1, 2.5])} for _ in range(3000)]
+        if number % 3 == 0:
+            rows[random.randrange(3000)] = random.choice([{}, {"text": []}, {"text": "x", "number": "x", "colour": 2}])
+        body = json.dumps(rows, separators=random.choice([(",", ":"), (", ", ": "), (" ,\n", " :")])).encode()
+        for _ in range(number % 4 % 3):
+            body = damage(random, body)
+        max_rows = 2000 if number % 10 == 0 else 4000
+        whole, parts = (read(contract, arrays, body, max_rows, is_long) for is_long in (False, True))
+        assert parts == whole
+        seen.add(whole[0] if isinstance(whole, tuple) else list)
+    assert seen == {list, BadRequest, Unprocessable, ContentTooLarge}

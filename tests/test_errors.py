@@ -21,7 +21,7 @@ from sklearn.preprocessing import OneHotEncoder
 
 import app
 from serving.errors import LIKELY_NAMES, Unprocessable, nearest
-from serving.predictor.arrays import MAX_PIECE_BYTES, collector_off
+from serving.predictor.bodies import QUICK_BYTES, collector_off
 from serving.predictor.contract import MAX_DETAIL_BYTES, MAX_HINTS, MAX_PROBLEMS, Contract
 from serving.predictor.inputs import read_inputs
 from serving.web import openapi
@@ -350,8 +350,8 @@ def test_body_is_decoded_twice_at_most(
 ) -> None:
     """Beside the whole, only pieces of what looks like rows are decoded, each up to twice, until one does not fit."""
     assert call(apps["flask", model], case).status == case.status
-    assert sum(decoded) <= len(case.body) + 4 * MAX_PIECE_BYTES
-    assert sorted(decoded)[:-1] == [length for length in sorted(decoded)[:-1] if length <= MAX_PIECE_BYTES]
+    assert sum(decoded) <= len(case.body) + 4 * QUICK_BYTES
+    assert sorted(decoded)[:-1] == [length for length in sorted(decoded)[:-1] if length <= QUICK_BYTES]
 
 
 def test_long_rows_are_still_read_in_pieces(apps: dict[tuple[str, str], Any], decoded: list[int]) -> None:

@@ -13,8 +13,9 @@ from tests.lib.servers import PROJECT
 FLOORS = [
     "serving.errors serving.settings serving.output serving.logs",
     "serving.predictor.inputs serving.predictor.features serving.predictor.contract serving.predictor.predictions",
-    "serving.predictor.arrays serving.predictor.samples serving.predictor.predictor serving.predictor.onnx_runtime",
-    "serving.predictor.onnx_graph serving.predictor.onnx_file serving.predictor.artifact serving.predictor.golden",
+    "serving.predictor.arrays serving.predictor.bodies serving.predictor.samples serving.predictor.predictor",
+    "serving.predictor.onnx_runtime serving.predictor.onnx_graph serving.predictor.onnx_file",
+    "serving.predictor.artifact serving.predictor.golden",
     "serving.predictor.model serving.predictor.batcher serving.predictor.proof",
     "serving.web.messages serving.web.service serving.web.openapi serving.web.wsgi serving.web.asgi",
     "serving.web.bridges",

@@ -1,31 +1,19 @@
-"""From checked rows to what an estimator takes: X, a DataFrame, or texts; and from long bodies straight to it."""
+"""From checked rows to what an estimator takes: X, a DataFrame, or texts."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
 import operator
-import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jiter
 import numpy as np
 
-from serving.errors import BadRequest, ContentTooLarge, ModelError, ServingError, shorten
+from serving.errors import ModelError
 from serving.predictor.contract import Contract, Rows
 from serving.predictor.features import NUMBER_RANGES, FeatureSettings
 from serving.predictor.inputs import Array, Column, is_nan
-from serving.predictor.predictions import Predictions
-
-PIECE_BYTES = 65_536
-MAX_PIECE_BYTES = 16 * PIECE_BYTES  # largest piece, which ends with a long row
-LONG_BYTES = 262_144  # smallest body that is decoded beside the event loop
-DECODING = threading.Lock()  # lock for one long body at a time: under Python's own, two gain nothing
-ARRAY_OF_OBJECTS = re.compile(rb"[ \t\r\n]*\[[ \t\r\n]*\{")
-BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 
 
 class Arrays:
@@ -88,7 +76,7 @@ class Arrays:
             X = self._of_numbers(rows)
         except (ValueError, TypeError, KeyError, OverflowError):
             return None
-        if any(_count_byte(body, mark) != len(X) * number for mark, number in self._marks.items()):
+        if any(count_byte(body, mark) != len(X) * number for mark, number in self._marks.items()):
             return None
         low, high = self._bounds
         return X if ((low <= X) & (high >= X)).all() else None
@@ -120,7 +108,7 @@ class Arrays:
         )
 
 
-def _count_byte(body: bytes, byte: int) -> int:
+def count_byte(body: bytes, byte: int) -> int:
     """Return how often a byte is in a body, in a tenth of the time of `bytes.count`."""
     return int(np.count_nonzero(np.frombuffer(body, np.uint8) == byte))
 
@@ -150,115 +138,3 @@ def _import_pandas() -> Any:
         )
         raise ModelError(f"{problem}; {hint}") from None
     return pandas
-
-
-class LongBody:
-    """A body over `PIECE_BYTES`, which is decoded in parts, and whose answers are written in parts."""
-
-    def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
-        self.size = len(body)  # in bytes
-        self.n_rows = 0  # once it is decoded
-        self._arrays, self._body, self._max_rows = arrays, body, max_rows
-        self._is_array = True
-
-    @property
-    def max_rows_in_it(self) -> int:
-        """The number of rows before they are decoded: fewer where braces are in texts; more would be refused."""
-        return min(self._max_rows, max(1, _count_byte(self._body, ord("{"))))
-
-    def decode(self) -> Any:
-        """Return X, or None for an empty array. Raises `ServingError`."""
-        body, self._body = self._body, b""
-        parts = read_long_array(self._arrays, body, self._max_rows)
-        X = self._decode_whole(body) if parts is None else self._arrays.join(parts)
-        self.n_rows = 0 if X is None else len(X)
-        return X
-
-    def _decode_whole(self, body: bytes) -> Any:
-        with collector_off():
-            try:
-                rows, self._is_array = read_rows(self._arrays.contract, body, self._max_rows)
-            except ServingError as error:
-                # They hold what was decoded, which should end before the collector sees it.
-                error.__traceback__ = error.__context__ = None
-                raise
-            return self._arrays.of_rows(rows) if rows else None
-
-    def encode(self, predictions: Predictions | None) -> list[bytes]:
-        """Return the pieces of the answer in JSON."""
-        if predictions is None:
-            return [b"[]"]
-        return predictions.render_array(self.n_rows) if self._is_array else predictions.render()
-
-
-def read_rows(contract: Contract, body: bytes, max_rows: int) -> tuple[Rows, bool]:
-    """Return the rows of a body, and whether they are an array. Raises `ServingError`."""
-    payload = parse_json(body)
-    is_array = isinstance(payload, list)
-    if is_array and len(payload) > max_rows:
-        raise ContentTooLarge(f"the body has {len(payload)} rows; send at most {max_rows} rows")
-    return contract.parse_payload(payload), is_array
-
-
-def parse_json(body: Any) -> Any:
-    """Decode a JSON body as RFC 8259 has it: no NaN, no Infinity, no key twice. Raises `BadRequest`."""
-    if not body:
-        raise BadRequest("the body is empty; send a JSON object or an array of them")
-    try:
-        return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {shorten(str(error))}") from None
-
-
-@contextlib.contextmanager
-def collector_off() -> Iterator[None]:
-    """Keep the garbage collector from what is decoded: there is no garbage in it, and it may be millions of objects,
-    which the collector would go through again and again."""
-    with DECODING:
-        was_on = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if was_on:
-                gc.enable()
-
-
-def read_long_array(arrays: Arrays, body: bytes, max_rows: int) -> list[Any] | None:
-    """Return X for an array of rows, in parts: decoded as a whole it takes many times its size.
-
-    Return None for all else, and for rows that should be refused: the whole says why.
-    """
-    if not ARRAY_OF_OBJECTS.match(body):
-        return None
-    inputs: list[Any] = []
-    n_rows = 0
-    with contextlib.suppress(ServingError):
-        for part in split_array(body):
-            if len(part) > MAX_PIECE_BYTES:
-                return None  # or what may be no row at all would be decoded twice
-            X = arrays.of_numbers_in(part)
-            if X is None:
-                rows = arrays.contract.check(parse_json(part))
-                if rows is None:
-                    return None
-                X = arrays.of_rows(rows)
-            inputs.append(X)
-            n_rows += len(X)
-            if n_rows > max_rows:
-                return None
-        return inputs
-    return None
-
-
-def split_array(body: bytes) -> Iterator[bytes]:
-    """Split a JSON array of objects into arrays of some of them each.
-
-    A cut inside a string or inside another value leaves a part that is no JSON, so valid parts make up the whole.
-    """
-    match = re.match(rb"[ \t\r\n]*\[", body)
-    start = match.end() if match else len(body)
-    while cut := BETWEEN_OBJECTS.search(body, start + PIECE_BYTES):
-        yield b"[%b}]" % body[start : cut.start()]
-        start = cut.end() - 1
-    yield b"[%b" % body[start:]

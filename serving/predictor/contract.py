@@ -72,20 +72,20 @@ class Contract:
             raise BadRequest("the query is not percent-encoded UTF-8") from None
         cells = dict(pairs)
         if len(cells) < len(pairs):
-            raise self._refusal(_find_repeated(pairs))
+            raise self.refusal(_find_repeated(pairs))
         for name in self.nullable:
             if cells.get(name) == "":
                 del cells[name]
         try:
             row = self.query_row.validate_strings(cells, strict=False)
         except ValidationError as error:
-            raise self._refusal(self._problems(["query"], error, Hints())) from None
+            raise self.refusal(self._problems(["query"], error, Hints())) from None
         return [dict.fromkeys(self.nullable) | row]
 
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
         if (rows := self.check(payload)) is None:
-            raise self._refusal(self._find_problems(payload))
+            raise self.refusal(self.find_problems(payload))
         return rows
 
     def check(self, payload: Any) -> Rows | None:
@@ -104,7 +104,7 @@ class Contract:
             return max(map(len, rows), default=0) > len(self.names) + MAX_PROBLEMS
         return False
 
-    def _refusal(self, problems: Iterable[dict[str, Any]]) -> Unprocessable:
+    def refusal(self, problems: Iterable[dict[str, Any]]) -> Unprocessable:
         """Return the error with the first problems, as many as an answer may have, and one at least."""
         detail: list[dict[str, Any]] = []
         left = MAX_DETAIL_BYTES
@@ -116,20 +116,27 @@ class Contract:
             detail.append(problem)
         return Unprocessable(detail)
 
-    def _find_problems(self, payload: Any) -> Iterator[dict[str, Any]]:
-        """Check row by row, so that an answer of bounded length costs a bounded time."""
-        hints = Hints()
-        rows = enumerate(payload) if isinstance(payload, list) else [(None, payload)]
+    def find_problems(self, payload: Any, first: int = 0, hints: Hints | None = None) -> Iterator[dict[str, Any]]:
+        """Check row by row, so that an answer of bounded length costs a bounded time.
+
+        `first` is the number of the first row of an array, and `hints` what is left of those of the answer.
+        """
+        hints = hints or Hints()
+        rows = enumerate(payload, first) if isinstance(payload, list) else [(None, payload)]
         for index, row in rows:
             place = ["body"] if index is None else ["body", index]
             if isinstance(row, dict) and self._has_long_row([row]):
-                message = f"Object should have at most {len(self.names)} features, not {len(row)}"
-                yield _problem("too_long", place, message, None)
+                yield self.too_long(place, len(row))
                 continue
             try:
                 self.row.validate_python(row, strict=True)
             except ValidationError as error:
                 yield from self._problems(place, error, hints)
+
+    def too_long(self, place: list[Any], n_values: int) -> dict[str, Any]:
+        """Return the problem of a row with too many values."""
+        message = f"Object should have at most {len(self.names)} features, not {n_values}"
+        return _problem("too_long", place, message, None)
 
     def _problems(self, place: list[Any], error: ValidationError, hints: Hints) -> Iterator[dict[str, Any]]:
         """Yield pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""
