@@ -38,8 +38,8 @@ from serving.errors import SettingsError, Unavailable, errors_about, exit_on_sta
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
-from serving.predictor.batcher import BatchingSettings, Job
 from serving.predictor.bodies import LONG_BYTES, PART_BYTES, LongBody, read_rows
+from serving.predictor.calls import BatchingSettings, Job
 from serving.predictor.features import FeatureSettings
 from serving.predictor.model import Model, Report, load_model
 from serving.predictor.predictions import Predictions
@@ -212,12 +212,14 @@ async def predict_body(service: Service[Any], request: Request) -> Response:
 
 
 async def predict_long(service: Service[Any], request: Request, max_rows: int) -> Response:
-    """Answer a body that is decoded in parts: one over 256 kB in the call that predicts it."""
+    """Answer a body that is decoded in parts: one over 256 kB beside other requests."""
     body = LongBody(service.model.arrays, request.take_body(), max_rows)
     if body.size > LONG_BYTES:
-        job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_alone=True, is_long=True)
+        job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_alone=True)
     else:
         X = body.decode()
+        if X is None:
+            return Response(body.encode(None))
         job = Job(body.n_rows, encode=body.encode, X=X, is_alone=True)
     try:
         return Response(await service.predict(request, job))

@@ -16,8 +16,8 @@ from typing import Any, cast
 import app
 from bench.wrk import flowers, make_bodies
 from serving.logs import configure_logging
-from serving.predictor.batcher import Job
 from serving.predictor.bodies import LongArray
+from serving.predictor.calls import Job
 from serving.web.asgi import ASGIEndpoint, asgi_request
 from serving.web.service import Service
 from serving.web.wsgi import run_now

@@ -22,6 +22,7 @@ from gevent.server import StreamServer
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, NoMoreData, ParseException
 from gunicorn.workers import ggevent
 
+from processes.presence import has_left
 from processes.refusals import refuse
 from processes.sending import LOOK_S, Progress, count_acknowledged, count_unacknowledged, forget_unsent, note_cut_off
 from processes.worker import ACCEPTS_PER_S, MAX_ACCEPTS, POLL_S, TICK_S, SupervisedWorker
@@ -71,6 +72,15 @@ class Client:
         self.sock = sock
         self.patience_s = patience_s  # seconds after which a client that takes nothing is cut off
         self.has_yielded = False  # since it was last read from: between two requests once is enough
+        self.takes_interim = False  # whether it may be asked if it is there: once for a request
+
+    def has_left(self) -> bool:
+        """Return whether the client has left, whose request waits."""
+        return has_left(self.sock.fileno(), self._may_ask)
+
+    def _may_ask(self) -> bool:
+        may_ask, self.takes_interim = self.takes_interim, False
+        return may_ask
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sock, name)
@@ -229,6 +239,7 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
         is_last = req.req_number == self.max_requests_per_connection
         if is_last:
             req.force_close()
+        sock.takes_interim = req.version >= (1, 1) and not self.cfg.is_ssl
         try:
             result = super().handle_request(listener_name, req, sock, addr)
         except StopIteration:

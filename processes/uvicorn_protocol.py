@@ -12,11 +12,12 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app
+from processes.presence import has_left
 from processes.refusals import HeadLimits, refuse
 from processes.transport import CoalescingTransport, Sending
 from processes.worker import SETTLE_S
 from serving.errors import BodyCutShort, BodyTooSlow, ServingError
-from serving.web.asgi import CUT_SHORT
+from serving.web.asgi import CLIENT_HAS_LEFT, CUT_SHORT
 
 MAX_UNPARSED_BYTES = 1_048_576  # bytes without a whole head: more than a request line and 100 fields have
 PIECE_BYTES = 256  # smallest piece, in bytes, of a body with empty lines in it that the parser gets
@@ -68,6 +69,7 @@ class Protocol(HttpToolsProtocol):
     failed = False
     body_timer: Any = None  # until the body that is being received must be whole
     n_requests = 0
+    asked_in = 0  # the number of the request in which the client was asked whether it is there
     held = b""  # what came behind a request that has to be answered first
     transport: Any
     flow: Any
@@ -188,6 +190,7 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             if version == "1.0":
                 self.expect_100_continue = False  # which such a client does not know (RFC 9110, section 10.1.1)
+            self.scope[CLIENT_HAS_LEFT] = self.has_left  # type: ignore[literal-required]
             super().on_headers_complete()
             self.n_requests += 1
             if self.n_requests == self.shared.max_requests:
@@ -196,6 +199,17 @@ class Protocol(HttpToolsProtocol):
             if self.shared.are_draining:
                 self.drain()
             self.headers = []  # for trailers, which must not pass for headers (RFC 9110, section 6.5.1)
+
+    def has_left(self) -> bool:
+        """Return whether the client has left, whose request waits."""
+        sock = self.transport.get_extra_info("socket")
+        return sock is None or self.transport.is_closing() or has_left(sock.fileno(), self._may_ask)
+
+    def _may_ask(self) -> bool:
+        """Return whether the client may be asked if it is there: once for a request, and not between two answers."""
+        is_first, self.asked_in = self.asked_in < self.n_requests, self.n_requests
+        is_plain = self.scheme == "http" and self.scope["http_version"] == "1.1"
+        return is_first and is_plain and not self.cycle.response_started and bool(self.transport.has_sent_all())
 
     def drain(self) -> None:
         """Let the answer that is being made be the last, unless it is on its way."""

@@ -156,6 +156,15 @@ class UnsupportedMediaType(ServingError):
     status = 415
 
 
+class ClientLeft(ServingError):
+    """Nobody reads the answer. The status is nginx's, for the log."""
+
+    status = 499
+
+    def __init__(self) -> None:
+        super().__init__("the client has left", {"Connection": "close"})
+
+
 class InternalError(ServingError):
     """Something failed that is not the client's; the log says what."""
 

@@ -1,6 +1,6 @@
 """Who may wait, and for how long: full queues, late answers, slow senders."""
 
-import collections
+import contextlib
 import itertools
 import select
 import socket
@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from serving.errors import TooManyRequests, Unavailable
-from serving.predictor.batcher import BatchQueue, CallCost, Job
+from serving.predictor.calls import BatchQueue, CallCost, Job, Line
 from serving.predictor.predictions import Predictions
 from tests.lib.artifacts import deploy
 from tests.lib.cases import QUERY, Case
-from tests.lib.clients import post_case, read_answer
+from tests.lib.clients import ROW, post_case, read_answer
 from tests.lib.estimators import Gated, Slow
 from tests.lib.load import Load
 from tests.lib.proc import resident_mb
@@ -54,22 +54,64 @@ def waiting(queue: BatchQueue, *n_rows: int) -> list[Job]:
 def test_queue_has_its_limit() -> None:
     """What comes on top of `max_queued_rows` is refused, until a call takes some or a client gives up."""
     queue = BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10, cost=CallCost(2.0, 0.5))
-    first, second, third = waiting(queue, 4, 4, 2)
+    jobs = waiting(queue, 4, 4, 2)
     with pytest.raises(TooManyRequests) as refusal:
-        waiting(queue, 1)
+        waiting(queue, 4)
     assert refusal.value.headers == {"Retry-After": "9"}  # two calls, and ten rows
-    queue.give_up(third)
-    queue.take(collections.deque([first, second, third]))
-    queue.give_up(second)
+    queue.give_up(jobs[2])
+    queue.take(line_of(jobs))
+    queue.give_up(jobs[1])
     assert (queue.queued_jobs, queue.queued_rows) == (0, 0)
+    assert waiting(queue, 4)
+
+
+def line_of(jobs: list[Job]) -> Line:
+    line = Line()
+    for job in jobs:
+        line.append(job)
+    return line
+
+
+def test_long_arrays_keep_no_short_ones_out() -> None:
+    """Rows of arrays that are at least twice as long do not count; those of shorter ones do."""
+    queue = BatchQueue(predict, predict, 256, 0.0, max_queued_rows=10_000)
+    waiting(queue, 10_000, *[1] * 100, 1000)
+    with pytest.raises(TooManyRequests):
+        waiting(queue, 9000)
+    waiting(queue, *[1] * 9_900)
+    with pytest.raises(TooManyRequests):
+        waiting(queue, 1)
+    with pytest.raises(TooManyRequests):
+        waiting(queue, 1000)
+
+
+def test_rows_that_may_wait_are_bounded() -> None:
+    """Whatever lengths come in whatever order, what waits is the limit, once for each order of size, and one more."""
+    queue = BatchQueue(predict, predict, 256, 0.0, max_queued_rows=1000)
+    for n_rows in [*range(1000, 0, -1)] * 20:
+        with contextlib.suppress(TooManyRequests):
+            waiting(queue, n_rows)
+    assert queue.queued_rows < 10 * (1000 + 1000)
+
+
+def test_short_and_long_ones_get_half_of_the_time_each() -> None:
+    """While arrays that are alone wait, and single rows, each kind has calls for about as many seconds."""
+    queue = BatchQueue(predict, predict, 10, 0.0, cost=CallCost(0.0, 0.001))
+    long = [Job(500, X=[0] * 500, is_alone=True) for _ in range(4)]
+    short = [Job(1, [{}]) for _ in range(2000)]
+    line = line_of([*long, *short])
+    sizes = []
+    while len(line.alone) > 1:
+        sizes.append(sum(job.n_rows for job in queue.take(line)))
+    assert sizes == [500, *[10] * 50, 500, *[10] * 50, 500]
 
 
 def test_empty_queue_takes_any_request() -> None:
-    """A request of more rows than may wait is taken if nobody waits, or it could never be."""
+    """A request of more rows than may wait is taken as long as fewer wait, or it could never be."""
     queue = BatchQueue(predict, predict, 8, 0.0, max_queued_rows=10)
-    waiting(queue, 1000)
+    waiting(queue, 1, 1000)
     with pytest.raises(TooManyRequests):
-        waiting(queue, 1)
+        waiting(queue, 1000)
 
 
 def test_late_jobs_are_not_predicted() -> None:
@@ -163,6 +205,55 @@ def crowd(server: Server, pool: ThreadPoolExecutor, begun: Path) -> list[Future[
     assert (refused, headers["retry-after"]) == (429, "2")
     assert server.get("/ping").status == 200
     return futures
+
+
+@each_worker()
+def test_long_arrays_do_not_starve_single_rows(serve: Starter, combination: tuple[str, str]) -> None:
+    """Beside four clients that send arrays of 10 000 rows in a loop, and others that leave as soon as they have sent
+    one, each request of a single row is answered."""
+    server = serve(**gunicorn_environment(*combination))
+    heavy, light = post_case([ROW] * 10_000), post_case(ROW)
+    with Load(server, heavy, clients=4) as load:
+        for _ in range(scale(15, 50)):
+            with server.connect() as client:
+                client.sendall(heavy.raw())
+            assert server.send(light).status == 200
+        load.wait_for(1)
+    assert load.failures == []
+    assert load.answers.keys() <= {200, 429}
+    assert load.answers[200] > 0
+    server.stop()
+
+
+@each_worker()
+def test_rows_of_clients_that_left_are_not_predicted(
+    serve: Starter, tmp_path: Path, combination: tuple[str, str]
+) -> None:
+    """What waits for a client that has closed its connection is dropped and logged as 499. One that has closed its
+    sending side only gets its answer."""
+    file, gate = deploy(tmp_path, Gated(0.1, tmp_path)), tmp_path / "open"
+    rows = {"SERVING_LIMITS__MAX_ROWS": "50000", "SERVING_LIMITS__MAX_QUEUED_ROWS": "100000"}
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "60", "PYTHONPATH": str(PROJECT), **rows}
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, **limits))
+    sizes = (1, 5000, 10_000, 40_000)  # of which the third is decoded when it comes, and the fourth beside the loop
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.send, post_case({"x0": 666.0}))
+        wait_until((tmp_path / "begun").exists, "the call to begin")
+        (tmp_path / "calls").unlink()
+        for size in sizes:
+            with server.connect() as client:
+                client.sendall(post_case([{"x0": 1.0}] * size).raw())
+        half = pool.submit(server.exchange, post_case([{"x0": 1.0}] * 20_000).raw(), "POST", half_close=True)
+        lines = wait_until(
+            lambda: found if len(found := [line for line in server.lines if line.get("status") == 499]) == 4 else [],
+            "a line for each client that has left",
+        )
+        gate.touch()
+        assert first.result().status == half.result().status == 200
+    assert len(half.result().json) == 20_000
+    assert {line["path"] for line in lines} == {"/predictions"}
+    assert (tmp_path / "calls").read_text() == "20000\n"
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from xgboost import XGBClassifier
 
 import app
 from serving.logs import configure_logging
-from serving.predictor.batcher import INLINE_S, BatchQueue, CallCost, Job, measure
+from serving.predictor.calls import INLINE_S, BatchQueue, CallCost, Job, measure
 from serving.predictor.contract import Rows
 from serving.predictor.golden import Golden, is_close
 from serving.predictor.model import make_model
@@ -548,6 +548,7 @@ def test_decoding_is_no_call_that_might_not_end() -> None:
         return [1.0, 2.0]
 
     job = Job(100, decode=decode, encode=lambda predictions: called.append(queue.called_at))
+    job.read()
     assert queue.call([job]) == []
     assert called[0] is None
     assert called[1] is not None

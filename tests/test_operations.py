@@ -10,7 +10,7 @@ from openapi_spec_validator import validate
 
 import app
 from serving.errors import ServingError, Unprocessable
-from serving.predictor.batcher import Job
+from serving.predictor.calls import Job
 from serving.web.messages import Request, Response
 from serving.web.service import Exchange, Observer, Operation, Service
 from tests.lib.apps import call, call_asgi, make_settings

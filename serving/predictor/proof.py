@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from serving.errors import EstimatorError, ModelError, reason_of, shorten
-from serving.predictor.batcher import measure
+from serving.predictor.calls import measure
 from serving.predictor.contract import Rows
 from serving.predictor.golden import (
     TOLERANCE_OF_FLOAT32,

@@ -13,7 +13,8 @@ from serving.predictor.batcher import LoopBatcher
 from serving.web.messages import LINGER_S, Request
 from serving.web.service import Service
 
-CUT_SHORT = "serving.cut_short"  # in a scope: the error by which a body ended before its end
+# In a scope: the error by which a body ended before its end, and what tells whether the client has left.
+CUT_SHORT, CLIENT_HAS_LEFT = "serving.cut_short", "serving.client_has_left"
 
 
 async def receive_unless_cut(scope: Any, receive: Any) -> Any:
@@ -80,7 +81,7 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
 
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
-    return Request(scope["method"], path, query, header, read, batcher)
+    return Request(scope["method"], path, query, header, read, batcher, scope.get(CLIENT_HAS_LEFT))
 
 
 async def linger(receive: Any) -> None:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from serving.errors import InternalError, ServingError
-from serving.web.asgi import ASGIEndpoint, asgi_request, linger
+from serving.web.asgi import CLIENT_HAS_LEFT, ASGIEndpoint, asgi_request, linger
 from serving.web.messages import make_request_id, write_detail
 from serving.web.service import Service
-from serving.web.wsgi import WSGIEndpoint, run_now, wsgi_request
+from serving.web.wsgi import WSGIEndpoint, find_client_has_left, run_now, wsgi_request
 
 if TYPE_CHECKING:
     import fastapi
@@ -205,7 +205,8 @@ class FastAPIOverWSGI:
             await send(message)
 
         try:
-            await self.app({**scope, "state": dict(state)}, receive, note)
+            has_left = find_client_has_left(scope["wsgi_environ"])
+            await self.app({**scope, "state": dict(state), CLIENT_HAS_LEFT: has_left}, receive, note)
         except BaseException:  # of a route that a user added; SystemExit would end the loop
             log.exception("request_failed", method=scope["method"], path=scope["path"], request_id=request_id)
         if not last:

@@ -12,12 +12,14 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from serving.errors import BadRequest, BodyCutShort, BodyTooLarge, ServingError, shorten
-from serving.predictor.batcher import Job, LoopBatcher, ThreadBatcher
+from serving.errors import BadRequest, BodyCutShort, BodyTooLarge, ClientLeft, ServingError, shorten
+from serving.predictor.batcher import LoopBatcher, ThreadBatcher
+from serving.predictor.calls import Job
 
 JSON = "application/json"
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 LINGER_S = 2.0  # seconds for which a closed connection still reads, or its client might lose the answer
+OWN_PHRASES = {ClientLeft.status: "Client Closed Request"}  # of a status that HTTP does not have
 READ_BYTES = 65_536  # bytes of a body that are asked for at once
 IDS = random.Random()  # noqa: S311 — no secrets; its own generator, for no system call, and nobody else seeds it
 os.register_at_fork(after_in_child=IDS.seed)
@@ -37,6 +39,7 @@ class Request:
     header: Callable[[str], str | None]  # by lower-case name; repeated fields are joined by commas
     read: Callable[[int], Awaitable[bytes]]  # the next piece of the body, of about so many bytes; b"" at its end
     batcher: LoopBatcher | ThreadBatcher
+    client_has_left: Callable[[], bool] | None = None  # where the server can tell
     body: bytes | ServingError | None = None  # the bytes, or the error that reading ended with
     rows: int = 0
     job: Job | None = None  # its prediction
@@ -114,7 +117,7 @@ class Response:
     @property
     def status_line(self) -> str:
         """The status as WSGI and HTTP/1.1 write it."""
-        return f"{self.status} {HTTPStatus(self.status).phrase}"
+        return f"{self.status} {OWN_PHRASES.get(self.status) or HTTPStatus(self.status).phrase}"
 
     @property
     def length(self) -> int:

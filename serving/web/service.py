@@ -27,7 +27,7 @@ from serving.errors import (
 )
 from serving.logs import REQUEST_ID
 from serving.predictor.artifact import ModelSettings
-from serving.predictor.batcher import BatchingSettings, BatchQueue, CallCost, Job
+from serving.predictor.calls import BatchingSettings, BatchQueue, CallCost, Job
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
 from serving.settings import SettingsTable
@@ -300,4 +300,5 @@ class Service(Generic[S]):
         """Return the result of a job. Raises `ServingError`, and what the estimator raises."""
         request.job = job
         request.rows = job.n_rows
+        job.client_has_left = request.client_has_left
         return request.batcher.predict(job)

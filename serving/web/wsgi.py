@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from serving.errors import BodyCutShort
@@ -48,7 +48,12 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
 
     path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
     query = environ.get("QUERY_STRING", "")
-    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher)
+    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher, find_client_has_left(environ))
+
+
+def find_client_has_left(environ: dict[str, Any]) -> Callable[[], bool] | None:
+    """Return what tells whether the client has left, where our worker's socket can."""
+    return getattr(environ.get("gunicorn.socket"), "has_left", None)
 
 
 def _stream_errors() -> tuple[type[Exception], ...]:
