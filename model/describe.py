@@ -60,7 +60,7 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     own = choose_settings(settings, path, inputs)
     known = load_golden(path) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
-    columns = name_columns(inputs, own.features, rows[0] if rows else ())
+    columns = name_columns(inputs, own.features, dict.fromkeys(name for row in rows for name in row))
     rows = [{name: cell for name, cell in row.items() if columns.get(name, Column()) is not None} for row in rows]
     features = complete(columns, own.features, rows)
     with own.locate():
@@ -130,8 +130,7 @@ def write_golden(model: Model, rows: list[dict[str, Any]]) -> None:
         raise ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
     proof = prove_scores(model, checked, "the golden rows")
     answers = proof.applied_to(model).answer(checked, "the golden rows")
-    rows = [{name: row[name] for name in model.contract.names} for row in rows]  # in the order of a nameless estimator
-    document = {"versions": running_versions(), "rows": rows, "predictions": answers}
+    document = {"versions": running_versions(), "rows": checked, "predictions": answers}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     golden_path(model.path).write_text(text, encoding="utf-8")
 

@@ -4,12 +4,18 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 import app
 from serving.errors import SettingsError, Unprocessable
@@ -17,7 +23,7 @@ from serving.predictor.arrays import Arrays
 from serving.web.messages import Response
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import save
-from tests.lib.cases import Case
+from tests.lib.cases import Case, get
 from tests.lib.clients import ROW, post_case
 
 X, y = load_iris(return_X_y=True)
@@ -103,6 +109,66 @@ def test_missing_value_reaches_the_estimator_as_nan(forest: dict[str, str]) -> N
     contract = app.make_service(make_settings(model=forest, features=FEATURES)).model.contract
     rows = contract.parse_payload({"sepal_length": 5, "sepal_width": 3, "petal_length": True, "petal_width": None})
     np.testing.assert_array_equal(Arrays(contract).of_rows(rows), [[5.0, 3.0, 1.0, np.nan]])
+
+
+ROOMS = [1, 2, 3, 4] * 20
+HOUSES = pd.DataFrame(
+    {"rooms": ROOMS, "floor": ROOMS[::-1], "garden": [0, 1] * 40, "cellar": [True] * 41 + [False] * 39, "area": 60.5}
+)
+HOUSE = {"rooms": 2, "floor": 3, "garden": True, "cellar": True, "area": 70.5}
+HOUSE_FEATURES = {"floor": {"type": "int"}, "garden": {"type": "bool"}}
+
+
+@pytest.fixture(scope="module")
+def houses() -> Any:
+    """An estimator of choices that are integers and booleans, of numbers, and of one that may be missing."""
+    encoded, imputed = (OneHotEncoder(), ["rooms", "cellar"]), (SimpleImputer(), ["area"])
+    columns = make_column_transformer(encoded, imputed, remainder="passthrough")
+    return make_pipeline(columns, LinearRegression()).fit(HOUSES, np.arange(80))
+
+
+def without(name: str) -> dict[str, Any]:
+    return {other: value for other, value in HOUSE.items() if other != name}
+
+
+@pytest.mark.parametrize(
+    ("sent", "same"),
+    [
+        (without("area"), HOUSE | {"area": None}),
+    ],
+    ids=str,
+)
+def test_what_is_the_same_in_json_is_answered_alike(
+    tmp_path: Path, framework: str, houses: Any, sent: dict[str, Any], same: dict[str, Any]
+) -> None:
+    """Rows that mean the same get the same bytes: alone, in arrays short and long, and in a query."""
+    native = serve_estimator(tmp_path / "model.joblib", houses, framework=framework, features=HOUSE_FEATURES)
+    assert call(native, post_case(sent)).status == 200
+    for n_rows in (1, 1000, 5000):
+        assert (
+            call(native, post_case([sent, HOUSE] * n_rows)).body == call(native, post_case([same, HOUSE] * n_rows)).body
+        )
+    query = urlencode({name: json.dumps(value) for name, value in sent.items()})
+    answers = [call(native, case).body for case in (get("query", query), post_case(sent), post_case(same))]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (without("rooms"), "Field required"),
+        (without("floor"), "Field required"),
+    ],
+    ids=str,
+)
+def test_what_is_not_the_same_in_json_is_refused(
+    tmp_path: Path, framework: str, houses: Any, sent: dict[str, Any], message: str
+) -> None:
+    """A value of another kind, or none where one must be, is a bad cell: alone, in arrays short and long."""
+    native = serve_estimator(tmp_path / "model.joblib", houses, framework=framework, features=HOUSE_FEATURES)
+    for payload in (sent, [HOUSE, sent], [HOUSE] * 5000 + [sent]):
+        answer = call(native, post_case(payload))
+        assert (answer.status, answer.json["detail"][0]["msg"]) == (422, message)
 
 
 def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
@@ -384,6 +385,18 @@ def test_golden_rows_may_have_what_is_dropped(tmp_path: Path) -> None:
     features, _ = described(tmp_path, estimator, rows_of(PENGUINS)[:3])
     assert list(features) == ["island"]
     assert json.loads((tmp_path / "model.golden.json").read_text())["rows"] == [{"island": "Torgersen"}] * 3
+
+
+def test_golden_rows_may_leave_out_what_is_missing(tmp_path: Path) -> None:
+    """A row without a value that may be missing is taken as one with null, when rows are made golden and at a start."""
+    rows = [{"x0": 1.5}, {"x1": 2.5, "x0": None}, {"x0": 3.0, "x1": 0.5}]
+    estimator = make_pipeline(SimpleImputer(), LinearRegression()).fit([[1.0, 2.0], [2.0, 1.0], [5.0, 3.0]], [1, 2, 3])
+    described(tmp_path, estimator, rows)
+    golden = json.loads((tmp_path / "model.golden.json").read_text())
+    assert golden["rows"] == [{"x0": None, "x1": None} | row for row in rows]
+    write(tmp_path / "model.golden.json", golden | {"rows": rows})
+    native = serve_estimator(tmp_path / "model.joblib", estimator)
+    assert call(native, post_case(rows)).json == golden["predictions"]
 
 
 def test_features_of_a_model_that_has_changed_are_left_out(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ import app
 from serving.errors import ModelError, SettingsError, Unprocessable
 from serving.predictor.arrays import Arrays
 from serving.predictor.contract import Contract
-from serving.predictor.features import FeatureSettings
+from serving.predictor.features import FeatureSettings, describe_cell
 from serving.predictor.inputs import read_inputs
 from serving.web.messages import Response
 from tests.lib import estimators
@@ -482,7 +482,7 @@ def test_choices_of_numbers_are_held_to(choices: list[Any], good: Any, bad: Any)
     with pytest.raises(Unprocessable) as caught:
         contract.parse_payload([{"a": good, "b": 1}, {"a": bad, "b": 1}])
     assert caught.value.detail[0]["loc"] == ["body", 1, "a"]
-    assert contract.row.json_schema()["properties"]["a"]["enum"] == choices
+    assert describe_cell("a", contract.features["a"])["enum"] == choices
 
 
 def test_missing_is_tried_at_the_start(tmp_path: Path) -> None:

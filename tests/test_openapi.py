@@ -67,10 +67,12 @@ def test_document_shows_features(document: dict[str, Any]) -> None:
 
 
 def test_document_shows_bounds(forest: dict[str, str]) -> None:
-    """Bounds, types and null of [features] are in the schema."""
+    """Bounds, types and null of [features] are in the schema; what may be null is not required."""
     features = {"sepal_length": {"ge": 0, "le": 10}, "sepal_width": {"type": "int"}, "petal_width": {"missing": True}}
     native = app.create_app(make_settings(model=forest, features=features))
-    properties = document_of(native)["components"]["schemas"]["Features"]["properties"]
+    schema = document_of(native)["components"]["schemas"]["Features"]
+    properties = schema["properties"]
+    assert schema["required"] == ["sepal_length", "sepal_width", "petal_length"]
     assert (properties["sepal_length"]["minimum"], properties["sepal_length"]["maximum"]) == (0, 10)
     assert properties["sepal_width"]["type"] == "integer"
     assert {"type": "null"} in properties["petal_width"]["anyOf"]

@@ -7,18 +7,16 @@ import functools
 import itertools
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
-from pydantic import ConfigDict, FailFast, TypeAdapter, ValidationError
-from pydantic_core import to_json
-from typing_extensions import TypedDict
+from pydantic import ValidationError
+from pydantic_core import CoreSchema, SchemaValidator, core_schema, to_json
 
 from serving.errors import BadRequest, MisfitError, ModelError, Unprocessable, listed, nearest, shorten
-from serving.predictor.features import FeatureSettings, cell_type, complete_feature, some_value
+from serving.predictor.features import FeatureSettings, cell_schema, complete_feature, some_value
 from serving.predictor.inputs import Column, Inputs
 
 Rows = list[dict[str, Any]]  # of checked cells by the names of features
-make_typed_dict: Any = TypedDict  # called with names known only at run time, which type checkers do not allow
 MAX_PROBLEMS = 1000  # bad cells named in one answer
 MAX_DETAIL_BYTES = 131_072  # bytes of its JSON, about those of a thousand problems with short names and values
 MAX_HINTS = 10  # suggestions in one answer
@@ -45,15 +43,11 @@ class Contract:
             for name, column in used.items()
         }
         self.nullable = [name for name, feature in self.features.items() if feature.missing]
-        cells = {name: cell_type(feature) for name, feature in self.features.items()}
-        left_out = {name: NotRequired[cells[name]] for name in self.nullable}
-        row_type, query_type = (_row_type(types) for types in (cells, cells | left_out))
-        rows: Any = Annotated[list[row_type], FailFast()]  # type: ignore[valid-type]
-        self.row: TypeAdapter[dict[str, Any]] = TypeAdapter(row_type)
-        self.rows: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(rows)
-        self.query_row: TypeAdapter[dict[str, Any]] = TypeAdapter(query_type)
+        row_schema = _row_schema(self.features)
+        self.row = SchemaValidator(row_schema)
+        self.rows = SchemaValidator(core_schema.list_schema(row_schema, fail_fast=True))
 
-    @property
+    @functools.cached_property
     def example(self) -> dict[str, Any]:
         """One row that fits, of the features' examples; a feature without one has a value within its bounds."""
         return {name: some_value(feature) for name, feature in self.features.items()}
@@ -64,23 +58,24 @@ class Contract:
         return all(feature.example is not None for feature in self.features.values())
 
     def parse_query(self, query: str) -> list[dict[str, Any]]:
-        """Read one row from a query string, in which every value is text, and one that may be missing can be left out
-        or empty. Raises `BadRequest`, `Unprocessable`."""
+        """Read one row from a query string, in which every value is text, and one that may be missing can be empty.
+
+        Raises `BadRequest`, `Unprocessable`.
+        """
         try:
             pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict")
         except ValueError:
             raise BadRequest("the query is not percent-encoded UTF-8") from None
-        cells = dict(pairs)
+        cells: dict[str, Any] = dict(pairs)
         if len(cells) < len(pairs):
             raise self.refusal(_find_repeated(pairs))
         for name in self.nullable:
             if cells.get(name) == "":
                 del cells[name]
         try:
-            row = self.query_row.validate_strings(cells, strict=False)
+            return [self.row.validate_strings(cells, strict=False)]
         except ValidationError as error:
             raise self.refusal(self._problems(["query"], error, Hints())) from None
-        return [dict.fromkeys(self.nullable) | row]
 
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
@@ -94,8 +89,9 @@ class Contract:
             return None
         with contextlib.suppress(ValidationError):
             if isinstance(payload, list):
-                return self.rows.validate_python(payload, strict=True)
-            return [self.row.validator.validate_python(payload, strict=True)]
+                rows: Rows = self.rows.validate_python(payload, strict=True)
+                return rows
+            return [self.row.validate_python(payload, strict=True)]
         return None
 
     def _has_long_row(self, rows: list[Any]) -> bool:
@@ -234,7 +230,11 @@ def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, A
     return {"type": kind, "loc": loc, "msg": message, "input": shorten(given)}
 
 
-def _row_type(cells: dict[str, Any]) -> Any:
-    row = make_typed_dict("Features", cells)
-    row.__pydantic_config__ = ConfigDict(extra="forbid")
-    return row
+def _row_schema(features: Mapping[str, FeatureSettings]) -> CoreSchema:
+    """Return pydantic's schema of a row, in which a value that may be missing is None where it is left out."""
+    fields: dict[str, core_schema.TypedDictField] = {}
+    for name, feature in features.items():
+        cell = cell_schema(feature)
+        cell = core_schema.with_default_schema(cell, default=None) if feature.missing else cell
+        fields[name] = core_schema.typed_dict_field(cell, required=not feature.missing)
+    return core_schema.typed_dict_schema(fields, extra_behavior="forbid")

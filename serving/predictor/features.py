@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import AfterValidator, Field, PrivateAttr, TypeAdapter, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
 from serving.errors import MisfitError, listed
 from serving.predictor.inputs import FEATURE_TYPES, Cell, Column
@@ -19,7 +19,7 @@ NUMBER_RANGES: dict[str, float] = {  # largest magnitude of a number, by the fea
     "int": 2**53,  # up to here every integer is a float64 of its own
 }
 
-JSON_TYPES: dict[Any, str] = {float: "number", int: "integer", bool: "boolean", str: "string"}
+JSON_TYPES = {"float": "number", "int": "integer", "bool": "boolean", "str": "string"}
 
 
 class FeatureSettings(SettingsTable):
@@ -94,7 +94,7 @@ def _choices_of(column: Column, kind: str | None) -> list[Cell] | None:
 
 
 def _check_example(name: str, given: FeatureSettings, feature: FeatureSettings) -> Any:
-    cell: TypeAdapter[Any] = TypeAdapter(cell_type(feature))
+    cell = SchemaValidator(cell_schema(feature))
     example: Any = given.example
     is_text = isinstance(example, str) and given._is_variable
     try:
@@ -105,10 +105,11 @@ def _check_example(name: str, given: FeatureSettings, feature: FeatureSettings) 
 
 
 def _fitting(values: Iterable[Any], feature: FeatureSettings) -> Iterator[Any]:
+    cell = SchemaValidator(cell_schema(feature))
     for value in values:
         with contextlib.suppress(ValidationError):
             if value is not None:
-                yield TypeAdapter(cell_type(feature)).validate_python(value, strict=True)
+                yield cell.validate_python(value, strict=True)
 
 
 def some_value(feature: FeatureSettings) -> Cell:
@@ -124,25 +125,29 @@ def some_value(feature: FeatureSettings) -> Cell:
     return value
 
 
-def cell_type(feature: FeatureSettings) -> Any:
-    """Return the pydantic type of one feature's value."""
-    kind = FEATURE_TYPES[feature.type or "float"]
-    extra: dict[str, Any] = {"unit": feature.unit} if feature.unit else {}
-    cell: dict[str, Any] = {"examples": [feature.example]} if feature.example is not None else {}
-    if limit := NUMBER_RANGES.get(feature.type or "float"):
-        cell["ge"] = -limit if feature.ge is None else feature.ge
-        cell["le"] = limit if feature.le is None else feature.le
-    if kind is float:
-        cell["allow_inf_nan"] = False
+def cell_schema(feature: FeatureSettings) -> CoreSchema:
+    """Return pydantic's schema of one feature's value, in a tenth of the time that a `TypeAdapter` takes for it."""
+    cell = _kind_schema(feature)
     if feature.choices is not None:
-        cell = {"examples": cell["examples"]} if "examples" in cell else {}
-        kind = _choice_type(kind, feature.choices)
-    return Annotated[kind | None if feature.missing else kind, Field(**cell, json_schema_extra=extra)]
+        cell = core_schema.no_info_after_validator_function(_make_check(feature.choices), cell)
+    return core_schema.nullable_schema(cell) if feature.missing else cell
 
 
-def _choice_type(kind: type, choices: list[Cell]) -> Any:
-    """Return the type of one of some values. Python's `Literal` knows no floats, nor 1 from true, and lists all choices
-    in each of its errors."""
+def _kind_schema(feature: FeatureSettings) -> CoreSchema:
+    if feature.type == "str":
+        return core_schema.str_schema()
+    if feature.type == "bool":
+        return core_schema.bool_schema()
+    low, high = bounds_of(feature) if feature.choices is None else (None, None)
+    if feature.type == "int":
+        whole = [None if bound is None else int(bound) for bound in (low, high)]
+        return core_schema.int_schema(ge=whole[0], le=whole[1])
+    return core_schema.float_schema(ge=low, le=high, allow_inf_nan=False)
+
+
+def _make_check(choices: list[Cell]) -> Callable[[Any], Any]:
+    """Return what refuses all but some values. Pydantic's own schema of them knows no floats, nor 1 from true, and
+    lists all choices in each of its errors."""
     known, shown = frozenset(choices), listed(choices)
 
     def check(value: Any) -> Any:
@@ -150,11 +155,31 @@ def _choice_type(kind: type, choices: list[Cell]) -> Any:
             raise PydanticCustomError("literal_error", "Input should be one of {choices}", {"choices": shown})
         return value
 
-    return Annotated[kind, AfterValidator(check), WithJsonSchema({"type": JSON_TYPES[kind], "enum": choices})]
+    return check
+
+
+def describe_cell(name: str, feature: FeatureSettings) -> dict[str, Any]:
+    """Return the JSON Schema of one feature's value."""
+    described: dict[str, Any] = {"title": name.replace("_", " ").title()}
+    if feature.unit:
+        described["unit"] = feature.unit
+    if feature.example is not None:
+        described["examples"] = [feature.example]
+    cell: dict[str, Any] = {"type": JSON_TYPES[feature.type or "float"]}
+    if feature.choices is not None:
+        cell["enum"] = feature.choices
+    elif feature.type in NUMBER_RANGES:
+        cell["minimum"], cell["maximum"] = bounds_of(feature)
+    return described | ({"anyOf": [cell, {"type": "null"}]} if feature.missing else cell)
+
+
+def bounds_of(feature: FeatureSettings) -> tuple[float, float]:
+    """Return the least and the greatest number that a feature takes."""
+    limit = NUMBER_RANGES[feature.type or "float"]
+    return -limit if feature.ge is None else feature.ge, limit if feature.le is None else feature.le
 
 
 def within(value: float, feature: FeatureSettings) -> float:
-    limit = NUMBER_RANGES[feature.type or "float"]
-    low, high = -limit if feature.ge is None else feature.ge, limit if feature.le is None else feature.le
+    low, high = bounds_of(feature)
     value = min(max(value, low), high)
     return int(value) if feature.type == "int" else value

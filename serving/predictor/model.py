@@ -68,10 +68,11 @@ class Model:
 
     @functools.cached_property
     def known_rows(self) -> Rows:
-        """The golden rows, or without them the contract's example."""
+        """The golden rows, checked as a request's where they fit, or without them the contract's example."""
         if self.golden is None:
             return [self.contract.example]
-        return [self._rename(row, index) for index, row in enumerate(self.golden.rows)]
+        rows = [self._rename(row, index) for index, row in enumerate(self.golden.rows)]
+        return self.contract.check(rows) or rows
 
     @property
     def golden_file(self) -> str:
@@ -80,8 +81,9 @@ class Model:
 
     def _rename(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         names = self.contract.names
-        if row.keys() == set(names):
-            return row
+        whole = dict.fromkeys(self.contract.nullable) | row
+        if whole.keys() == set(names):
+            return whole
         if self.contract.inputs.names is None and len(row) == len(names):
             return dict(zip(names, row.values(), strict=True))
         problem = f"has {self.golden_file} beside it, of which row {index} has the features {listed([*row])}"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic_core import to_json
 
 from serving.predictor.contract import Contract
+from serving.predictor.features import describe_cell
 from serving.predictor.predictor import Predictor
 from serving.web.messages import JSON, write_detail
 from serving.web.service import Operation, Service
@@ -64,7 +65,7 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
     example = (contract.example, sample) if contract.is_known else (None, None)
     paths: dict[str, Any] = {}
     for operation in service.operations:
-        described = _describe(operation, schemas, example, contract.nullable, operation.needs_key(auth))
+        described = _describe(operation, schemas, example, operation.needs_key(auth))
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -82,7 +83,6 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
 
 def _schemas(contract: Contract) -> dict[str, Any]:
     types: dict[str, Any] = {
-        "Features": contract.row,
         "Status": TypeAdapter(Status),
         "Problem": TypeAdapter(Problem),
         "ValidationProblem": TypeAdapter(ValidationProblem),
@@ -92,8 +92,16 @@ def _schemas(contract: Contract) -> dict[str, Any]:
     schemas: dict[str, Any] = definitions.get("$defs", {})
     for (name, _), schema in references.items():
         schemas.setdefault(name, schema)
+    schemas["Features"] = _describe_features(contract)
     schemas["Document"] = {"type": "object"}
     return schemas
+
+
+def _describe_features(contract: Contract) -> dict[str, Any]:
+    features = contract.features
+    described = _describe_object({name: describe_cell(name, feature) for name, feature in features.items()})
+    required = [name for name, feature in features.items() if not feature.missing]
+    return {"title": "Features"} | described | {"required": required}
 
 
 def _describe_prediction(predictor: Predictor, sample: dict[str, Any]) -> dict[str, Any]:
@@ -129,17 +137,17 @@ def _describe_object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
-def _describe(
-    operation: Operation, schemas: Mapping[str, Any], example: Any, nullable: list[str], secured: bool
-) -> dict[str, Any]:
-    """Describe an operation; `example` is a row and its prediction, `nullable` names what a query can leave out."""
+def _describe(operation: Operation, schemas: Mapping[str, Any], example: Any, secured: bool) -> dict[str, Any]:
+    """Describe an operation; `example` is a row and its prediction."""
     described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
     row, answer = example if operation.answer_schema == "Prediction" else (None, None)
     schema: dict[str, Any] = _reference(operation.answer_schema)
     if operation.takes_query:
+        features = schemas["Features"]
+        required = set(features["required"])
         described["parameters"] = [
-            {"name": name, "in": "query", "required": name not in nullable, "schema": cell}
-            for name, cell in schemas["Features"]["properties"].items()
+            {"name": name, "in": "query", "required": name in required, "schema": cell}
+            for name, cell in features["properties"].items()
         ]
     if JSON in operation.media_types:
         schema = _one_or_many(schema)
