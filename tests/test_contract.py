@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pandas as pd
 import pytest
+from jsonschema import Draft202012Validator
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
@@ -64,7 +65,7 @@ FEATURES = {
         ({"sepal_width": True}, "valid integer"),
         ({"sepal_width": 2**53 + 1}, "less than or equal to 9007199254740992"),
         ({"sepal_width": -(10**400)}, "greater than or equal to -9007199254740992"),
-        ({"petal_length": 1}, "valid boolean"),
+        ({"petal_length": 2}, "valid boolean"),
         ({"sepal_length": None}, "valid number"),
     ],
     ids=str,
@@ -127,6 +128,12 @@ def houses() -> Any:
     return make_pipeline(columns, LinearRegression()).fit(HOUSES, np.arange(80))
 
 
+def schema_of(native: Any) -> Draft202012Validator:
+    """Return what the document says of a row."""
+    schemas = call(native, Case("openapi", "GET", "/openapi.json")).json["components"]["schemas"]
+    return Draft202012Validator(schemas["Features"])
+
+
 def without(name: str) -> dict[str, Any]:
     return {other: value for other, value in HOUSE.items() if other != name}
 
@@ -135,13 +142,21 @@ def without(name: str) -> dict[str, Any]:
     ("sent", "same"),
     [
         (without("area"), HOUSE | {"area": None}),
+        (HOUSE | {"rooms": 2.0}, HOUSE | {"rooms": 2}),
+        (HOUSE | {"floor": 3.0}, HOUSE | {"floor": 3}),
+        (HOUSE | {"floor": -0.0}, HOUSE | {"floor": 0}),
+        (HOUSE | {"floor": 9007199254740992.0}, HOUSE | {"floor": 2**53}),
+        (HOUSE | {"area": 70}, HOUSE | {"area": 70.0}),
+        (HOUSE | {"garden": 1}, HOUSE | {"garden": True}),
+        (HOUSE | {"garden": 0}, HOUSE | {"garden": False}),
     ],
     ids=str,
 )
 def test_what_is_the_same_in_json_is_answered_alike(
     tmp_path: Path, framework: str, houses: Any, sent: dict[str, Any], same: dict[str, Any]
 ) -> None:
-    """Rows that mean the same get the same bytes: alone, in arrays short and long, and in a query."""
+    """Rows that mean the same get the same bytes, alone, in arrays short and long, and in a query; the document
+    has them all."""
     native = serve_estimator(tmp_path / "model.joblib", houses, framework=framework, features=HOUSE_FEATURES)
     assert call(native, post_case(sent)).status == 200
     for n_rows in (1, 1000, 5000):
@@ -151,6 +166,7 @@ def test_what_is_the_same_in_json_is_answered_alike(
     query = urlencode({name: json.dumps(value) for name, value in sent.items()})
     answers = [call(native, case).body for case in (get("query", query), post_case(sent), post_case(same))]
     assert answers[0] == answers[1] == answers[2]
+    assert schema_of(native).is_valid(sent)
 
 
 @pytest.mark.parametrize(
@@ -158,17 +174,30 @@ def test_what_is_the_same_in_json_is_answered_alike(
     [
         (without("rooms"), "Field required"),
         (without("floor"), "Field required"),
+        (HOUSE | {"rooms": 2.5}, "Input should be a valid integer"),
+        (HOUSE | {"rooms": 5.0}, "Input is none of the choices; use one of 1, 2, 3, 4"),
+        (HOUSE | {"floor": 2.5}, "Input should be a valid integer"),
+        (HOUSE | {"floor": "2"}, "Input should be a valid integer"),
+        (HOUSE | {"floor": True}, "Input should be a valid integer"),
+        (HOUSE | {"floor": 1e300}, "Input should be less than or equal to 9007199254740992"),
+        (HOUSE | {"area": True}, "Input should be a valid number"),
+        (HOUSE | {"garden": 2}, "Input should be a valid boolean"),
+        (HOUSE | {"garden": 0.5}, "Input should be a valid boolean"),
+        (HOUSE | {"garden": "true"}, "Input should be a valid boolean"),
+        (HOUSE | {"cellar": 1}, "Input should be a valid boolean"),
     ],
     ids=str,
 )
 def test_what_is_not_the_same_in_json_is_refused(
     tmp_path: Path, framework: str, houses: Any, sent: dict[str, Any], message: str
 ) -> None:
-    """A value of another kind, or none where one must be, is a bad cell: alone, in arrays short and long."""
+    """A value of another kind, or none where one must be, is a bad cell, alone, in arrays short and long; the document
+    has none of them."""
     native = serve_estimator(tmp_path / "model.joblib", houses, framework=framework, features=HOUSE_FEATURES)
     for payload in (sent, [HOUSE, sent], [HOUSE] * 5000 + [sent]):
         answer = call(native, post_case(payload))
         assert (answer.status, answer.json["detail"][0]["msg"]) == (422, message)
+    assert not schema_of(native).is_valid(sent)
 
 
 def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:

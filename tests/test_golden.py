@@ -361,6 +361,20 @@ def test_golden_rows_say_what_the_estimator_does_not(tmp_path: Path, framework: 
     np.testing.assert_allclose([[*answer["probabilities"].values()] for answer in answers], expected)
 
 
+def test_golden_rows_say_what_is_a_boolean(tmp_path: Path) -> None:
+    """A column of booleans, which is of numbers to the estimator, is a bool where golden rows have true or false; a
+    golden row may then have 1 for true."""
+    table = pd.DataFrame({"smoker": [True, False, True, False], "age": [30, 40, 50, 60]})
+    estimator = LogisticRegression().fit(table, [1, 0, 1, 0])
+    rows = json.loads(table.to_json(orient="records"))
+    features, _ = described(tmp_path, estimator, rows)
+    assert {name: feature["type"] for name, feature in features.items()} == {"smoker": "bool", "age": "float"}
+    golden = json.loads((tmp_path / "model.golden.json").read_text())
+    write(tmp_path / "model.golden.json", golden | {"rows": [row | {"smoker": int(row["smoker"])} for row in rows]})
+    native = serve_estimator(tmp_path / "model.joblib", estimator, features=features)
+    assert call(native, post_case(rows)).json == golden["predictions"]
+
+
 def test_golden_rows_that_contradict_the_settings_are_refused(tmp_path: Path) -> None:
     """Rows of strings for a feature that the settings bound as a number end in one line."""
     table = pd.DataFrame({"rank": ["1", "2", "3", "1"]})

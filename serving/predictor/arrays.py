@@ -101,7 +101,8 @@ class Arrays:
             return {"float": "Float64", "int": "Int64", "bool": "boolean"}.get(kind or "", "object")
         if column.is_category and feature.choices is not None:
             return self._pandas.CategoricalDtype(feature.choices)
-        if feature.missing and is_nan(column.null) and kind == "int":
+        is_counted = kind == "int" or (kind == "bool" and column.is_category)  # boosters take no objects
+        if feature.missing and is_nan(column.null) and is_counted:
             return "float64"
         return {"float": "float64", "int": "int64", "bool": "object" if feature.missing else "bool"}.get(
             kind or "", "object"

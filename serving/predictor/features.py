@@ -33,6 +33,7 @@ class FeatureSettings(SettingsTable):
     unit: str | None = None
     example: Cell | None = None
     _is_variable: bool = PrivateAttr(default=False)  # the example comes from the environment, where all is text
+    _is_number: bool = PrivateAttr(default=False)  # a bool is 1 or 0 to the estimator
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -78,6 +79,7 @@ def complete_feature(name: str, column: Column, given: FeatureSettings, row: Map
     except ValidationError as error:
         problem = f"does not fit the model: it should {should(error.errors()[0])}"
         raise MisfitError((("features", name), problem)) from None
+    feature._is_number = feature.type == "bool" and column.type != "bool"
     if given.example is not None:
         example = _check_example(name, given, feature)
     else:
@@ -137,12 +139,24 @@ def _kind_schema(feature: FeatureSettings) -> CoreSchema:
     if feature.type == "str":
         return core_schema.str_schema()
     if feature.type == "bool":
-        return core_schema.bool_schema()
+        truth = core_schema.bool_schema()
+        return core_schema.no_info_before_validator_function(_as_truth, truth) if feature._is_number else truth
     low, high = bounds_of(feature) if feature.choices is None else (None, None)
     if feature.type == "int":
         whole = [None if bound is None else int(bound) for bound in (low, high)]
-        return core_schema.int_schema(ge=whole[0], le=whole[1])
+        number = core_schema.int_schema(ge=whole[0], le=whole[1])
+        return core_schema.no_info_before_validator_function(_as_whole, number)
     return core_schema.float_schema(ge=low, le=high, allow_inf_nan=False)
+
+
+def _as_whole(value: Any) -> Any:
+    """Return a float without a fraction as an integer, which it is in JSON Schema, and all else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _as_truth(value: Any) -> Any:
+    """Return the numbers 1 and 0 as true and false, and all else as it is."""
+    return bool(value) if type(value) in (int, float) and value in (0, 1) else value
 
 
 def _make_check(choices: list[Cell]) -> Callable[[Any], Any]:
@@ -170,7 +184,9 @@ def describe_cell(name: str, feature: FeatureSettings) -> dict[str, Any]:
         cell["enum"] = feature.choices
     elif feature.type in NUMBER_RANGES:
         cell["minimum"], cell["maximum"] = bounds_of(feature)
-    return described | ({"anyOf": [cell, {"type": "null"}]} if feature.missing else cell)
+    truths = {"enum": [int(choice) for choice in feature.choices or (False, True)]} if feature._is_number else None
+    options = [option for option in (cell, truths, {"type": "null"} if feature.missing else None) if option]
+    return described | ({"anyOf": options} if len(options) > 1 else cell)
 
 
 def bounds_of(feature: FeatureSettings) -> tuple[float, float]:

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from lightgbm import LGBMClassifier
+from sklearn.compose import make_column_transformer
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+from xgboost import XGBClassifier
 
 RNG = np.random.default_rng(0)
 
@@ -39,8 +44,46 @@ def fit_numbers() -> Any:
     return LogisticRegression().fit(X, ["low", "low", "high", "high"])
 
 
+BOOLEANS = pd.DataFrame({"smoker": [True, False] * 20, "vip": [True] * 20 + [False] * 20})
+SAID = {"features": {"smoker": {"type": "bool"}, "vip": {"type": "bool"}}}
+
+
+def fit_booleans(estimator: Any) -> Any:
+    return estimator.fit(BOOLEANS, [1, 0] * 20)
+
+
+def fit_rooms() -> Any:
+    X = pd.DataFrame({"rooms": [1, 2, 3] * 20, "area": RNG.normal(60, 9, 60)})
+    columns = make_column_transformer((OneHotEncoder(), ["rooms"]), (SimpleImputer(), ["area"]))
+    return make_pipeline(columns, LogisticRegression()).fit(X, X.rooms * 10)
+
+
 MODELS = [
     ModelCase("array-of-one", fit_numbers, [{"x0": 9.0}], ["high"]),
     ModelCase("text-for-a-number", fit_numbers, {"x0": "9"}, (422, "valid number")),
     ModelCase("lightgbm-underscores", fit_blanks, {"body_mass_(kg)": 9, "bill_length_(mm)": 0}, True),
+    ModelCase("booleans-are-numbers", lambda: fit_booleans(LogisticRegression()), {"smoker": 1, "vip": 0}, 1),
+    ModelCase(
+        "true-for-a-number", lambda: fit_booleans(LogisticRegression()), {"smoker": True, "vip": 0}, (422, "smoker")
+    ),
+    ModelCase(
+        "booleans-once-said",
+        lambda: fit_booleans(LogisticRegression()),
+        [{"smoker": True, "vip": False}, {"smoker": 0, "vip": 1.0}],
+        [1, 0],
+        settings=SAID,
+    ),
+    ModelCase("booleans-in-a-query", lambda: fit_booleans(LogisticRegression()), "smoker=true&vip=0", 1, settings=SAID),
+    ModelCase(
+        "booleans-of-xgboost",
+        lambda: fit_booleans(XGBClassifier(n_estimators=5, n_jobs=1)),
+        [{"smoker": True, "vip": False}, {"smoker": 0, "vip": 1}, {"smoker": True}],
+        [1, 0, 1],
+        settings=SAID,
+    ),
+    ModelCase("whole-float-for-an-int", fit_rooms, [{"rooms": 2.0, "area": 50}, {"rooms": 3, "area": 50.0}], [20, 30]),
+    ModelCase("fraction-for-an-int", fit_rooms, {"rooms": 2.5, "area": 50}, (422, "valid integer")),
+    ModelCase("whole-float-in-a-query", fit_rooms, "rooms=2.0&area=50", 20),
+    ModelCase("left-out", fit_rooms, [{"rooms": 2}, {"rooms": 1, "area": None}], [20, 10]),
+    ModelCase("left-out-but-needed", fit_rooms, {"area": 50}, (422, "Field required")),
 ]
