@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +68,7 @@ def prove(model: Model) -> Proof:
     if model.golden is not None:
         _reproduce(model, model.golden)
     model.answer_example()
-    _try_missing(model)
+    _try_missing(model, model.contract.nullable)
     model.report("timing its answers")
     try:
         call_s, row_s = measure(lambda rows: model.predict_rows(rows).render(), model.known_rows[0])
@@ -116,14 +118,26 @@ def _tolerance_of(model: Model) -> Tolerance:
     return TOLERANCE_OF_LIBRARIES if model.predictor.graph is None else TOLERANCE_OF_FLOAT32
 
 
-def _try_missing(model: Model) -> None:
-    example = model.contract.example
-    rows = {name: example | {name: None} for name in model.contract.nullable}
+def _try_missing(model: Model, names: Sequence[str]) -> None:
+    """Make a model answer its example without some values: each alone if they are few, else in a few groups, of which
+    one that fails is tried in parts, down to a value alone. So it takes a few rows, however many values there are.
+
+    Raises `EstimatorError`, which names the value.
+    """
+    length = max(1, math.ceil(len(names) / MAX_COMPARED))
+    groups = [names[start : start + length] for start in range(0, len(names), length)]
+    rows = [model.contract.example | dict.fromkeys(group) for group in groups]
     with contextlib.suppress(EstimatorError):
-        model.answer([*rows.values()], "missing values")
+        model.answer(rows, "missing values")
         return
-    for name, row in rows.items():
-        model.answer([row], f"a missing {name!r}; set {'.'.join(map(toml_key, ('features', name)))}.missing = false")
+    for group, row in zip(groups, rows, strict=True):
+        hint = f"set {'.'.join(map(toml_key, ('features', group[0])))}.missing = false"
+        try:
+            model.answer([row], f"a missing {group[0]!r}; {hint}")
+        except EstimatorError:
+            if len(group) == 1:
+                raise
+            _try_missing(model, group)
 
 
 def find_dependence(model: Model) -> str | None:

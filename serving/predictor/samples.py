@@ -29,6 +29,7 @@ def make_up_rows(
     varied = [dict(rows[random.integers(len(rows))]) for _ in range(n_rows)]
     for name, feature in contract.features.items():
         cells = feature.choices or [row[name] for row in rows if row[name] is not None] or [some_value(feature)]
+        spread = _spread_of(cells, feature)
         for index, row in enumerate(varied):
             drawn = random.random()
             if feature.missing and drawn < 0.1:
@@ -36,11 +37,20 @@ def make_up_rows(
             elif name in thresholds and drawn < 0.3:
                 row[name] = within(thresholds[name][random.integers(len(thresholds[name]))], feature)
             elif drawn < 0.8:
-                row[name] = _make_up_cell(cells, feature, random, index % 3)
+                row[name] = _make_up_cell(cells, spread, feature, random, index % 3)
     return varied
 
 
-def _make_up_cell(cells: list[Any], feature: FeatureSettings, random: np.random.Generator, rounding: int) -> Any:
+def _spread_of(cells: list[Any], feature: FeatureSettings) -> float:
+    """Return how far the known numbers of a feature spread; 0 where that is not known, as of one alone."""
+    if feature.choices is not None or feature.type in ("bool", "str") or len(cells) == 1:
+        return 0.0
+    return float(np.std(np.array(cells, float)))
+
+
+def _make_up_cell(
+    cells: list[Any], spread: float, feature: FeatureSettings, random: np.random.Generator, rounding: int
+) -> Any:
     """Return a choice of a feature, or a text that may be unknown, or a number near known ones."""
     cell = cells[random.integers(len(cells))]
     if feature.choices is not None:
@@ -49,8 +59,7 @@ def _make_up_cell(cells: list[Any], feature: FeatureSettings, random: np.random.
         return bool(random.integers(2))
     if feature.type == "str":
         return cell + "?" * int(random.integers(2))
-    # Of one row alone it is not known how far its numbers spread.
-    spread = float(np.std(np.array(cells, float))) or (abs(cell) or 1.0) * 10 ** random.uniform(-1, 3)
+    spread = spread or (abs(cell) or 1.0) * 10 ** random.uniform(-1, 3)
     decimals = len(repr(float(cell)).partition(".")[2])
     value = float(cell + spread * random.normal())
     return within(round(value, decimals + rounding - 1) if rounding else value, feature)

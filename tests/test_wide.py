@@ -1,0 +1,128 @@
+"""Models of thousands of features: time and rows asked grow as their number does, not as its square."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.feature_selection import SelectKBest
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+import app
+from serving.errors import ModelError, Unprocessable
+from serving.predictor.batcher import MANY_ROWS
+from serving.predictor.model import Model, make_model
+from serving.predictor.proof import Proof, prove
+from serving.web import openapi
+from tests.lib.apps import make_settings
+
+RNG = np.random.default_rng(0)
+FEW, MANY = 1000, 4000
+
+
+class NotingImputer(SimpleImputer):  # type: ignore[misc]
+    """Notes the rows of each call, and fails where the values of some columns are missing together."""
+
+    calls: list[int]
+    fails_on: tuple[int, ...] = ()
+
+    def transform(self, X: Any) -> Any:
+        self.calls.append(len(X))
+        if self.fails_on and np.isnan(X[:, self.fails_on]).all(axis=1).any():
+            raise ArithmeticError("as it was told to")
+        return super().transform(X)
+
+
+def wide_model(n_features: int, fails_on: tuple[int, ...] = ()) -> Model:
+    X, y = RNG.normal(size=(60, n_features)), [0, 1] * 30
+    imputer = NotingImputer()
+    imputer.calls, imputer.fails_on = [], ()
+    estimator = make_pipeline(imputer, SelectKBest(k=5), LogisticRegression()).fit(X, y)
+    imputer.calls.clear()
+    imputer.fails_on = fails_on
+    return make_model(estimator, Path("model.joblib"), {})
+
+
+def refuse(model: Model, payload: Any) -> None:
+    with pytest.raises(Unprocessable):
+        model.contract.parse_payload(payload)
+
+
+def row_of(n_features: int) -> dict[str, Any]:
+    return {f"x{column}": 0.5 for column in range(n_features)}
+
+
+def load(n_features: int) -> Callable[[], Any]:
+    estimator = wide_model(n_features).predictor.estimator
+    return lambda: make_model(estimator, Path("model.joblib"), {})
+
+
+def describe(n_features: int) -> Callable[[], Any]:
+    model = wide_model(n_features)
+    model.answer_example()
+    return lambda: openapi.describe_api(app.make_service(make_settings(features={}), model, Proof()))
+
+
+def answer(n_features: int) -> Callable[[], Any]:
+    model, row = wide_model(n_features), row_of(n_features)
+    rows = [row, row | {"x3": None}, {}]
+    return lambda: model.predict_rows(model.contract.parse_payload(rows)).render()
+
+
+def refuse_all(n_features: int) -> Callable[[], Any]:
+    model = wide_model(n_features)
+    names = row_of(n_features)
+    payloads = [dict.fromkeys(names, "a"), {f"a{name}": 1 for name in [*names][:900]}, names | {"x": 1}]
+    return lambda: [refuse(model, payload) for payload in payloads]
+
+
+def prove_it(n_features: int) -> Callable[[], Any]:
+    return functools.partial(prove, wide_model(n_features))
+
+
+@pytest.mark.parametrize("step", [load, prove_it, describe, answer, refuse_all])
+def test_four_times_the_features_cost_four_times_as_much(step: Callable[[int], Callable[[], Any]]) -> None:
+    """Loading, proving, describing, answering and refusing take time in proportion to the number of features."""
+    few_s, many_s = (least_s(step(n_features)) for n_features in (FEW, MANY))
+    assert many_s < 8 * few_s
+
+
+def least_s(work: Callable[[], Any]) -> float:
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < 0.5:
+        began_s = time.process_time()
+        work()
+        times.append(time.process_time() - began_s)
+    return min(times)
+
+
+def test_missing_values_are_tried_in_few_rows() -> None:
+    """Of 300 values that may be missing several are left out at once: there is no row for each of them."""
+    model = wide_model(300)
+    prove(model)
+    assert max(calls_of(model)) <= MANY_ROWS
+
+
+@pytest.mark.parametrize("column", [0, 217, 299])
+def test_value_that_cannot_be_missing_is_found(column: int) -> None:
+    """Among 300 values the one without which the model fails is named, after a few rows."""
+    model = wide_model(300, fails_on=(column,))
+    with pytest.raises(ModelError, match=f"a missing 'x{column}'; set features.x{column}.missing = false: Arithmetic"):
+        prove(model)
+    assert sum(calls_of(model)) < 150
+
+
+@pytest.mark.parametrize("columns", [(0, 1), (3, 250), (7, 8, 9)])
+def test_values_that_fail_only_together_are_taken(columns: tuple[int, ...]) -> None:
+    """A model that fails without several values, but not without any one of them, is served."""
+    assert prove(wide_model(300, fails_on=columns)).never_batched is None
+
+
+def calls_of(model: Model) -> list[int]:
+    calls: list[int] = model.predictor.estimator[0].calls
+    return calls
