@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from serving.errors import Key, MisfitError, SettingsError, nearest, shorten
 
-Sources = dict[Key, str]  # what gives the value of a setting
+Sources = dict[Key, str]  # what gives the value of a setting, or of the first that is set in a table
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -61,7 +61,7 @@ class SettingsFile(SettingsTable):
         """Return the settings with another value of one setting, which is not checked here."""
         table, name = key
         changed = self.model_copy(update={table: getattr(self, table).model_copy(update={name: value})})
-        changed._sources = {key: source} | self._sources | {key: source}  # first, and its value wins
+        changed._sources = self._sources | _with_tables({key: source})
         return changed
 
     @property
@@ -85,13 +85,13 @@ def read_settings(kind: type[S], file: Path) -> S:
     """
     values = _read_toml(file)
     _refuse_unknown_variables(kind)
-    sources: Sources = dict.fromkeys(leaves(values), file.name)
+    sources = _with_tables(dict.fromkeys(leaves(values), file.name))
     try:
         # TOML has types, so its values are held to them; a variable is text, which is parsed.
         kind.model_validate(values, strict=True)
         given = leaves(Environment(cast(Any, _with_environment(kind)))())
         environment = {key: f"environment: {_variable_of(key)}" for key in given}
-        sources = environment | sources | environment  # first for `_source`, and its values win
+        sources |= _with_tables(environment)
         settings: S = _with_environment(kind)(**values)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(kind, error, sources))) from None
@@ -184,8 +184,17 @@ def _variable_of(key: Key) -> str:
     return next(name for name in names if name in map(str.upper, os.environ))
 
 
+def _with_tables(sources: Sources) -> Sources:
+    """Return what gives values, and beside it what gives the first of each table that they are in."""
+    tables: Sources = {}
+    for key, source in sources.items():
+        for end in range(len(key)):
+            tables.setdefault(key[:end], source)
+    return tables | sources
+
+
 def _source(key: Key, sources: Sources) -> str:
-    return next((source for known, source in sources.items() if known[: len(key)] == key), "default")
+    return sources.get(key, "default")
 
 
 def _place(key: Key, sources: Sources) -> str:
