@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
 
 import joblib
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
@@ -44,7 +44,7 @@ from serving.predictor.features import FeatureSettings
 from serving.predictor.model import Model, Report, load_model
 from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
-from serving.settings import PathText, SettingsFile, SettingsTable, print_settings, read_settings
+from serving.settings import OtherNames, PathText, SettingsFile, SettingsTable, print_settings, read_settings
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
 from serving.web.messages import JSON, Request, Response
@@ -81,6 +81,13 @@ Address = Annotated[str, AfterValidator(_check_address)]
 class ServerSettings(SettingsTable):
     """Gunicorn's own names and units, which `gunicorn.conf.py` hands on, and two for connections."""
 
+    other_names: ClassVar[OtherNames] = {
+        "bind": ("host", "port", "address", "listen"),
+        "workers": ("worker", "num_workers", "processes"),
+        "certfile": ("cert", "ssl_certfile"),
+        "keyfile": ("key", "ssl_keyfile"),
+    }
+
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
     bind: Address | Annotated[list[Address], Field(min_length=1)] = "127.0.0.1:8000"
@@ -98,6 +105,12 @@ class ServerSettings(SettingsTable):
 
 class Settings(SettingsFile):
     """Every choice of the service, read once at the start by `load_settings`."""
+
+    other_names: ClassVar[OtherNames] = {
+        "server": ("gunicorn", "uvicorn"),
+        "logging": ("log",),
+        "features": ("inputs", "columns"),
+    }
 
     framework: Literal["flask", "fastapi"] = "fastapi"
     server: ServerSettings = ServerSettings()

@@ -12,13 +12,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import structlog
 from pydantic_core import to_json
 
 from serving.output import LossyOutput
-from serving.settings import SettingsTable
+from serving.settings import OtherNames, SettingsTable
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -27,6 +27,12 @@ SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
 
 
 class LoggingSettings(SettingsTable):
+    other_names: ClassVar[OtherNames] = {
+        "level": ("log_level", "loglevel"),
+        "format": ("log_format",),
+        "access": ("access_log", "accesslog"),
+    }
+
     level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     format: Literal["auto", "json", "console"] = "auto"
     access: bool = True

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -23,6 +24,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from serving.errors import Key, MisfitError, SettingsError, nearest, shorten
 
 Sources = dict[Key, str]  # what gives the value of a setting, or of the first that is set in a table
+OtherNames = Mapping[str, Sequence[str]]  # by a key what others call it, for a hint
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -32,6 +34,7 @@ class SettingsTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     is_secret: ClassVar[bool] = False  # its values stay out of messages
+    other_names: ClassVar[OtherNames] = MappingProxyType({})
 
 
 class SettingsFile(SettingsTable):
@@ -143,7 +146,9 @@ def _refuse_unknown_variables(kind: type[BaseModel]) -> None:
         key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
         ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
         if ours and key not in known and _row_model(kind, key[0]) is None:
-            hint = nearest(variable, map(_variable, setting_keys(kind)))
+            right = _find_by_other_name(kind, key)
+            names = map(_variable, setting_keys(kind))
+            hint = f"did you mean {_variable(right)!r}?" if right else nearest(variable, names)
             lines.append(f"environment: {variable} is not a setting; {hint}")
     if lines:
         raise SettingsError("\n".join(lines))
@@ -163,6 +168,32 @@ def _row_model(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
     inner = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
     return inner[0] if get_origin(annotation) is dict and inner else None
+
+
+def _find_by_other_name(kind: type[BaseModel], key: Key) -> Key | None:
+    """Return the setting that others call as a key that is none: in its own table, or, for a key without a table, in
+    any, where its right name counts too."""
+    name = key[-1].lower().replace("-", "_")
+    for place in [key[:-1]] if len(key) > 1 else [(), *((table,) for table in kind.model_fields)]:
+        table = _table_at(kind, place)
+        if table is None:
+            continue
+        if len(key) == len(place) and name in table.model_fields:
+            return (*place, name)
+        for right, others in table.other_names.items():
+            if name in others:
+                return (*place, right)
+    return None
+
+
+def _table_at(kind: type[BaseModel], place: Key) -> type[SettingsTable] | None:
+    """Return the type of a table, or of a row of [features], by its place in the file; None if there is none."""
+    found: Any = kind
+    if place:
+        info = kind.model_fields.get(place[0])
+        tables = {1: info.annotation if info else None, 2: _row_model(kind, place[0])}
+        found = tables.get(len(place))
+    return found if isinstance(found, type) and issubclass(found, SettingsTable) else None
 
 
 def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
@@ -223,7 +254,9 @@ def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) ->
             siblings = [known[level] for known in setting_keys(kind) if known[:level] == key[:level]]
             row = _row_model(kind, key[0])
             names = dict.fromkeys(siblings) if row is None else row.model_fields
-            lines.append(f"{place} is not a setting; {nearest(key[-1], names)}")
+            right = _find_by_other_name(kind, key)
+            hint = f"did you mean {'.'.join(right[level:])!r}?" if right else nearest(key[-1], names)
+            lines.append(f"{place} is not a setting; {hint}")
         else:
             seen = "**********" if _is_secret(kind, key[0]) else repr(shorten(problem["input"]))
             as_json = " (as JSON)" if isinstance(problem["input"], str) and problem["type"] in NESTED else ""
@@ -240,8 +273,8 @@ def _setting_of(kind: type[BaseModel], loc: list[str]) -> Key:
 
 
 def _is_secret(kind: type[BaseModel], name: str) -> bool:
-    table = kind.model_fields[name].annotation if name in kind.model_fields else None
-    return isinstance(table, type) and issubclass(table, SettingsTable) and table.is_secret
+    table = _table_at(kind, (name,))
+    return table is not None and table.is_secret
 
 
 NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}

@@ -14,7 +14,8 @@ import pytest
 
 import app
 from serving.errors import SettingsError, StartupError
-from serving.settings import setting_keys
+from serving.predictor.features import FeatureSettings
+from serving.settings import SettingsTable, setting_keys
 from tests.lib.servers import GUNICORN, PROJECT, run, run_gunicorn
 
 CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
@@ -185,6 +186,17 @@ FILES = [
     ("unknown-table", "[srever]\nworkers = 1", ["srever is not a setting", "did you mean 'server'?"]),
     ("unknown-nested-key", "[server]\nworkrs = 1", ["server.workrs is not a setting", "did you mean 'workers'?"]),
     ("unknown-feature-key", "[features.x]\nunits = 1", ["features.x.units is not a setting", "did you mean 'unit'?"]),
+    ("other-name-of-ge", "[features.x]\nmin = 1", ["features.x.min is not a setting; did you mean 'ge'?"]),
+    ("other-name-of-le", "[features.x]\nMaximum = 1", ["features.x.Maximum is not a setting; did you mean 'le'?"]),
+    ("other-name-of-choices", "[features.x]\nenum = [1]", ["features.x.enum is not a setting", "'choices'?"]),
+    ("other-name-of-missing", "[features.x]\nnullable = true", ["x.nullable is not a setting", "'missing'?"]),
+    ("no-name-of-a-feature", "[features.x]\nworkers = 1", ["features.x.workers is not", "use one of 'type', 'ge'"]),
+    ("other-name-of-bind", "[server]\nport = 1", ["server.port is not a setting; did you mean 'bind'?"]),
+    ("other-name-of-workers", "[server]\nworker = 1", ["server.worker is not a setting; did you mean 'workers'?"]),
+    ("other-name-of-level", '[logging]\nlog-level = "info"', ["logging.log-level is not", "did you mean 'level'?"]),
+    ("no-table", "workers = 1", ["workers is not a setting; did you mean 'server.workers'?"]),
+    ("other-name-without-a-table", "port = 1", ["port is not a setting; did you mean 'server.bind'?"]),
+    ("other-name-of-a-table", "[gunicorn]\nworkers = 1", ["gunicorn is not a setting; did you mean 'server'?"]),
     ("wrong-choice", 'framework = "django"', ["framework is 'django'; it should be 'flask' or 'fastapi'"]),
     ("number-as-text", '[server]\nworkers = "4"', ["server.workers is '4'", "valid integer or be 'auto'"]),
     ("truth-as-text", '[logging]\naccess = "true"', ["logging.access is 'true'", "valid boolean"]),
@@ -239,6 +251,14 @@ VARIABLES = [
     ("key-of-bytes", "SERVING_AUTH__API_KEYS", '["\udce9"]', ["API_KEYS is ****", "text without white space"]),
     ("unknown-key", "SERVING_SERVER__WORKRS", "4", ["SERVING_SERVER__WORKRS", "mean 'SERVING_SERVER__WORKERS'?"]),
     ("one-underscore", "SERVING_SERVER_WORKERS", "4", ["SERVING_SERVER_WORKERS", "'SERVING_SERVER__WORKERS'?"]),
+    (
+        "other-name",
+        "SERVING_SERVER__HOST",
+        "x",
+        ["SERVER__HOST is not a setting; did you mean 'SERVING_SERVER__BIND'?"],
+    ),
+    ("other-name-without-a-table", "SERVING_LOG_LEVEL", "info", ["LOG_LEVEL is not", "mean 'SERVING_LOGGING__LEVEL'?"]),
+    ("other-name-in-a-row", "SERVING_FEATURES__X__MIN", "1", ["FEATURES__X__MIN is not a setting; did you mean 'ge'?"]),
     ("below-a-value", "SERVING_FRAMEWORK__X", "1", ["SERVING_FRAMEWORK__X is not a setting", "'SERVING_FRAMEWORK'?"]),
     ("below-a-number", "SERVING_SERVER__WORKERS__X", "1", ["SERVING_SERVER__WORKERS__X is not a setting"]),
     ("unknown-key-in-table", "SERVING_SERVER", '{"workrs": 1}', ["SERVING_SERVER: server.workrs is not", "'workers'?"]),
@@ -356,6 +376,18 @@ COMMANDS = {
     "gunicorn-wsgi": "gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent",
     "gunicorn-asgi": "gunicorn app:asgi --bind 127.0.0.1:0 --worker-class uvicorn_worker.UvicornWorker",
 }
+
+
+def test_other_names_lead_to_settings() -> None:
+    """What others call a key leads to one that there is, and is none itself."""
+    tables = [info.annotation for info in app.Settings.model_fields.values()]
+    for table in (app.Settings, FeatureSettings, *tables):
+        if isinstance(table, type) and issubclass(table, SettingsTable):
+            others = {other for names in table.other_names.values() for other in names}
+            assert table.other_names.keys() <= table.model_fields.keys()
+            assert not others & table.model_fields.keys()
+
+
 MISTAKES = {
     "setting": {"SERVING_LOGGING__LEVEL": "loud"},
     "variable": {"SERVING_LOGING__LEVEL": "info"},

@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import joblib
 import sklearn.utils
@@ -21,10 +21,15 @@ from pydantic import AfterValidator, Field
 
 from serving.errors import ModelError, StartupError, listed, nearest, reason_of
 from serving.predictor.predictor import GraphFile, refuse_no_predictor
-from serving.settings import PathText, SettingsTable, check_each_once
+from serving.settings import OtherNames, PathText, SettingsTable, check_each_once
 
 
 class ModelSettings(SettingsTable):
+    other_names: ClassVar[OtherNames] = {
+        "path": ("file", "filename", "location"),
+        "sha256": ("hash", "checksum", "digest"),
+    }
+
     path: Annotated[PathText, Field(min_length=1)] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
     runtime: Literal["sklearn", "onnx"] = "sklearn"

@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from serving.errors import ClientLeft, TooManyRequests, Unavailable
 from serving.predictor.contract import Rows
 from serving.predictor.predictions import Predictions
-from serving.settings import SettingsTable
+from serving.settings import OtherNames, SettingsTable
 
 INLINE_S = 0.01  # seconds of the longest call that runs in an event loop
 SURPRISE_FACTOR = 10.0  # times the expected seconds from which a call sets the expectation alone
@@ -33,6 +33,11 @@ MAX_SIZE = 64  # of a request, by the number of binary digits of its rows
 
 
 class BatchingSettings(SettingsTable):
+    other_names: ClassVar[OtherNames] = {
+        "max_rows": ("batch_size", "max_batch_size"),
+        "max_wait_ms": ("timeout_ms", "max_latency_ms"),
+    }
+
     max_rows: PositiveInt = 256
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
 

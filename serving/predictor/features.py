@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core
 
 from serving.errors import MisfitError, listed
 from serving.predictor.inputs import FEATURE_TYPES, Cell, Column
-from serving.settings import Finite, SettingsTable, check_each_once, should
+from serving.settings import Finite, OtherNames, SettingsTable, check_each_once, should
 
 NUMBER_RANGES: dict[str, float] = {  # largest magnitude of a number, by the feature's type
     "float": float(np.finfo(np.float32).max),  # trees compute in float32
@@ -24,6 +24,14 @@ JSON_TYPES = {"float": "number", "int": "integer", "bool": "boolean", "str": "st
 
 class FeatureSettings(SettingsTable):
     """Settings of one feature. A key that is None is read off the estimator."""
+
+    other_names: ClassVar[OtherNames] = {
+        "type": ("dtype", "kind"),
+        "ge": ("min", "minimum", "lower", "gte", "gt"),
+        "le": ("max", "maximum", "upper", "lte", "lt"),
+        "choices": ("enum", "values", "categories", "options", "levels"),
+        "missing": ("nullable", "optional", "null", "required"),
+    }
 
     type: Literal["float", "int", "bool", "str"] | None = None
     ge: Finite | None = None

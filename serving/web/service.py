@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import structlog
 from pydantic import AfterValidator, Field, PositiveInt, SecretStr
@@ -30,7 +30,7 @@ from serving.predictor.artifact import ModelSettings
 from serving.predictor.calls import BatchingSettings, BatchQueue, CallCost, Job
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
-from serving.settings import SettingsTable
+from serving.settings import OtherNames, SettingsTable
 from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
@@ -39,6 +39,11 @@ STOPPING = threading.Event()  # set once this process ends, and no other takes o
 
 class LimitSettings(SettingsTable):
     """The limits of a request, and of what may wait."""
+
+    other_names: ClassVar[OtherNames] = {
+        "max_body_bytes": ("max_content_length",),
+        "request_timeout_s": ("timeout", "request_timeout"),
+    }
 
     max_body_bytes: PositiveInt = 8_388_608
     max_rows: PositiveInt = 10_000
@@ -56,6 +61,7 @@ class AuthSettings(SettingsTable):
     """The keys of those who may ask."""
 
     is_secret = True
+    other_names: ClassVar[OtherNames] = {"api_keys": ("keys", "key", "token", "tokens")}
 
     api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = Field(default_factory=list)
     open_docs: bool = False
