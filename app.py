@@ -29,12 +29,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import joblib
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
-from serving.errors import SettingsError, Unavailable, errors_about, exit_on_startup_error, listed
+from serving.errors import Key, SettingsError, Unavailable, errors_about, exit_on_startup_error
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
@@ -123,6 +123,15 @@ class Settings(SettingsFile):
 
     _file: Path = PrivateAttr(default=PROJECT / "settings.toml")
 
+    def cure(self, key: Key) -> str:
+        """Return what to do about features that do not fit the model, for the end of a message."""
+        source = self.source(*key)
+        if key[0] != "features" or not self.source("model", "path").startswith("environment"):
+            return ""
+        if source.startswith("environment"):
+            return "; a name with capitals goes into SERVING_FEATURES, as JSON" if "FEATURES__" in source else ""
+        return f"; SERVING_FEATURES='{{}}' leaves out [features] of {source}"
+
     @property
     def model_path(self) -> Path:
         """The artifact's place."""
@@ -178,10 +187,7 @@ def load_settings(
         value = str(Path(options[name]).absolute()) if name in ("certfile", "keyfile") else options[name]
         settings = settings.with_value(("server", name), value, OPTIONS)
     if "loglevel" in options:
-        level, levels = options["loglevel"].lower(), get_args(LoggingSettings.model_fields["level"].annotation)
-        if level not in levels:
-            raise SettingsError(f"{OPTIONS}: logging.level is {level!r}; use one of {listed(levels)}")
-        settings = settings.with_value(("logging", "level"), level, OPTIONS)
+        settings = settings.with_value(("logging", "level"), options["loglevel"], OPTIONS)
     return settings
 
 
@@ -467,6 +473,7 @@ def start_service() -> Service[Settings]:
         protect_output()
         settings = load_settings()
         configure_logging(settings.logging)
+        settings.note_left_alone()
         service = make_service(settings)
         set_current_service(service)
         service.model.note_python()

@@ -51,6 +51,7 @@ def on_starting(server: Any) -> None:
 
 def when_ready(server: Master) -> None:
     server.reload_.is_asked = server.reload_.is_asked or bool(early.hups)
+    server.service.settings.note_left_alone()
     server.announce()
 
 

@@ -12,9 +12,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import structlog
+from pydantic import BeforeValidator
 from pydantic_core import to_json
 
 from serving.output import LossyOutput
@@ -26,6 +27,13 @@ SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", 
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
 
 
+LEVELS = {"warn": "warning", "fatal": "critical"}  # Python's other words
+
+
+def _find_level(word: Any) -> Any:
+    return LEVELS.get(word.lower(), word) if isinstance(word, str) else word
+
+
 class LoggingSettings(SettingsTable):
     other_names: ClassVar[OtherNames] = {
         "level": ("log_level", "loglevel"),
@@ -33,7 +41,7 @@ class LoggingSettings(SettingsTable):
         "access": ("access_log", "accesslog"),
     }
 
-    level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_find_level)] = "info"
     format: Literal["auto", "json", "console"] = "auto"
     access: bool = True
 

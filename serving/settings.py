@@ -15,13 +15,16 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import EnvSettingsSource
 
 from serving.errors import Key, MisfitError, SettingsError, nearest, shorten
+
+log = structlog.get_logger()
 
 Sources = dict[Key, str]  # what gives the value of a setting, or of the first that is set in a table
 OtherNames = Mapping[str, Sequence[str]]  # by a key what others call it, for a hint
@@ -36,12 +39,27 @@ class SettingsTable(BaseModel):
     is_secret: ClassVar[bool] = False  # its values stay out of messages
     other_names: ClassVar[OtherNames] = MappingProxyType({})
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _ignore_case_of_words(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return a word of a fixed choice as it is spelt in the choice."""
+        words = _words_of(cls.model_fields[cast(str, info.field_name)].annotation)
+        return next((word for word in words if isinstance(value, str) and word.lower() == value.lower()), value)
+
+
+def _words_of(annotation: Any) -> Iterator[str]:
+    for part in get_args(annotation):
+        if get_origin(annotation) is Literal and isinstance(part, str):
+            yield part
+        yield from _words_of(part)
+
 
 class SettingsFile(SettingsTable):
     """All tables of a settings file, with what gives the value of each key. `read_settings` reads it."""
 
     _file: Path = PrivateAttr(default=Path("settings.toml"))
     _sources: Sources = PrivateAttr(default_factory=dict)
+    _left_alone: list[str] = PrivateAttr(default_factory=list)  # variables of others
 
     def source(self, *key: str) -> str:
         """Return what gives the value of a setting: the file, a variable of the environment, or its default."""
@@ -53,17 +71,40 @@ class SettingsFile(SettingsTable):
 
     @contextlib.contextmanager
     def locate(self) -> Iterator[None]:
-        """Put the place of each setting in front of what is wrong with its value."""
+        """Put the place of each setting in front of what is wrong with its value, the same of several in one line."""
         try:
             yield
         except MisfitError as error:
-            lines = [f"{self.place(*key)} {problem}" for key, problem in error.problems]
+            alike: dict[tuple[str, str], list[Key]] = {}
+            for key, problem in error.problems:
+                alike.setdefault((self.source(*key), problem + self.cure(key)), []).append(key)
+            lines = [self._line(keys, source, problem) for (source, problem), keys in alike.items()]
             raise SettingsError("\n".join(lines)) from None
 
+    def _line(self, keys: list[Key], source: str, problem: str) -> str:
+        if len(keys) == 1:
+            return f"{self.place(*keys[0])} {problem}"
+        return f"{source}: {', '.join(map(_dotted, keys))} {re.sub('^is ', 'are ', problem)}"
+
+    def cure(self, key: Key) -> str:
+        """Return what to do about a setting that does not fit the model, for the end of a message."""
+        return ""
+
+    def note_left_alone(self) -> None:
+        """Log which variables look like ours, but are Kubernetes'."""
+        if self._left_alone:
+            log.debug("variables_left_alone", names=self._left_alone)
+
     def with_value(self, key: Key, value: Any, source: str) -> Self:
-        """Return the settings with another value of one setting, which is not checked here."""
+        """Return the settings with another value of one setting. Raises `SettingsError` if it may not have that."""
         table, name = key
-        changed = self.model_copy(update={table: getattr(self, table).model_copy(update={name: value})})
+        try:
+            checked = getattr(type(self).model_validate({table: {name: value}}), table)
+        except ValidationError as error:
+            raise SettingsError("\n".join(_explain(type(self), error, {key: source}))) from None
+        changed = self.model_copy(
+            update={table: getattr(self, table).model_copy(update={name: getattr(checked, name)})}
+        )
         changed._sources = self._sources | _with_tables({key: source})
         return changed
 
@@ -87,45 +128,47 @@ def read_settings(kind: type[S], file: Path) -> S:
     Raises `SettingsError` with every mistake: place, value seen, what is allowed.
     """
     values = _read_toml(file)
-    _refuse_unknown_variables(kind)
+    variables, left_alone = _read_variables(kind, values)
     sources = _with_tables(dict.fromkeys(leaves(values), file.name))
     try:
         # TOML has types, so its values are held to them; a variable is text, which is parsed.
         kind.model_validate(values, strict=True)
-        given = leaves(Environment(cast(Any, _with_environment(kind)))())
-        environment = {key: f"environment: {_variable_of(key)}" for key in given}
-        sources |= _with_tables(environment)
-        settings: S = _with_environment(kind)(**values)
+        given = Environment(kind, variables)()
+        values = {
+            name: table for name, table in values.items() if (name,) not in variables or not _has_rows(kind, name)
+        }
+        environment = {key: f"environment: {_variable_of(key, variables)}" for key in leaves(given)}
+        sources = _with_tables(dict.fromkeys(leaves(values), file.name)) | _with_tables(environment)
+        settings = kind.model_validate(_merge(values, given))
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(kind, error, sources))) from None
-    settings._file, settings._sources = file, sources
+    settings._file, settings._sources, settings._left_alone = file, sources, left_alone
     return settings
 
 
+def _merge(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with those that were given instead, table by table."""
+    merged = {
+        name: _merge(values[name], value) if isinstance(value, dict) and isinstance(values.get(name), dict) else value
+        for name, value in given.items()
+    }
+    return {**values, **merged}
+
+
 class Environment(EnvSettingsSource):
-    """The `SERVING_…` variables, nested like the file. Text that should be JSON and is not is left to validation."""
+    """The texts of variables, nested like the file. Text that should be JSON and is not is left to validation."""
+
+    def __init__(self, kind: type[SettingsFile], variables: Mapping[Key, str]) -> None:
+        super().__init__(cast(Any, kind), env_prefix=PREFIX, env_nested_delimiter="__")
+        # A whole table comes before single keys of it, which would be lost.
+        self.env_vars = {PREFIX.lower() + "__".join(key): variables[key] for key in sorted(variables, key=len)}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         try:
-            return super().decode_complex_value(field_name, field, value)
+            decoded = super().decode_complex_value(field_name, field, value)
         except (ValueError, RecursionError):
             return value
-
-
-@functools.cache
-def _with_environment(kind: type[S]) -> type[S]:
-    """Return the settings in which the environment wins over the values passed in, those of the file."""
-
-    class WithEnvironment(BaseSettings, kind):  # type: ignore[misc, valid-type]
-        model_config = SettingsConfigDict(env_prefix="SERVING_", env_nested_delimiter="__")
-
-        @classmethod
-        def settings_customise_sources(  # type: ignore[override]
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return Environment(settings_cls), init_settings
-
-    return WithEnvironment
+        return value if decoded is None else decoded  # null is no value of any setting
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -138,20 +181,71 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
 
 
-def _refuse_unknown_variables(kind: type[BaseModel]) -> None:
-    """Refuse a `SERVING_…` variable that is no setting, which pydantic-settings would ignore (its issue 985)."""
+PREFIX = "SERVING_"
+PROTOCOL, URL, NUMBER, ADDRESS = "(?:TCP|UDP|SCTP)", r"(?:TCP|UDP|SCTP)://\S+:\d+", r"\d+", r"[\dA-F.:]+"
+OF_SERVICES = {  # ends of the variables that Kubernetes makes for a Service, and their values
+    "SERVICE_HOST": ADDRESS,
+    "SERVICE_PORT(?:_[A-Z0-9_]+)?": NUMBER,
+    "PORT": URL,
+    rf"PORT_\d+_{PROTOCOL}": URL,
+    rf"PORT_\d+_{PROTOCOL}_PROTO": PROTOCOL,
+    rf"PORT_\d+_{PROTOCOL}_PORT": NUMBER,
+    rf"PORT_\d+_{PROTOCOL}_ADDR": ADDRESS,
+}
+
+
+def _is_of_service(variable: str, text: str) -> bool:
+    """Return whether a variable is one that Kubernetes makes for a Service named `serving` or `serving-…`."""
+    return any(
+        re.fullmatch(rf"{PREFIX}(?:\w+_)?{end}={value}", f"{variable}={text}", re.IGNORECASE)
+        for end, value in OF_SERVICES.items()
+    )
+
+
+def _read_variables(kind: type[SettingsFile], values: Mapping[str, Any]) -> tuple[dict[Key, str], list[str]]:
+    """Return the text of each `SERVING_…` variable by its key, and the names of those that are Kubernetes'.
+
+    One that is empty counts as not set. `values` are those of the file, among which a variable may complete a row.
+    Raises `SettingsError` for a variable that is no setting, which pydantic-settings would ignore (its issue 985).
+    """
+    texts = {name.upper(): text.strip() for name, text in os.environ.items()}
+    ours = {name: text for name, text in texts.items() if name.startswith(PREFIX) and text}
+    ours.pop("SERVING_SETTINGS", None)
     known = {key[:end] for key in setting_keys(kind) for end in range(1, len(key) + 1)}
-    lines: list[str] = []
-    for variable in map(str.upper, os.environ):
-        key = tuple(variable.removeprefix("SERVING_").lower().split("__"))
-        ours = variable.startswith("SERVING_") and variable != "SERVING_SETTINGS"
-        if ours and key not in known and _row_model(kind, key[0]) is None:
-            right = _find_by_other_name(kind, key)
+    variables: dict[Key, str] = {}
+    left_alone, lines = [], []
+    for variable, text in sorted(ours.items()):
+        key = tuple(variable.removeprefix(PREFIX).lower().split("__"))
+        if len(key) > 1 and _has_rows(kind, key[0]):
+            whole = ours.get(_variable(key[:1]))
+            variables[_match_row(key, values.get(key[0]) if whole is None else _from_json(whole))] = text
+        elif key in known:
+            variables[key] = text
+        elif _is_of_service(variable, text):
+            left_alone.append(variable)
+        else:
+            right = _find_by_other_name(kind, key) or _find_by_other_name(kind, (key[-1].rpartition("_")[2],))
             names = map(_variable, setting_keys(kind))
             hint = f"did you mean {_variable(right)!r}?" if right else nearest(variable, names)
             lines.append(f"environment: {variable} is not a setting; {hint}")
     if lines:
         raise SettingsError("\n".join(lines))
+    return variables, left_alone
+
+
+def _match_row(key: Key, rows: Any) -> Key:
+    """Return the key of a variable with the name of its row as it is spelt in a table, which has capitals and blanks.
+
+    A row that is not there yet has its name in small letters.
+    """
+    names = [name for name in rows if _word(name) == _word(key[1])] if isinstance(rows, dict) else []
+    return (key[0], key[1] if key[1] in names or not names else names[0], *key[2:])
+
+
+def _from_json(text: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
 
 
 def setting_keys(model: type[BaseModel], prefix: Key = ()) -> Iterator[Key]:
@@ -196,6 +290,10 @@ def _table_at(kind: type[BaseModel], place: Key) -> type[SettingsTable] | None:
     return found if isinstance(found, type) and issubclass(found, SettingsTable) else None
 
 
+def _has_rows(kind: type[BaseModel], name: str) -> bool:
+    return _row_model(kind, name) is not None
+
+
 def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
     """Yield every value of nested tables as its path of keys; an empty table counts as a value."""
     for name, value in values.items():
@@ -206,13 +304,17 @@ def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
 
 
 def _variable(key: Iterable[str]) -> str:
-    return "SERVING_" + "__".join(key).upper()
+    return PREFIX + "__".join(map(_word, key))
 
 
-def _variable_of(key: Key) -> str:
+def _word(name: str) -> str:
+    """Return a name as it stands in a variable: in capitals, with one underscore for what is no letter or digit."""
+    return re.sub(r"[\W_]+", "_", name).strip("_").upper()
+
+
+def _variable_of(key: Key, variables: Iterable[Key]) -> str:
     """Return the variable that gives a value of the environment: its own, or one with a table that it is in."""
-    names = [_variable(key[:end]) for end in range(len(key), 0, -1)]
-    return next(name for name in names if name in map(str.upper, os.environ))
+    return next(_variable(key[:end]) for end in range(len(key), 0, -1) if key[:end] in variables)
 
 
 def _with_tables(sources: Sources) -> Sources:
@@ -230,7 +332,11 @@ def _source(key: Key, sources: Sources) -> str:
 
 def _place(key: Key, sources: Sources) -> str:
     source = _source(key, sources)
-    return source if source == f"environment: {_variable(key)}" else f"{source}: {'.'.join(map(toml_key, key))}"
+    return source if source == f"environment: {_variable(key)}" else f"{source}: {_dotted(key)}"
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(toml_key, key))
 
 
 def toml_key(name: str) -> str:
@@ -258,8 +364,12 @@ def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) ->
             hint = f"did you mean {'.'.join(right[level:])!r}?" if right else nearest(key[-1], names)
             lines.append(f"{place} is not a setting; {hint}")
         else:
-            seen = "**********" if _is_secret(kind, key[0]) else repr(shorten(problem["input"]))
-            as_json = " (as JSON)" if isinstance(problem["input"], str) and problem["type"] in NESTED else ""
+            given = problem["input"]
+            is_variable = isinstance(given, str) and place.startswith("environment")
+            as_json = (
+                f" as JSON, such as {IN_JSON[problem['type']]}" if is_variable and problem["type"] in NESTED else ""
+            )
+            seen = _masked(given) if _is_secret(kind, key[0]) else repr(shorten(given))
             shoulds.setdefault(f"{place} is {seen}", []).append(should(problem) + as_json)
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
@@ -277,7 +387,14 @@ def _is_secret(kind: type[BaseModel], name: str) -> bool:
     return table is not None and table.is_secret
 
 
+def _masked(value: Any) -> str:
+    """Return what kind of value a secret is, without the secret."""
+    kinds = {str: "text" if value else "empty text", bool: "true or false", list: "a list", dict: "a table"}
+    return f"********** ({kinds.get(type(value), 'a number')})"
+
+
 NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}
+IN_JSON = {"model_type": """'{"…": …}'""", "dict_type": """'{"…": …}'""", "list_type": """'["…"]'"""}
 
 
 def should(problem: Any) -> str:

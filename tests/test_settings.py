@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 import app
 from serving.errors import SettingsError, StartupError
 from serving.predictor.features import FeatureSettings
 from serving.settings import SettingsTable, setting_keys
+from tests.lib.artifacts import save
 from tests.lib.servers import GUNICORN, PROJECT, run, run_gunicorn
 
 CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
@@ -268,7 +271,14 @@ VARIABLES = [
     ("not-a-number", "SERVING_SERVER__WORKERS", "many", ["SERVING_SERVER__WORKERS is 'many'", "or be 'auto'"]),
     ("not-truth", "SERVING_LOGGING__ACCESS", "maybe", ["SERVING_LOGGING__ACCESS is 'maybe'", "valid boolean"]),
     ("not-json", "SERVING_MODEL__TRUSTED_TYPES", "a.B", ["SERVING_MODEL__TRUSTED_TYPES is 'a.B'", "as JSON"]),
-    ("empty", "SERVING_FRAMEWORK", "", ["SERVING_FRAMEWORK is ''"]),
+    ("empty-table", "SERVING_FEATURES", "null", ["SERVING_FEATURES is 'null'; it should be a table of keys as JSON"]),
+    ("key-as-text", "SERVING_AUTH__API_KEYS", "k1,k2", ["** (text); it should be a list as JSON, such as '[\"…\"]'"]),
+    ("key-as-number", "SERVING_AUTH__API_KEYS", "[1]", ["** (a number); it should be a valid string"]),
+    ("key-that-is-empty", "SERVING_AUTH__API_KEYS", '[""]', ["** (empty text)"]),
+    ("keys-as-table", "SERVING_AUTH__API_KEYS", '{"a": 1}', ["** (a table); it should be a list"]),
+    ("port-of-a-person", "SERVING_PORT", "8000", ["SERVING_PORT is not a setting", "'SERVING_SERVER__BIND'"]),
+    ("host-of-a-person", "SERVING_SERVER__HOST", "::", ["SERVING_SERVER__HOST is not", "'SERVING_SERVER__BIND'"]),
+    ("setting-like-a-service", "SERVING_SERVER_WORKERS_PORT", "3", ["SERVING_SERVER_WORKERS_PORT is not a setting"]),
     (
         "missing-model",
         "SERVING_MODEL__PATH",
@@ -319,6 +329,153 @@ def test_mistake_in_environment_is_explained(
     with pytest.raises(StartupError) as caught:
         app.make_service(app.load_settings())
     assert [part for part in expected if part not in str(caught.value)] == []
+
+
+def test_empty_variables_count_as_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of nothing or of blanks leaves each value as the file has it: keys that close it stay closed."""
+    file = tmp_path / "mine.toml"
+    file.write_text('[auth]\napi_keys = ["key"]\n[features.x]\nunit = "cm"\n[server]\nworkers = 3')
+    expected = app.load_settings(file)
+    tables = [*app.Settings.model_fields, "features__x", "features__x__ge"]
+    for number, name in enumerate([*tables, *("__".join(key) for key in setting_keys(app.Settings)), "settings"]):
+        monkeypatch.setenv(f"SERVING_{name.upper()}", " \t" * (number % 2))
+    assert app.load_settings(file) == expected
+    assert app.load_settings(file).source("auth", "api_keys") == "mine.toml"
+    monkeypatch.setenv("SERVING_AUTH__API_KEYS", "[]")  # which is no empty variable, but a list
+    assert app.load_settings(file).auth.api_keys == []
+
+
+def test_blanks_around_a_variable_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a shell or a file of variables leaves around a value is no part of it."""
+    monkeypatch.setenv("SERVING_MODEL__NAME", " other ")
+    monkeypatch.setenv("SERVING_SERVER__WORKERS", "3\n")
+    settings = app.load_settings()
+    assert (settings.model.name, settings.server.workers) == ("other", 3)
+
+
+WORDS = {
+    "framework": ("FastAPI", "fastapi"),
+    "server__worker_class": ("Gevent", "gevent"),
+    "server__workers": ("AUTO", "auto"),
+    "model__runtime": ("ONNX", "onnx"),
+    "features__sepal_length__type": ("Int", "int"),
+    "logging__level": ("INFO", "info"),
+    "logging__format": ("JSON", "json"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_have_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A word of a fixed choice may be written in capitals, in the file and in the environment."""
+    (given, expected), key = WORDS[name], tuple(name.split("__"))
+    (tmp_path / "mine.toml").write_text(f'{".".join(key)} = "{given}"')
+    settings = app.load_settings(tmp_path / "mine.toml")
+    monkeypatch.setenv(variable(key), given)
+    for value in (settings.model_dump(), app.load_settings().model_dump()):
+        for part in key:
+            value = value[part]
+        assert value == expected
+
+
+@pytest.mark.parametrize(("word", "level"), [("WARN", "warning"), ("fatal", "critical"), ("Debug", "debug")])
+def test_levels_have_pythons_other_words(monkeypatch: pytest.MonkeyPatch, word: str, level: str) -> None:
+    """A level may be one of Python's other words for it, in gunicorn's options too."""
+    assert app.load_settings(options={"loglevel": word}).logging.level == level
+    monkeypatch.setenv("SERVING_LOGGING__LEVEL", word)
+    assert app.load_settings().logging.level == level
+
+
+def test_features_of_the_environment_replace_those_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SERVING_FEATURES` is the whole table; other tables, and each feature, have keys that are set one by one."""
+    monkeypatch.setenv("SERVING_FEATURES", '{"petal_width": {"unit": "mm"}}')
+    monkeypatch.setenv("SERVING_FEATURES__SEPAL_LENGTH__GE", "1")
+    monkeypatch.setenv("SERVING_FEATURES__PETAL_WIDTH__LE", "9")
+    monkeypatch.setenv("SERVING_LIMITS", '{"max_rows": 7}')
+    settings = app.load_settings()
+    features = {name: feature.model_dump(exclude_none=True) for name, feature in settings.features.items()}
+    assert features == {"petal_width": {"unit": "mm", "le": 9.0}, "sepal_length": {"ge": 1.0}}
+    assert (settings.limits.max_rows, settings.limits.max_queued_rows) == (7, 10_000)
+    assert (
+        settings.place("features", "petal_width", "unit") == "environment: SERVING_FEATURES: features.petal_width.unit"
+    )
+    assert settings.place("features", "sepal_length", "ge") == "environment: SERVING_FEATURES__SEPAL_LENGTH__GE"
+    monkeypatch.delenv("SERVING_FEATURES__SEPAL_LENGTH__GE")
+    monkeypatch.delenv("SERVING_FEATURES__PETAL_WIDTH__LE")
+    monkeypatch.setenv("SERVING_FEATURES", "{}")
+    assert app.load_settings().features == {}
+    assert "features = {}  # environment: SERVING_FEATURES" in run("python app.py", SERVING_FEATURES="{}").stdout
+
+
+def test_a_variable_finds_features_with_capitals_and_blanks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable is about the feature whose name it has but for case, with _ for other characters."""
+    (tmp_path / "mine.toml").write_text('[features]\nX = {unit = "m"}\n"Sepal Length (cm)" = {unit = "cm"}')
+    for name, value in {"X": "1", "SEPAL_LENGTH_CM": "2", "y": "3"}.items():
+        monkeypatch.setenv(f"SERVING_FEATURES__{name}__GE", value)
+    settings = app.load_settings(tmp_path / "mine.toml")
+    assert {name: (feature.ge, feature.unit) for name, feature in settings.features.items()} == {
+        "X": (1.0, "m"),
+        "Sepal Length (cm)": (2.0, "cm"),
+        "y": (3.0, None),
+    }
+    assert settings.place("features", "X", "ge") == "environment: SERVING_FEATURES__X__GE"
+    assert (
+        settings.source("features", "Sepal Length (cm)", "ge") == "environment: SERVING_FEATURES__SEPAL_LENGTH_CM__GE"
+    )
+
+
+def test_all_features_of_another_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that the environment chooses: one line names the file's features in their order, and the way out."""
+    estimator = LogisticRegression().fit(pd.DataFrame({"petal_width": [0.0, 1.0], "Height": [1.0, 0.0]}), [0, 1])
+    for key, value in save(estimator, tmp_path / "other.joblib").items():
+        monkeypatch.setenv(f"SERVING_MODEL__{key.upper()}", value)
+    with pytest.raises(SettingsError) as caught:
+        app.load(app.load_settings())
+    assert str(caught.value) == (
+        "settings.toml: features.sepal_length, features.sepal_width, features.petal_length are not about a feature of"
+        " the model; use one of 'petal_width', 'Height'; SERVING_FEATURES='{}' leaves out [features] of settings.toml"
+    )
+    monkeypatch.setenv("SERVING_FEATURES", "{}")
+    assert app.load(app.load_settings()).contract.names == ["petal_width", "Height"]
+    monkeypatch.setenv("SERVING_FEATURES__HEIGHT__GE", "0")
+    with pytest.raises(SettingsError, match="a name with capitals goes into SERVING_FEATURES, as JSON"):
+        app.load(app.load_settings())
+    monkeypatch.setenv("SERVING_FEATURES", '{"Height": {}}')
+    assert app.load(app.load_settings()).contract.features["Height"].ge == 0.0
+
+
+OF_SERVICES = {
+    "SERVING_SERVICE_HOST": "10.0.171.239",
+    "SERVING_SERVICE_PORT": "80",
+    "SERVING_SERVICE_PORT_HTTP": "80",
+    "SERVING_PORT": "tcp://10.0.171.239:80",
+    "SERVING_PORT_80_TCP": "tcp://10.0.171.239:80",
+    "SERVING_PORT_80_TCP_PROTO": "tcp",
+    "SERVING_PORT_80_TCP_PORT": "80",
+    "SERVING_PORT_80_TCP_ADDR": "10.0.171.239",
+    "SERVING_SERVER_SERVICE_HOST": "fd00::a",
+    "SERVING_MODEL_PORT": "udp://[fd00::a]:53",
+    "SERVING_MODEL_PORT_53_UDP": "udp://[fd00::a]:53",
+    "SERVING_MODEL_PORT_9_SCTP_ADDR": "fd00::a",
+    "SERVING_SERVICE_SERVICE_PORT": "80",  # of one that is called serving-service
+    "SERVING_SERVICE_PORT_81_TCP": "tcp://10.0.171.239:81",
+}
+
+
+def test_variables_of_kubernetes_are_left_alone() -> None:
+    """What Kubernetes sets for Services called serving or serving-… is no mistake, and one line at debug level."""
+    code = "import app; app.create_app()"
+    done = run(["python", "-c", code], **OF_SERVICES, SERVING_LOGGING__LEVEL="debug", SERVING_LOGGING__FORMAT="json")
+    lines = [line for line in map(json.loads, done.stderr.splitlines()) if line["event"] == "variables_left_alone"]
+    assert [line["names"] for line in lines] == [sorted(OF_SERVICES)]
+    assert (done.returncode, lines[0]["level"]) == (0, "debug")
+
+
+@pytest.mark.parametrize("name", OF_SERVICES)
+def test_variables_like_those_of_kubernetes_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Such a name with another value is a person's mistake."""
+    monkeypatch.setenv(name, "many")
+    with pytest.raises(SettingsError, match=f"^environment: {name} is not a setting; "):
+        app.load_settings()
 
 
 def test_mistake_is_placed_where_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,7 +353,7 @@ REFUSED = {
     "--http-parser fast": "gunicorn's http_parser is 'fast'; leave it out",
     "--workers 0": "gunicorn's workers is 0; use 1 or more",
     "--keep-alive 0": "gunicorn's keepalive is 0; use 1 or more",
-    "--log-level loud": "gunicorn's options: logging.level is 'loud'; use one of 'debug', 'info', 'warning'",
+    "--log-level loud": "gunicorn's options: logging.level is 'loud'; it should be 'debug', 'info', 'warning'",
     "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
     "--worker-connections 100": "worker_connections is not known to uvicorn's worker; leave it out, or use gevent's",
     "--header-map refuse": "header_map is not known to uvicorn's worker; leave it out, or use gevent's",

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import CoreSchema, SchemaValidator, core_schema, to_json
 
-from serving.errors import BadRequest, MisfitError, ModelError, Unprocessable, listed, nearest, shorten
+from serving.errors import BadRequest, Key, MisfitError, ModelError, Unprocessable, listed, nearest, shorten
 from serving.predictor.features import FeatureSettings, cell_schema, complete_feature, some_value
 from serving.predictor.inputs import Column, Inputs
 
@@ -38,10 +38,7 @@ class Contract:
         self.inputs = inputs
         self.columns = columns  # those that the estimator drops too
         self.names = list(used)
-        self.features = {
-            name: complete_feature(name, column, given.get(name, FeatureSettings()), row or {})
-            for name, column in used.items()
-        }
+        self.features = _complete_features(used, given, row or {})
         self.nullable = [name for name, feature in self.features.items() if feature.missing]
         row_schema = _row_schema(self.features)
         self.row = SchemaValidator(row_schema)
@@ -187,16 +184,35 @@ def name_columns(inputs: Inputs, features: Iterable[str], row: Iterable[str] = (
     return dict(zip(names, inputs.columns, strict=True))
 
 
+def _complete_features(
+    columns: Mapping[str, Column], given: Mapping[str, FeatureSettings], row: Mapping[str, Any]
+) -> dict[str, FeatureSettings]:
+    """Return each feature as settings, estimator and a known row have it. Raises `MisfitError` with all that differ."""
+    features: dict[str, FeatureSettings] = {}
+    problems: list[tuple[Key, str]] = []
+    for name, column in columns.items():
+        try:
+            features[name] = complete_feature(name, column, given.get(name, FeatureSettings()), row)
+        except MisfitError as error:
+            problems += error.problems
+    if problems:
+        raise MisfitError(*problems)
+    return features
+
+
 def _refuse_contradictions(columns: Mapping[str, Column], features: Mapping[str, FeatureSettings]) -> None:
     """Raise `MisfitError` where settings and estimator differ, and `ModelError` where its own parts do."""
-    for name in features.keys() - columns.keys():
-        raise MisfitError((("features", name), f"is not about a feature of the model; {nearest(name, columns)}"))
+    unknown = [name for name in features if name not in columns]
     for name in [name for name, column in columns.items() if column.choices == ()]:
         raise ModelError(f"has parts that know no category of {name!r} in common, so that it can answer none")
-    problems = [
+    hint = nearest(unknown[0], columns) if len(unknown) == 1 else f"use one of {listed([*columns])}"
+    problems: list[tuple[Key, str]] = [
+        (("features", name), f"is not about a feature of the model; {hint}") for name in unknown
+    ]
+    problems += [
         (("features", name, key), f"is {shorten(getattr(given, key))!r}; the model takes {allowed} there")
         for name, given in features.items()
-        for key, allowed in _find_contradictions(given, columns[name])
+        for key, allowed in _find_contradictions(given, columns.get(name, Column()))
     ]
     if problems:
         raise MisfitError(*problems)
