@@ -31,9 +31,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-import joblib
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
+from serving.cores import count_cores
 from serving.errors import Key, SettingsError, Unavailable, errors_about, exit_on_startup_error
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
@@ -151,8 +151,8 @@ class Settings(SettingsFile):
 
     @functools.cached_property
     def cores(self) -> int:
-        """The number of cores that affinity and cgroup quota leave to this process."""
-        return int(joblib.cpu_count())
+        """The number of cores that affinity and quotas leave to this process."""
+        return count_cores()
 
     @property
     def workers(self) -> int:
