@@ -61,6 +61,7 @@ __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 PROJECT = Path(__file__).resolve().parent
 CONCURRENCY = "WEB_CONCURRENCY"  # the variable with a platform's number of workers
 OPTIONS = "gunicorn's options"  # the source of a value
+MAX_WORKERS = 1000  # each is a process
 RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
@@ -89,7 +90,7 @@ class ServerSettings(SettingsTable):
     }
 
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
-    workers: PositiveInt | Literal["auto"] = "auto"
+    workers: Annotated[PositiveInt, Field(le=MAX_WORKERS)] | Literal["auto"] = "auto"
     bind: Address | Annotated[list[Address], Field(min_length=1)] = "127.0.0.1:8000"
     backlog: Annotated[PositiveInt, Field(lt=2**31)] = 2048
     timeout: NonNegativeInt = 30
@@ -179,8 +180,9 @@ def load_settings(
         feature._is_variable = settings.source("features", name, "example").startswith("environment")
     if settings.server.workers == "auto" and "workers" not in options and (number := os.environ.get(CONCURRENCY)):
         # Platforms set it. Gunicorn too takes it for the number of workers that nobody has set.
-        if not re.fullmatch("[1-9][0-9]{0,5}", number):
-            raise SettingsError(f"environment: {CONCURRENCY} is {number!r}; it should be a number of workers")
+        if not re.fullmatch("[1-9][0-9]{0,5}", number) or int(number) > MAX_WORKERS:
+            rule = f"it should be a number of workers, {MAX_WORKERS} at most"
+            raise SettingsError(f"environment: {CONCURRENCY} is {number!r}; {rule}")
         settings = settings.with_value(("server", "workers"), int(number), f"environment: {CONCURRENCY}")
     for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
         # A path of an option starts from the working directory, one of the settings from their file.

@@ -24,6 +24,8 @@ from serving.web.service import Service
 log = structlog.get_logger()
 
 
+MANY_WORKERS = 4  # for each core: more only take memory, since one answers many requests at a time
+
 class Master(Arbiter):
     """Gunicorn's arbiter, with a reload that is a transaction.
 
@@ -75,6 +77,8 @@ class Master(Arbiter):
     def manage_workers(self) -> None:
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
         flush_output()
+        if settings.workers > MANY_WORKERS * settings.cores:
+            log.warning("many_workers", cores=settings.cores, workers=settings.workers)
         self.reload_.go_on()
         self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
         for pid in self.WORKERS.keys() - self.retired.keys():

@@ -282,3 +282,11 @@ def used(server: Server) -> list[int]:
     for _ in range(50):
         assert server.post([{"x0": 0.5, "x1": 1.5}] * 100).status == 200
     return workers
+
+
+def test_many_workers_are_a_warning(serve: Starter) -> None:
+    """More than four workers for each core take memory for nothing, and the log says so."""
+    environment = gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__WORKERS="5", LOKY_MAX_CPU_COUNT="1")
+    server = serve(**environment)
+    (line,) = [line for line in server.lines if line["event"] == "many_workers"]
+    assert (line["level"], line["workers"], line["cores"]) == ("warning", 5, 1)

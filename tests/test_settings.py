@@ -158,7 +158,8 @@ def test_gunicorns_options_and_the_platform_are_printed(variables: dict[str, str
 
 
 WRONG_VARIABLES = {
-    "WEB_CONCURRENCY": ("0", "WEB_CONCURRENCY is '0'; it should be a number of workers"),
+    "WEB_CONCURRENCY": ("0", "WEB_CONCURRENCY is '0'; it should be a number of workers, 1000 at most"),
+    "Web_Concurrency": ("5000", "WEB_CONCURRENCY is '5000'; it should be a number of workers, 1000 at most"),
     "web_concurrency": ("many", "WEB_CONCURRENCY is 'many': invalid literal for int() with base 10: 'many'"),
     "GUNICORN_CMD_ARGS": ("--bind 'x", 'GUNICORN_CMD_ARGS is "--bind \'x": No closing quotation'),
 }
@@ -215,6 +216,8 @@ FILES = [
     ("fraction-as-bound", '[features.x]\ntype = "int"\nge = 0.5', ["features.x is", "whole numbers as bounds"]),
     ("bind-no-port", '[server]\nbind = "x:http"', ["bind is 'x:http'; it should be 'host:port', 'unix:path' or"]),
     ("bind-port-too-large", '[server]\nbind = ["127.0.0.1:70000"]', ["is '127.0.0.1:70000'", "'host:port'"]),
+    ("bind-descriptor", '[server]\nbind = "fd://3"', ["bind is 'fd://3'; it should be 'host:port' or 'unix:path'"]),
+    ("too-many-workers", "[server]\nworkers = 5000", ["workers is 5000; it should be less than or equal to 1000"]),
     ("bind-empty", '[server]\nbind = ""', ["server.bind is ''"]),
     ("bind-empty-path", '[server]\nbind = "unix:"', ["server.bind is 'unix:'"]),
     ("backlog-too-large", "[server]\nbacklog = 9999999999", ["backlog is 9999999999; it should be less than"]),

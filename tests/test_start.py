@@ -355,6 +355,8 @@ REFUSED = {
     "--keep-alive 0": "gunicorn's keepalive is 0; use 1 or more",
     "--log-level loud": "gunicorn's options: logging.level is 'loud'; it should be 'debug', 'info', 'warning'",
     "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
+    "--workers 1001": "gunicorn's options: server.workers is 1001; it should be less than or equal to 1000",
+    "--bind fd://3": "gunicorn's options: server.bind is 'fd://3'; it should be 'host:port' or 'unix:path'",
     "--worker-connections 100": "worker_connections is not known to uvicorn's worker; leave it out, or use gevent's",
     "--header-map refuse": "header_map is not known to uvicorn's worker; leave it out, or use gevent's",
     "--threads 2": "threads is not used: each worker has a share of the cores",
