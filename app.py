@@ -66,13 +66,13 @@ RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
 
-ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+|fd://[0-9]+", re.ASCII)
+ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+", re.ASCII)
 
 
 def _check_address(address: str) -> str:
     match = ADDRESS.fullmatch(address)
     if match is None or int(match[1] or 0) > 65_535:
-        raise ValueError("an address should be 'host:port', 'unix:path' or 'fd://number'")
+        raise ValueError("an address should be 'host:port' or 'unix:path'")
     return address
 
 

@@ -34,19 +34,20 @@ class GunicornLogger(Logger):
 
 
 def on_starting(server: Any) -> None:
-    """Make the arbiter a `Master`, unless gunicorn's options are refused."""
+    """Make the arbiter a `Master` that listens, unless gunicorn's options or its addresses are refused."""
     service = cast(Service[app.Settings], app.current_service())
     try:
         final, given = options.final_options(server.cfg), options.read_options()
         options.check_options(final, given)
         options.check_app(server.app.app_uri, final, given, service.settings)
+        Master.take_over(server, service, boot.proof_s)
+        server.open_listeners()
     except StartupError as error:
         if server.pidfile is not None:
             server.pidfile.unlink()
         refuse_start(error)
     if server.cfg.daemon:
         reopen_output()
-    Master.take_over(server, service, boot.proof_s)
 
 
 def when_ready(server: Master) -> None:

@@ -7,13 +7,14 @@ import time
 from typing import Any
 
 import structlog
+from gunicorn import systemd
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 from gunicorn.workers.base import Worker
 
 import app
 from processes.handshake import BOOTING, DRAINING, READY, Handshake, read_stage
-from processes.listeners import close
+from processes.listeners import close, listen_at_all
 from processes.reload import MAX_WAIT_S, Reload, start_timeout_s
 from processes.trial import Trial
 from processes.worker import SupervisedWorker
@@ -23,8 +24,8 @@ from serving.web.service import Service
 
 log = structlog.get_logger()
 
-
 MANY_WORKERS = 4  # for each core: more only take memory, since one answers many requests at a time
+
 
 class Master(Arbiter):
     """Gunicorn's arbiter, with a reload that is a transaction.
@@ -56,6 +57,14 @@ class Master(Arbiter):
         arbiter.n_failed = 0
         arbiter.spawn_after = 0.0
 
+    def open_listeners(self) -> None:
+        """Listen, before gunicorn would, which tries a taken port again and again. Raises `SettingsError`.
+
+        Those that systemd or an old master hand over are gunicorn's to take.
+        """
+        if not (systemd.listen_fds(unset_environment=False) or self.master_pid or self.cfg.reuse_port):
+            self.LISTENERS = listen_at_all(self.cfg, self.log, self.service.settings.place("server", "bind"))
+
     def use(self, service: Service[app.Settings]) -> None:
         """Fork workers of a service from now on."""
         app.set_current_service(service)
@@ -68,6 +77,8 @@ class Master(Arbiter):
         named = {"framework": settings.framework, "worker_class": settings.worker_class}
         log.info("serving", **named, **self.service.identity)
         log.info("core_budget", cores=settings.cores, workers=settings.workers, threads=settings.threads)
+        if settings.workers > MANY_WORKERS * settings.cores:
+            log.warning("many_workers", cores=settings.cores, workers=settings.workers)
         self.service.model.note_python()
 
     def handle_hup(self) -> None:
@@ -77,8 +88,6 @@ class Master(Arbiter):
     def manage_workers(self) -> None:
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
         flush_output()
-        if settings.workers > MANY_WORKERS * settings.cores:
-            log.warning("many_workers", cores=settings.cores, workers=settings.workers)
         self.reload_.go_on()
         self.retired = {pid: end for pid, end in self.retired.items() if pid in self.WORKERS}
         for pid in self.WORKERS.keys() - self.retired.keys():
@@ -162,8 +171,7 @@ class Master(Arbiter):
         """
         self.is_stopping = True
         self.reload_.stop()
-        is_given = self.systemd or any(isinstance(address, int) for address in self.cfg.address)
-        are_shared = is_given or self.reexec_pid or self.master_pid
+        are_shared = self.systemd or self.reexec_pid or self.master_pid
         self.handshake.stop_service()
         self.handshake.drop(not are_shared for _ in self.LISTENERS)
         for listener in self.LISTENERS:

@@ -30,7 +30,7 @@ import structlog
 import app
 from processes import options
 from processes.handshake import BOOTING, Handshake
-from processes.listeners import close, has_file, listen
+from processes.listeners import close, has_file, listen_at_all
 from processes.loading import Deadline, Loaded, Loading, load, prove_in_child
 from processes.trial import try_out, wait_for
 from serving.errors import SettingsError, StartupError
@@ -162,7 +162,7 @@ class Reload:
         new: list[int] = []
         try:
             self._configure()
-            master.LISTENERS = self._listen()
+            master.LISTENERS = yield from self._listen()
             master.setup(master.app)
             yield from self._start(new)
         except (Exception, GeneratorExit):
@@ -185,24 +185,22 @@ class Reload:
         options.check_options(final, given)
         options.check_app(application.app_uri, final, given, self.master.service.settings)
 
-    def _listen(self) -> list[Any]:
-        """Return a listener for each address of the configuration: those that there are, and new ones."""
+    def _listen(self) -> Generator[None, None, list[Any]]:
+        """Return a listener for each address of the configuration: those that there are, and new ones.
+
+        An address may be in use for as long as workers drain that served it before an earlier reload.
+        """
         master, cfg = self.master, self.master.app.cfg
-        there = {listener.cfg_addr: listener for listener in master.LISTENERS if has_file(listener.cfg_addr)}
-        are_same = cfg.address == master.cfg.address and len(there) == len(master.LISTENERS)
+        are_same = cfg.address == master.cfg.address and all(has_file(old.cfg_addr) for old in master.LISTENERS)
         if are_same or master.systemd or cfg.reuse_port:
             return master.LISTENERS
-        listeners: list[Any] = []
-        try:
-            for address in cfg.address:
-                listeners.append(there.get(address) or listen(address, cfg, master.log, master.LISTENERS))
-        except (OSError, ValueError) as error:
-            close([listener for listener in listeners if listener not in master.LISTENERS])
-            where = master.service.settings.place("server", "bind")
-            shown = ":".join(map(str, address)) if isinstance(address, tuple) else address
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise SettingsError(f"{where}: cannot listen at {shown!r}: {reason}") from None
-        return listeners
+        while True:
+            try:
+                return listen_at_all(cfg, master.log, master.service.settings.place("server", "bind"), master.LISTENERS)
+            except SettingsError:
+                if not master.retired:
+                    raise
+            yield
 
     def _start(self, new: list[int]) -> Generator[None, None, None]:
         """Fork the new workers, and wait until each has been ready."""

@@ -352,8 +352,13 @@ def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) ->
     """Describe each mistake in a line: place, value seen, what is allowed."""
     shoulds: dict[str, list[str]] = {}
     lines: list[str] = []
-    for problem in error.errors(include_url=False):
-        key = _setting_of(kind, [str(part) for part in problem["loc"]])
+    problems = [(_setting_of(kind, [*map(str, each["loc"])]), each) for each in error.errors(include_url=False)]
+    lists = {
+        key for key, problem in problems if not isinstance(problem["input"], list)
+    }  # of a list its items are wrong
+    for key, problem in problems:
+        if key in lists and isinstance(problem["input"], list):
+            continue
         place = _place(key, sources)
         if problem["type"] == "extra_forbidden":
             level = len(key) - 1

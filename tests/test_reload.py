@@ -1,5 +1,8 @@
 """HUP: new settings and a new model are taken as a whole or not at all, and no request is lost by it."""
 
+import contextlib
+import http.client
+import json
 import os
 import re
 import signal
@@ -248,6 +251,31 @@ def test_loopback_gives_way_to_all_interfaces(serve: Starter, file: Path, free_p
             load.wait_for(1000)
     assert (load.failures, [*load.answers]) == ([], [200])
     server.stop()
+
+
+def test_both_wildcards_are_served(serve: Starter, tmp_path: Path, free_port: int) -> None:
+    """IPv4's and IPv6's address for all interfaces are served together, and by HUP each alone."""
+    ipv4, ipv6 = f"0.0.0.0:{free_port}", f"[::]:{free_port}"
+    for combination in TWINS:
+        file = lay_out(tmp_path, *combination)
+        text = file.read_text()
+        file.write_text(text.replace('"127.0.0.1:0"', json.dumps([ipv6, ipv4])))
+        server = serve(port=free_port, SERVING_SETTINGS=str(file))
+        for addresses in (None, ipv6, ipv4):
+            if addresses is not None:
+                file.write_text(text.replace('"127.0.0.1:0"', json.dumps(addresses)))
+                assert server.reload()["event"] == "reloaded"
+            for host, is_served in {"127.0.0.1": True, "::1": addresses != ipv4}.items():
+                wait_until(lambda host=host, is_served=is_served: answers_at(host, free_port) == is_served, f"{host}")
+        assert server.stop() == 0
+
+
+def answers_at(host: str, port: int) -> bool:
+    client = http.client.HTTPConnection(host, port, timeout=30)
+    with contextlib.closing(client), contextlib.suppress(ConnectionRefusedError):
+        client.request("GET", "/ping")
+        return client.getresponse().status == 200
+    return False
 
 
 def test_unix_sockets_leave_no_file(serve: Starter, file: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ FILES = [
     ("bound-of-nan", "[features.x]\nge = nan", ["features.x.ge is nan; it should be a finite number"]),
     ("bound-of-bool", '[features.x]\ntype = "bool"\nge = 0', ["features.x is", "have no bounds"]),
     ("fraction-as-bound", '[features.x]\ntype = "int"\nge = 0.5', ["features.x is", "whole numbers as bounds"]),
-    ("bind-no-port", '[server]\nbind = "x:http"', ["bind is 'x:http'; it should be 'host:port', 'unix:path' or"]),
+    ("bind-no-port", '[server]\nbind = "x:http"', ["bind is 'x:http'; it should be 'host:port' or 'unix:path'"]),
     ("bind-port-too-large", '[server]\nbind = ["127.0.0.1:70000"]', ["is '127.0.0.1:70000'", "'host:port'"]),
     ("bind-descriptor", '[server]\nbind = "fd://3"', ["bind is 'fd://3'; it should be 'host:port' or 'unix:path'"]),
     ("too-many-workers", "[server]\nworkers = 5000", ["workers is 5000; it should be less than or equal to 1000"]),

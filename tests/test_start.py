@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable
@@ -354,9 +355,9 @@ REFUSED = {
     "--workers 0": "gunicorn's workers is 0; use 1 or more",
     "--keep-alive 0": "gunicorn's keepalive is 0; use 1 or more",
     "--log-level loud": "gunicorn's options: logging.level is 'loud'; it should be 'debug', 'info', 'warning'",
-    "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
     "--workers 1001": "gunicorn's options: server.workers is 1001; it should be less than or equal to 1000",
     "--bind fd://3": "gunicorn's options: server.bind is 'fd://3'; it should be 'host:port' or 'unix:path'",
+    "--proxy-protocol": "proxy_protocol is not known to uvicorn's worker; leave it out, or use gevent's",
     "--worker-connections 100": "worker_connections is not known to uvicorn's worker; leave it out, or use gevent's",
     "--header-map refuse": "header_map is not known to uvicorn's worker; leave it out, or use gevent's",
     "--threads 2": "threads is not used: each worker has a share of the cores",
@@ -397,3 +398,20 @@ def test_option_that_cannot_work_is_refused_by_hup(serve: Starter, project: Path
         file.write_text(text)
     assert server.post(ROW).status == 200
     server.stop()
+
+
+def test_taken_port_is_one_line(tmp_path: Path) -> None:
+    """A port that another program has ends the start at once, with the place of the address, and no file stays."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        environment = gunicorn_environment("fastapi", "uvicorn", SERVING_LOGGING__LEVEL="warning")
+        file = tmp_path / "serving.pid"
+        by_variable = run_gunicorn(f"--pid {file}", **environment | {"SERVING_SERVER__BIND": address})
+        by_option = run_gunicorn(f"--bind {address}", **environment)
+    problem = f"cannot listen at '{address}': Address already in use; choose another server.bind\n"
+    assert by_variable.stderr == f"SettingsError: environment: SERVING_SERVER__BIND: {problem}"
+    assert by_option.stderr == f"SettingsError: gunicorn's options: server.bind: {problem}"
+    assert (by_variable.returncode, by_option.returncode) == (STARTUP_STATUS, STARTUP_STATUS)
+    assert not file.exists()
