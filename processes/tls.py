@@ -7,6 +7,7 @@ import ssl
 
 import app
 from serving.errors import SettingsError
+from serving.settings import explain_relative
 
 
 def tls_files(settings: app.Settings) -> list[str | None]:
@@ -20,7 +21,8 @@ def check_tls(settings: app.Settings) -> None:
     files = dict(zip(("certfile", "keyfile"), tls_files(settings), strict=True))
     for name, file in files.items():
         if file and not os.access(file, os.R_OK):
-            raise SettingsError(f"{settings.place('server', name)} is {file!r}, which cannot be read")
+            cure = explain_relative(getattr(settings.server, name))
+            raise SettingsError(f"{settings.place('server', name)} is {file!r}, which cannot be read{cure}")
     certificate, key = files.values()
     if key and not certificate:
         raise SettingsError(f"{settings.place('server', 'keyfile')} needs server.certfile beside it")

@@ -409,6 +409,18 @@ def should(problem: Any) -> str:
     return said.partition(", unable to")[0]
 
 
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def explain_relative(path: str) -> str:
+    """Return what to do about a path of the settings at which no file is, for the end of a message."""
+    if Path(path).is_absolute():
+        return ""
+    found = next((str(folder / path) for folder in (Path.cwd(), PROJECT) if (folder / path).is_file()), None)
+    cure = f"write {found!r}, where there is one" if found else "write an absolute path for another one"
+    return f"; {path!r} starts from the folder of the settings file, {cure}"
+
+
 def print_settings(settings: SettingsFile) -> None:
     """Print the settings in force as TOML, each with where it comes from; secrets are masked."""
     table: tuple[str, ...] = ()

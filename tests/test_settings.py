@@ -479,6 +479,27 @@ def test_variables_like_those_of_kubernetes_are_refused(monkeypatch: pytest.Monk
         app.load_settings()
 
 
+def test_relative_path_starts_from_the_settings_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not beside a settings file of another folder: the message has the rule, and where one is."""
+    (folder / "config").mkdir()
+    (file := folder / "config" / "mine.toml").write_text('[model]\npath = "model/iris.skops"')
+    there = f"mine.toml: model.path is '{folder}/config/model/iris.skops', which does not exist; 'model/iris.skops'"
+    with pytest.raises(StartupError) as of_project:
+        app.load(app.load_settings(file))
+    assert str(of_project.value) == (
+        f"{there} starts from the folder of the settings file, write '{PROJECT}/model/iris.skops', where there is one"
+    )
+    monkeypatch.setenv("SERVING_MODEL__PATH", "iris.skops")
+    monkeypatch.chdir(folder)
+    with pytest.raises(StartupError, match=re.escape(f"write '{folder}/iris.skops', where there is one")):
+        app.load(app.load_settings(file))
+    monkeypatch.setenv("SERVING_MODEL__PATH", "none.skops")
+    with pytest.raises(StartupError, match=r"settings file, write an absolute path for another one$"):
+        app.load(app.load_settings(file))
+    monkeypatch.setenv("SERVING_MODEL__PATH", f"{folder}/iris.skops")
+    assert app.load(app.load_settings(file)).path == folder / "iris.skops"
+
+
 def test_mistake_is_placed_where_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that gives other keys of a table, or overrides the wrong value, is not blamed for the file."""
     file = folder / "mine.toml"

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 
 from serving.errors import ModelError, StartupError, listed, nearest, reason_of
 from serving.predictor.predictor import GraphFile, refuse_no_predictor
-from serving.settings import OtherNames, PathText, SettingsTable, check_each_once
+from serving.settings import OtherNames, PathText, SettingsTable, check_each_once, explain_relative
 
 
 class ModelSettings(SettingsTable):
@@ -53,14 +53,17 @@ def load_artifact(settings: ModelSettings, path: Path) -> tuple[Any, str]:
 
     Raises `ModelError`.
     """
-    data = read_artifact(path)
+    data = read_artifact(path, explain_relative(settings.path))
     sha256 = hashlib.sha256(data).hexdigest()
     _refuse_untrusted(path, sha256, settings.sha256.lower())
     return load_estimator(path, data, settings.trusted_types), sha256
 
 
-def read_artifact(path: Path) -> bytes:
-    """Read an artifact whose bytes are of the format that its suffix names. Raises `ModelError`."""
+def read_artifact(path: Path, cure: str = "") -> bytes:
+    """Read an artifact whose bytes are of the format that its suffix names.
+
+    Raises `ModelError`, for one that is not there with what to do about it.
+    """
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise ModelError(f"has the suffix {path.suffix!r}; use one of {listed([*FORMATS])}")
@@ -69,7 +72,7 @@ def read_artifact(path: Path) -> bytes:
     except FileNotFoundError:
         others = [file.name for file in path.parent.glob("*") if file.suffix in FORMATS]
         hint = f"; {nearest(path.name, others)}" if others else ""
-        raise ModelError(f"does not exist{hint}") from None
+        raise ModelError(f"does not exist{hint}{cure}") from None
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}") from None
     if not data:
