@@ -22,6 +22,7 @@ Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --ap
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -34,17 +35,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
 from serving.cores import count_cores
-from serving.errors import Key, SettingsError, Unavailable, errors_about, exit_on_startup_error
+from serving.errors import Key, SettingsError, StartupError, Unavailable, errors_about, exit_on_startup_error
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
 from serving.predictor.bodies import LONG_BYTES, PART_BYTES, LongBody, read_rows
 from serving.predictor.calls import BatchingSettings, Job
 from serving.predictor.features import FeatureSettings
+from serving.predictor.golden import golden_path
 from serving.predictor.model import Model, Report, load_model
 from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
 from serving.settings import OtherNames, PathText, SettingsFile, SettingsTable, print_settings, read_settings
+from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
 from serving.web.messages import JSON, Request, Response
@@ -174,8 +177,7 @@ def load_settings(
     `path` is the file; without it `SERVING_SETTINGS`, and without that the `settings.toml` beside this module. Raises
     `SettingsError` with every mistake: place, value seen, what is allowed.
     """
-    file = Path(path or os.environ.get("SERVING_SETTINGS") or PROJECT / "settings.toml").absolute()
-    settings = read_settings(Settings, file)
+    settings = read_settings(Settings, find_settings(path))
     for name, feature in settings.features.items():
         feature._is_variable = settings.source("features", name, "example").startswith("environment")
     if settings.server.workers == "auto" and "workers" not in options and (number := os.environ.get(CONCURRENCY)):
@@ -191,6 +193,11 @@ def load_settings(
     if "loglevel" in options:
         settings = settings.with_value(("logging", "level"), options["loglevel"], OPTIONS)
     return settings
+
+
+def find_settings(path: str | os.PathLike[str] | None = None) -> Path:
+    """Return the settings file: a path, or what `SERVING_SETTINGS` names, or the one beside this module."""
+    return Path(path or os.environ.get("SERVING_SETTINGS", "").strip() or PROJECT / "settings.toml").absolute()
 
 
 def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
@@ -473,13 +480,25 @@ def start_service() -> Service[Settings]:
     service = current_service()
     if service is None:
         protect_output()
+        seen = look_at(files_to_watch()) if is_reloaded() else {}
         settings = load_settings()
         configure_logging(settings.logging)
         settings.note_left_alone()
         service = make_service(settings)
         set_current_service(service)
         service.model.note_python()
+        if seen:
+            touch_after_change(seen, PROJECT / "app.py")
     return service
+
+
+def files_to_watch() -> list[Path]:
+    """Return the files, other than sources, on which the service depends."""
+    files = [find_settings()]
+    with contextlib.suppress(StartupError):
+        model = load_settings().model_path
+        files += [model, golden_path(model)]
+    return files
 
 
 # What servers ask this module for -------------------------------------------------------------------------------------
@@ -492,7 +511,7 @@ COMMANDS = {  # the framework whose apps a command runs, and what to do about th
 
 def native_app() -> flask.Flask | fastapi.FastAPI:
     """Return the app that a server asks for; a mistake in the settings ends the process."""
-    with exit_on_startup_error():
+    with exit_or_wait(files_to_watch, PROJECT):
         return create_app()
 
 
@@ -500,7 +519,7 @@ def app_for_command() -> flask.Flask | fastapi.FastAPI:
     """Return the app as it is, unless the command that asks for it runs only the other framework's apps."""
     script = Path(sys.argv[0])
     command = script.parent.name if script.stem == "__main__" else script.stem
-    with exit_on_startup_error():
+    with exit_or_wait(files_to_watch, PROJECT):
         service = current_service()
         settings = service.settings if service else load_settings()
         needed, cure = COMMANDS.get(command, (settings.framework, ""))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.lib.artifacts import edit
 from tests.lib.clients import ROW
-from tests.lib.servers import SERVE_COMMANDS, Server, Starter, run, wait_until
+from tests.lib.servers import PROJECT, SERVE_COMMANDS, Server, Starter, run, wait_until
 
 
 @pytest.mark.parametrize(("command", "framework"), SERVE_COMMANDS)
@@ -44,6 +45,32 @@ def test_command_reloads(serve: Starter, project: Path, free_port: int, command:
     finally:
         (project / "app.py").write_text(source)
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("command", "framework"),
+    [
+        ("flask --app app run --debug --port {port}", "flask"),
+        ("uvicorn app:app --reload --port {port}", "fastapi"),
+    ],
+)
+def test_command_reloads_settings(serve: Starter, file: Path, free_port: int, command: str, framework: str) -> None:
+    """A change of the settings in force counts without a restart: a mistake is named, and what is mended is served."""
+    edit(file, ('framework = "fastapi"', f'framework = "{framework}"'))
+    server = serve(command.format(port=free_port), PROJECT, free_port, SERVING_SETTINGS=str(file))
+    edit(file, ('name = "iris"', 'name = "li ly"'))
+    wait_until(lambda: "SettingsError: settings.toml: model.name is 'li ly'" in server.text, "the mistake to be named")
+    edit(file, ('name = "li ly"', 'name = "rose"'))
+    wait_until(lambda: name_of(server) == "rose", "what was mended to be served")
+    assert "Traceback" not in server.text
+    server.stop()
+
+
+def name_of(server: Server) -> str | None:
+    try:
+        return str(server.get("/health/ready").json["model"])
+    except (OSError, http.client.HTTPException):
+        return None  # between the old process and the new
 
 
 def ping(server: Server) -> bytes | None:
