@@ -221,7 +221,7 @@ def _read_variables(kind: type[SettingsFile], values: Mapping[str, Any]) -> tupl
             variables[_match_row(key, values.get(key[0]) if whole is None else _from_json(whole))] = text
         elif key in known:
             variables[key] = text
-        elif _is_of_service(variable, text):
+        elif _is_of_service(variable, text) and (len(key) == 1 or key[:1] not in known):
             left_alone.append(variable)
         else:
             right = _find_by_other_name(kind, key) or _find_by_other_name(kind, (key[-1].rpartition("_")[2],))

@@ -279,6 +279,7 @@ VARIABLES = [
     ("keys-as-table", "SERVING_AUTH__API_KEYS", '{"a": 1}', ["** (a table); it should be a list"]),
     ("port-of-a-person", "SERVING_PORT", "8000", ["SERVING_PORT is not a setting", "'SERVING_SERVER__BIND'"]),
     ("host-of-a-person", "SERVING_SERVER__HOST", "::", ["SERVING_SERVER__HOST is not", "'SERVING_SERVER__BIND'"]),
+    ("key-like-a-service", "SERVING_SERVER__SERVICE_PORT", "80", ["SERVICE_PORT is not a setting", "SERVER__BIND"]),
     ("setting-like-a-service", "SERVING_SERVER_WORKERS_PORT", "3", ["SERVING_SERVER_WORKERS_PORT is not a setting"]),
     (
         "missing-model",
