@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, MutableMapping
+from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal
 
 import structlog
@@ -23,6 +25,8 @@ from serving.settings import OtherNames, SettingsTable
 
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[+-]?\.?\d[\w.+-]*")  # what may be a feature's in the text of a warning
+PREDICTOR = "serving.predictor.predictor"  # the module that calls estimators
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
 
@@ -88,7 +92,8 @@ def configure_logging(settings: LoggingSettings) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
-    logging.captureWarnings(True)
+    logging.captureWarnings(True)  # which keeps libraries from doing it later
+    warnings.showwarning = _log_warning
     logging.root.handlers = [handler]
     logging.root.setLevel(level)
     for name in SERVER_LOGGERS:
@@ -96,6 +101,40 @@ def configure_logging(settings: LoggingSettings) -> None:
     for name in SERVER_ACCESS_LOGGERS:
         _take_over(name, [])
     logging.getLogger("werkzeug").filters = [_is_no_access_line]
+
+
+_logged: set[tuple[type[Warning], str, int]] = set()  # kinds of warnings that this process has logged
+
+os.register_at_fork(after_in_child=_logged.clear)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Log the first warning of each category and source line, and the others at the level debug.
+
+    Python's own memory of warnings is emptied by each `catch_warnings`, which libraries use in every call.
+    """
+    kind = category, filename, lineno
+    level = logging.DEBUG if kind in _logged else logging.WARNING
+    _logged.add(kind)
+    logger = logging.getLogger("py.warnings")
+    if logger.isEnabledFor(level):
+        text = VALUE.sub("…", str(message)) if _is_of_a_call() else str(message)
+        logger.log(level, "%s", warnings.formatwarning(text, category, filename, lineno, line))
+
+
+def _is_of_a_call() -> bool:
+    """Whether the running code was called by a predictor, so that a text may have a feature's value in it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != PREDICTOR:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _write_event(event: MutableMapping[str, Any], **_: Any) -> str:

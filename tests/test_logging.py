@@ -135,12 +135,16 @@ def test_crash_is_one_line_with_its_traceback(
 def test_warning_is_one_line_of_its_request(
     worrying_servers: dict[tuple[str, str], Server], combination: tuple[str, str]
 ) -> None:
-    """A Python warning raised inside a request is a log line with the request's id, on one line."""
+    """The first Python warning of its kind is a line with the request's id, and without the values of features."""
     server = worrying_servers[combination]
     assert server.post({"x0": 1}, **{"X_Request_ID": "worry"}).status == 200
     warning, _ = events_of(server, "worry", count=2)
     assert (warning["logger"], warning["level"]) == ("py.warnings", "warning")
-    assert "UserWarning: a matter of some concern" in warning["event"]
+    assert "UserWarning: a matter of some concern: … and … " in warning["event"]
+    for value in (71.25, 72.5):
+        assert server.post({"x0": value}, **{"X_Request_ID": f"worry-{value}"}).status == 200
+    assert len(events_of(server, "worry-72.5")) == 1
+    assert len([line for line in server.lines if line.get("logger") == "py.warnings"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,11 @@ class Worrying(Failing):
     def predict(self, X: Any) -> Any:
         import warnings
 
-        if np.any(X > 100):
-            return super().predict(X)
+        with warnings.catch_warnings():  # at which Python forgets what it has warned of
+            if np.any(X > 100):
+                return super().predict(X)
         if np.any(X):
-            warnings.warn("a matter of\n  some concern", UserWarning, stacklevel=1)
+            warnings.warn(f"a matter of\n  some concern: {X.max()} and '{X.max()}'", UserWarning, stacklevel=1)
         return np.array(["a"] * len(X))
 
 
