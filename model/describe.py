@@ -56,10 +56,10 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
         print("# If you trust it, add --trust.")
         return
     estimator = load_estimator(path, data, sorted(untrusted))
-    inputs = read_inputs(estimator)
-    own = choose_settings(settings, path, inputs)
     known = load_golden(path) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
+    inputs = read_inputs(estimator, [*settings.features, *(rows[0] if rows else ())])
+    own = choose_settings(settings, path, inputs)
     columns = name_columns(inputs, own.features, dict.fromkeys(name for row in rows for name in row))
     rows = [{name: cell for name, cell in row.items() if columns.get(name, Column()) is not None} for row in rows]
     features = complete(columns, own.features, rows)
@@ -100,7 +100,8 @@ def complete(
         kind = type_of(cell for cell in cells if cell is not None)
         feature = given.get(name, FeatureSettings())
         said: dict[str, Any] = {}
-        if feature.type is None and (column.type is None or (column.type == "float" and kind == "bool")):
+        is_open = column.type is None or (column.type == "float" and kind == "bool")
+        if feature.type is None and (is_open or (column.takes_int and kind == "int")):
             said["type"] = kind
         if feature.missing is None and column.missing is None and None in cells:
             said["missing"] = True

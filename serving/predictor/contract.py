@@ -220,7 +220,8 @@ def _refuse_contradictions(columns: Mapping[str, Column], features: Mapping[str,
 
 def _find_contradictions(given: FeatureSettings, column: Column) -> Iterator[tuple[str, str]]:
     """Yield each key of a feature's settings that the estimator contradicts, with what it takes."""
-    if given.type and column.type and given.type != column.type and "str" in (given.type, column.type):
+    takes_it = given.type in (None, column.type) or (column.takes_int and given.type == "int")
+    if column.type and not takes_it and "str" in (given.type, column.type):
         yield "type", f"{column.type!r}"
     if given.missing and column.missing is False:
         yield "missing", "no missing value"

@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import FunctionTransformer
 
 from serving.errors import ModelError
+from serving.predictor.boosters import find_categories, is_of, restore_blanks
 from serving.settings import Finite
 
 Array = np.ndarray[Any, Any]
@@ -35,6 +36,7 @@ class Column:
     is_object: bool = False  # it was fitted on Python's own values, and takes no others
     is_category: bool = False  # where all values are known, they are a category of pandas' to it
     example: Cell | None = None
+    takes_int: bool = False  # whole numbers are as good as texts, where the settings say that it has them
     is_text: bool = False  # it is the whole input, which is then one-dimensional
     is_opaque: bool = False  # it goes into code of which nothing is known
     is_idle: bool = False  # nothing looks at it
@@ -68,6 +70,7 @@ class Column:
             example=other.example if self.example is None else self.example,
             known=self.known or other.known,
             is_object=self.is_object or other.is_object,
+            is_category=self.is_category or (other.is_category and other.choices is not None),
             is_opaque=self.is_opaque or other.is_opaque,
         )
 
@@ -88,8 +91,11 @@ class Inputs:
     form: Literal["array", "frame", "texts"]
 
 
-def read_inputs(estimator: Any) -> Inputs:
-    """Read the features off a fitted estimator and its parts. Raises `ModelError` when their names make no sense."""
+def read_inputs(estimator: Any, given: Iterable[str] = ()) -> Inputs:
+    """Read the features off a fitted estimator and its parts. Raises `ModelError` when their names make no sense.
+
+    `given` are names by others, which count where the estimator has them with underscores for blanks.
+    """
     if isinstance(inputs := getattr(estimator, "inputs", None), Inputs):
         return inputs
     first = _find_first(estimator)
@@ -98,6 +104,8 @@ def read_inputs(estimator: Any) -> Inputs:
     if _is_catboost(first):
         names, width = first.feature_names_, len(first.feature_names_)
         names = None if names == [str(position) for position in range(width)] else names
+    if names and any(is_of(part, "lightgbm") for part in find_parts(estimator)):
+        names = restore_blanks(names, {*given, *_find_names(estimator)})
     if names and (width != len(names) or len(set(names)) < len(names)):
         raise ModelError(f"has {len(names)} names for {width} features, {len(set(names))} of them different")
     try:
@@ -111,6 +119,11 @@ def read_inputs(estimator: Any) -> Inputs:
     return Inputs(names, columns, "frame" if named else "array")
 
 
+def _find_names(estimator: Any) -> Iterator[str]:
+    for part in find_parts(estimator):
+        yield from map(str, getattr(part, "feature_names_in_", ()))
+
+
 def _is_catboost(part: Any) -> bool:
     """Whether a part is one of CatBoost's, which once loaded has an `n_features_in_` of 0 and names of its own."""
     return hasattr(part, "get_cat_feature_indices")
@@ -119,11 +132,15 @@ def _is_catboost(part: Any) -> bool:
 def _find_first(estimator: Any) -> Any:
     """Return the part that knows its features. What holds others may not: a pipeline may begin with "passthrough"."""
     steps = [step for _, step in getattr(estimator, "steps", ()) if hasattr(step, "fit")]
-    held = [getattr(estimator, name, None) for name in ("best_estimator_", "estimator_", "estimators_")]
+    names = ("best_estimator_", "estimator_", "estimators_", "calibrated_classifiers_")
+    held = [getattr(estimator, name, None) for name in names]
     inner = [part[0] if isinstance(part, list | tuple) else part for part in held if part is not None]
-    if hasattr(estimator, "n_features_in_") or not (steps or inner):
-        return estimator
-    return _find_first((steps or inner)[0])
+    inner = [part.estimator if type(part).__name__ == "_CalibratedClassifier" else part for part in steps or inner]
+    # An ensemble around CatBoost repeats its 0, or has no names.
+    knows = getattr(estimator, "n_features_in_", 0) and not (
+        inner and _is_catboost(inner[0]) and not hasattr(estimator, "feature_names_in_")
+    )
+    return estimator if knows or not inner else _find_first(inner[0])
 
 
 def _given_width(estimator: Any) -> int | None:
@@ -140,7 +157,7 @@ def read_columns(part: Any, width: int | None) -> Columns:
         return {} if part == "drop" else dict.fromkeys(range(width or 0), Column())
     if _is_catboost(part):
         return _read_catboost(part)
-    own = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("sklearn.")]
+    own = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.partition(".")[0] in LIBRARIES]
     read = next((READERS[name] for name in own if name in READERS), _read_plain)
     return read(part, width)
 
@@ -321,10 +338,28 @@ def _read_plain(part: Any, width: int | None) -> Columns:
 
 
 def _read_catboost(part: Any) -> Columns:
-    """Read an estimator of CatBoost's, which takes texts, its own or not, where it has categories."""
-    categories = part.get_cat_feature_indices()
-    number, category = Column(is_opaque=True), Column("str", missing=False, is_object=True, is_opaque=True)
-    return {position: category if position in categories else number for position in range(len(part.feature_names_))}
+    """Read an estimator of CatBoost's, which takes texts, or whole numbers, where it has categories."""
+    if part.get_embedding_feature_indices():
+        raise ModelError("has embedding features, which are arrays; a feature should be a number or a text")
+    number = Column("float", missing=part.get_all_params().get("nan_mode") != "Forbidden", is_opaque=True)
+    category = Column("str", missing=False, is_object=True, is_opaque=True, takes_int=True)
+    columns = dict.fromkeys(range(len(part.feature_names_)), number)
+    columns |= dict.fromkeys(part.get_cat_feature_indices(), category)
+    return columns | dict.fromkeys(part.get_text_feature_indices(), replace(category, takes_int=False))
+
+
+def _read_booster(part: Any, width: int | None) -> Columns:
+    """Read an estimator of LightGBM's or XGBoost's, which keep the categories of pandas' columns."""
+    columns, categories = _read_plain(part, width), find_categories(part)
+    if categories is None:
+        return columns
+    read = {position: replace(column, type="float", is_category=False) for position, column in columns.items()}
+    for position, values in categories.items():
+        if (kind := type_of(values)) is None:
+            raise ModelError(f"has categories like {values[:1]}, which JSON does not have, or of several types")
+        column = Column(kind, tuple(values), missing=True, is_category=True, is_opaque=True, example=values[0])
+        read[position] = column
+    return read
 
 
 def _with_examples(part: Any, columns: Columns) -> Columns:
@@ -393,7 +428,11 @@ def _inside(attribute: str) -> Reader:
     return functools.partial(_read_inner, attribute=attribute)
 
 
-READERS: dict[str, Reader] = {  # by the name of scikit-learn's class; of other classes the tags are read
+LIBRARIES = ("sklearn", "lightgbm", "xgboost")
+
+READERS: dict[str, Reader] = {  # by the name of a library's class; of other classes the tags are read
+    "LGBMModel": _read_booster,
+    "XGBModel": _read_booster,
     "Pipeline": _read_steps,
     "ColumnTransformer": _read_branches,
     "FeatureUnion": _read_union,

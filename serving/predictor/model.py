@@ -143,6 +143,7 @@ def make_model(
     outputs: Sequence[str] = (),
 ) -> Model:
     """Return the model of an estimator that was loaded from `path`. Raises `ModelError`, `MisfitError`."""
-    contract = Contract(read_inputs(estimator), features, golden.rows[0] if golden else None)
+    row = golden.rows[0] if golden else {}
+    contract = Contract(read_inputs(estimator, [*features, *row]), features, row)
     arrays = Arrays(contract)
     return Model(path, arrays, prepare(estimator, arrays, outputs), golden)

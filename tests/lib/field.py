@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from catboost import CatBoostClassifier, CatBoostRegressor
 from lightgbm import LGBMClassifier
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_transformer
+from sklearn.ensemble import StackingClassifier, VotingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
+from sklearn.tree import DecisionTreeClassifier
 from xgboost import XGBClassifier
 
 RNG = np.random.default_rng(0)
@@ -34,9 +39,27 @@ class ModelCase:
     settings: dict[str, Any] = field(default_factory=dict)  # tables, such as {"features": {…}, "model": {…}}
 
 
-def fit_blanks() -> Any:
-    X = pd.DataFrame(RNG.normal(size=(200, 2)), columns=["body mass (kg)", "bill length (mm)"])
-    return LGBMClassifier(n_estimators=5, verbosity=-1, n_jobs=1).fit(X, X["body mass (kg)"] > 0)
+BLANKS = pd.DataFrame(RNG.normal(size=(200, 2)), columns=["body mass (kg)", "bill length (mm)"])
+
+
+def boost(estimator: Any = None) -> Any:
+    """Return LightGBM, or an estimator with it inside, fitted on names with blanks."""
+    booster = LGBMClassifier(n_estimators=5, verbosity=-1, n_jobs=1)
+    return (estimator(booster) if estimator else booster).fit(BLANKS, BLANKS["body mass (kg)"] > 0)
+
+
+CATS = pd.DataFrame({"home city": ["a", "b", "a", "c"] * 20, "rooms": [1, 2, 2, 4] * 20, "area": np.arange(80.0)})
+NOTES = ["a good film", "a bad film", "good, good", "bad and dull"] * 20
+
+
+def cat(kind: Any = CatBoostClassifier, **options: Any) -> Any:
+    return kind(iterations=5, verbose=0, allow_writing_files=False, **options)
+
+
+def fit_cat(
+    X: Any = CATS, y: Any = (CATS["home city"] == "a"), wrap: Any = lambda booster: booster, **options: Any
+) -> Any:
+    return wrap(cat(**options)).fit(X, y)
 
 
 def fit_numbers() -> Any:
@@ -53,15 +76,14 @@ def fit_booleans(estimator: Any) -> Any:
 
 
 def fit_rooms() -> Any:
-    X = pd.DataFrame({"rooms": [1, 2, 3] * 20, "area": RNG.normal(60, 9, 60)})
+    X = pd.DataFrame({"rooms": [1, 2, 3] * 20, "area": [50.0, 60.5] * 30})
     columns = make_column_transformer((OneHotEncoder(), ["rooms"]), (SimpleImputer(), ["area"]))
-    return make_pipeline(columns, LogisticRegression()).fit(X, X.rooms * 10)
+    return make_pipeline(columns, DecisionTreeClassifier(random_state=0)).fit(X, X.rooms * 10)
 
 
 MODELS = [
     ModelCase("array-of-one", fit_numbers, [{"x0": 9.0}], ["high"]),
     ModelCase("text-for-a-number", fit_numbers, {"x0": "9"}, (422, "valid number")),
-    ModelCase("lightgbm-underscores", fit_blanks, {"body_mass_(kg)": 9, "bill_length_(mm)": 0}, True),
     ModelCase("booleans-are-numbers", lambda: fit_booleans(LogisticRegression()), {"smoker": 1, "vip": 0}, 1),
     ModelCase(
         "true-for-a-number", lambda: fit_booleans(LogisticRegression()), {"smoker": True, "vip": 0}, (422, "smoker")
@@ -86,4 +108,119 @@ MODELS = [
     ModelCase("whole-float-in-a-query", fit_rooms, "rooms=2.0&area=50", 20),
     ModelCase("left-out", fit_rooms, [{"rooms": 2}, {"rooms": 1, "area": None}], [20, 10]),
     ModelCase("left-out-but-needed", fit_rooms, {"area": 50}, (422, "Field required")),
+    ModelCase("lightgbm-underscores", boost, {"body_mass_(kg)": 9, "bill_length_(mm)": 0}, True),
+    ModelCase(
+        "lightgbm-blanks",
+        boost,
+        {"body mass (kg)": 9, "bill length (mm)": 0},
+        True,
+        settings={"features": {"body mass (kg)": {"ge": -9}, "bill length (mm)": {}}},
+    ),
+    ModelCase(
+        "lightgbm-blanks-behind-passthrough",
+        lambda: boost(lambda booster: make_pipeline("passthrough", booster)),
+        "body+mass+(kg)=9&bill_length_(mm)=0",
+        True,
+        settings={"features": {"body mass (kg)": {}}},
+    ),
+    ModelCase(
+        "lightgbm-blanks-that-others-keep",
+        lambda: boost(lambda booster: VotingClassifier([("a", booster), ("b", LogisticRegression())], voting="soft")),
+        {"body mass (kg)": 9, "bill length (mm)": 0},
+        True,
+    ),
+    ModelCase(
+        "lightgbm-two-names-for-one",
+        boost,
+        refused="'body_mass_(kg)', with underscores for blanks, but 'body mass (kg)', 'body mass_(kg)' in [features]",
+        settings={"features": {"body mass (kg)": {}, "body mass_(kg)": {}}},
+    ),
+    ModelCase(
+        "lightgbm-both-spellings",
+        boost,
+        refused="features.\"body_mass_(kg)\" is not about a feature of the model; did you mean 'body mass (kg)'?",
+        settings={"features": {"body mass (kg)": {}, "body_mass_(kg)": {}}},
+    ),
+    ModelCase(
+        "catboost-regressor",
+        lambda: fit_cat(y=CATS["area"], kind=CatBoostRegressor, cat_features=["home city"]),
+        {"home city": "a", "rooms": None, "area": 1},
+        (200, '{"prediction":'),
+    ),
+    ModelCase(
+        "catboost-positions",
+        lambda: fit_cat(CATS.to_numpy(), cat_features=[0]),
+        [{"x0": "a", "x1": 1, "x2": 0.5}, {"x0": "b", "x1": 2, "x2": 0.5}],
+        [True, False],
+    ),
+    ModelCase(
+        "catboost-numeric-categories",
+        lambda: fit_cat(cat_features=["home city", "rooms"]),
+        {"home city": "a", "rooms": 2, "area": 1},
+        True,
+        settings={"features": {"rooms": {"type": "int"}}},
+    ),
+    ModelCase(
+        "catboost-numeric-categories-as-texts",
+        lambda: fit_cat(cat_features=["home city", "rooms"]),
+        {"home city": "a", "rooms": "2", "area": 1},
+        True,
+    ),
+    ModelCase(
+        "catboost-texts",
+        lambda: fit_cat(CATS.assign(note=NOTES), cat_features=["home city"], text_features=["note"]),
+        {"home city": "a", "rooms": 2, "area": 1, "note": "a good film"},
+        True,
+    ),
+    ModelCase(
+        "catboost-embeddings",
+        lambda: fit_cat(CATS[["area"]].assign(e=[[1.0, 2.0]] * 80), embedding_features=["e"]),
+        refused="has embedding features, which are arrays; a feature should be a number or a text",
+    ),
+    ModelCase(
+        "catboost-last-in-a-pipeline",
+        lambda: fit_cat(cat_features=[0], wrap=lambda booster: make_pipeline("passthrough", booster)),
+        "home+city=a&rooms=2&area=1",
+        True,
+    ),
+    ModelCase(
+        "catboost-voting",
+        lambda: fit_cat(CATS[["area"]], wrap=lambda booster: VotingClassifier([("a", booster)])),
+        {"area": 0},
+        True,
+    ),
+    ModelCase(
+        "catboost-stacked",
+        lambda: fit_cat(CATS[["area"]], CATS["area"] > 39, wrap=lambda booster: StackingClassifier([("a", booster)])),
+        {"area": 70},
+        True,
+    ),
+    ModelCase(
+        "catboost-calibrated",
+        lambda: fit_cat(
+            CATS[["area"]], CATS["home city"] == "a", wrap=lambda booster: CalibratedClassifierCV(booster, cv=2)
+        ),
+        {"area": 70},
+        (200, '{"prediction":false,"probabilities":{"false":0.5'),
+    ),
+    ModelCase(
+        "catboost-searched",
+        lambda: fit_cat(CATS[["area"]], CATS["area"] > 39, wrap=lambda booster: GridSearchCV(booster, {}, cv=2)),
+        {"area": 70},
+        True,
+    ),
+    ModelCase(
+        "catboost-several-classes",
+        lambda: fit_cat(y=CATS["home city"], cat_features=["home city"]),
+        {"home city": "c", "rooms": 4, "area": 1},
+        "c",
+    ),
+    ModelCase(
+        "catboost-several-labels",
+        lambda: fit_cat(
+            CATS[["area"]], np.column_stack([CATS["area"] > 9, CATS["area"] > 39]) * 1, loss_function="MultiLogloss"
+        ),
+        {"area": 70},
+        {"y0": 1, "y1": 1},
+    ),
 ]
