@@ -166,24 +166,36 @@ def _read_steps(pipeline: Any, width: int | None) -> Columns:
     """Read the steps of a pipeline: what one does not say is asked of the next, while values stay what they were."""
     steps = [step for _, step in pipeline.steps if step is not None and not isinstance(step, str)]
     columns: Columns = {} if steps else dict.fromkeys(range(width or 0), Column())
-    same = True
+    places: dict[int, int] = {}  # of columns among the outputs of the steps before
     for step in steps:
         if not columns:
             columns = read_columns(step, width)
+            places = {position: position for position in columns}
         else:
             read = read_columns(step, getattr(step, "n_features_in_", None))
             rest = Column(missing=_all_missing(read))
             columns = {
-                position: column.before(read[position] if same and position in read else rest)
+                position: column.before(read.get(places.get(position, -1), rest))
                 for position, column in columns.items()
             }
-        same = same and _keeps_values(step)
+        kept = _find_kept(step, places.values())
+        places = {position: kept[place] for position, place in places.items() if place in kept}
     return columns
 
 
 def _all_missing(columns: Columns) -> bool | None:
     answers = [column.missing for column in columns.values()]
     return False if False in answers else True if answers and all(answers) else None
+
+
+def _find_kept(step: Any, positions: Iterable[int]) -> dict[int, int]:
+    """Return where among a step's outputs its inputs are that stay what they are, but for missing values."""
+    if not hasattr(step, "output_indices_"):
+        return {position: position for position in positions} if _keeps_values(step) else {}
+    inputs, outputs = step._transformer_to_input_indices, step.output_indices_
+    passed = [name for name, part, _ in step.transformers_ if part == "passthrough" or _keeps_values(part)]
+    pairs = ((inputs[name], range(outputs[name].start, outputs[name].stop)) for name in passed)
+    return {place: output for places, outs in pairs for place, output in zip(places, outs, strict=False)}
 
 
 def _keeps_values(step: Any) -> bool:

@@ -9,13 +9,13 @@ import pandas as pd
 from catboost import CatBoostClassifier, CatBoostRegressor
 from lightgbm import LGBMClassifier
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.compose import make_column_transformer
+from sklearn.compose import ColumnTransformer, make_column_transformer
 from sklearn.ensemble import StackingClassifier, VotingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from xgboost import XGBClassifier
 
@@ -79,6 +79,16 @@ def fit_rooms() -> Any:
     X = pd.DataFrame({"rooms": [1, 2, 3] * 20, "area": [50.0, 60.5] * 30})
     columns = make_column_transformer((OneHotEncoder(), ["rooms"]), (SimpleImputer(), ["area"]))
     return make_pipeline(columns, DecisionTreeClassifier(random_state=0)).fit(X, X.rooms * 10)
+
+
+TEXTS = pd.DataFrame({"city": ["a", "bbb", "cc", "a"] * 10, "size": np.arange(40.0) % 7})
+CATEGORIES = TEXTS.astype({"city": "category"})
+
+
+def behind_columns(X: Any, booster: Any) -> Any:
+    """Return a booster, which tells the city, behind a scaler that lets the city pass."""
+    columns = ColumnTransformer([("a", StandardScaler(), ["size"])], remainder="passthrough")
+    return make_pipeline(columns.set_output(transform="pandas"), booster).fit(X, TEXTS["city"])
 
 
 MODELS = [
@@ -222,5 +232,17 @@ MODELS = [
         ),
         {"area": 70},
         {"y0": 1, "y1": 1},
+    ),
+    ModelCase(
+        "lightgbm-categories-behind-columns",
+        lambda: behind_columns(CATEGORIES, LGBMClassifier(n_estimators=5, min_child_samples=1, verbosity=-1, n_jobs=1)),
+        [{"size": 3, "city": "cc"}, {"size": 3, "city": None}, {"size": 3, "city": "a"}],
+        ["cc", "a", "a"],
+    ),
+    ModelCase(
+        "catboost-categories-behind-columns",
+        lambda: behind_columns(TEXTS, cat(cat_features=[1])),
+        [{"size": 3, "city": "cc"}, {"size": 3, "city": "a"}],
+        ["cc", "a"],
     ),
 ]
