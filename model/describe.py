@@ -26,7 +26,7 @@ from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import golden_path, load_golden, running_versions
 from serving.predictor.inputs import Column, Inputs, read_inputs, type_of
 from serving.predictor.model import Model, make_model
-from serving.predictor.proof import prove_scores
+from serving.predictor.proof import prove_answers
 from serving.settings import toml_key, toml_value
 
 
@@ -129,7 +129,7 @@ def write_golden(model: Model, rows: list[dict[str, Any]]) -> None:
     except Unprocessable as error:
         problem = error.detail[0]
         raise ModelError(f"does not take golden row {problem['loc'][1:]}: {problem['msg']}") from None
-    proof = prove_scores(model, checked, "the golden rows")
+    proof = prove_answers(model, checked, lambda asked: asked.answer(checked, "the golden rows"))
     answers = proof.applied_to(model).answer(checked, "the golden rows")
     document = {"versions": running_versions(), "rows": checked, "predictions": answers}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"

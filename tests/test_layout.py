@@ -12,8 +12,8 @@ from tests.lib.servers import PROJECT
 # Each line may import what stands before it, and within `serving` a file only those in front of it.
 FLOORS = [
     "serving.errors serving.cores serving.settings serving.output serving.logs serving.watch",
-    "serving.predictor.boosters",
-    "serving.predictor.inputs serving.predictor.features serving.predictor.contract serving.predictor.predictions",
+    "serving.predictor.boosters serving.predictor.inputs serving.predictor.features",
+    "serving.predictor.contract serving.predictor.predictions",
     "serving.predictor.arrays serving.predictor.bodies serving.predictor.samples serving.predictor.predictor",
     "serving.predictor.onnx_runtime serving.predictor.onnx_graph serving.predictor.onnx_file",
     "serving.predictor.artifact serving.predictor.golden",

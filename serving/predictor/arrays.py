@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jiter
 import numpy as np
@@ -16,20 +19,24 @@ from serving.predictor.features import NUMBER_RANGES, FeatureSettings
 from serving.predictor.inputs import Array, Column, is_nan
 
 
+Form = Literal["array", "frame", "texts"]
+Words = Literal["category", "str", "object"]  # types of a DataFrame's column of texts
+
+
 class Arrays:
     """Checked rows as the estimator takes them: X of shape (n_samples, n_features), a DataFrame, or texts.
 
-    Raises `ModelError` where a DataFrame is needed without pandas.
+    `form` and `words` are two of those that `list_forms` and `list_words` say, by default the first. Raises
+    `ModelError` where a DataFrame is needed without pandas.
     """
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, form: Form | None = None, words: Words | None = None) -> None:
         self.contract = contract
         self.order = list(contract.columns)  # the columns of X
         features = contract.features
         used = {name: column for name, column in contract.columns.items() if column is not None}
-        objects = any(features[name].type == "str" or column.is_object for name, column in used.items())
-        inputs = contract.inputs
-        self.form = "frame" if objects and inputs.names and inputs.form == "array" else inputs.form
+        objects = _are_objects(contract)
+        self.form = form or list_forms(contract)[0]
         is_array = self.form == "array" and not objects
         self.are_numbers = is_array and not contract.nullable and contract.names == self.order
         self._dtype = object if objects else np.float64
@@ -40,6 +47,7 @@ class Arrays:
         self._nulls = {name: column.null for name, column in used.items()}
         if self.form == "frame":
             self._pandas = _import_pandas()
+            self._words = words or list_words(contract)[0]
             self._dtypes = {name: self._column_dtype(name, column) for name, column in contract.columns.items()}
         elif not objects:  # None becomes NaN by itself, which any null is but a number
             numbers = {name: null for name, null in self._nulls.items() if isinstance(null, int | float)}
@@ -98,20 +106,81 @@ class Arrays:
 
     def _column_dtype(self, name: str, column: Column | None) -> Any:
         """Return the type of a DataFrame's column, as the estimator was fitted; one that it drops can be of any."""
-        if column is None or column.is_object:
+        if column is None:
             return "object"
         feature = self.contract.features[name]
         kind = column.type or feature.type
+        if self._words == "category" and _may_be_category(column, feature):
+            return self._pandas.CategoricalDtype(feature.choices)
+        if self._words != "object" and _is_word_to_code(column, feature) and has_str_columns():
+            return "str"
+        if column.is_object:
+            return "object"
         if column.null is self._pandas.NA:
             return {"float": "Float64", "int": "Int64", "bool": "boolean"}.get(kind or "", "object")
-        if column.is_category and feature.choices is not None:
-            return self._pandas.CategoricalDtype(feature.choices)
         is_counted = kind == "int" or (kind == "bool" and column.is_category)  # boosters take no objects
         if feature.missing and is_nan(column.null) and is_counted:
             return "float64"
         return {"float": "float64", "int": "int64", "bool": "object" if feature.missing else "bool"}.get(
             kind or "", "object"
         )
+
+
+def _are_objects(contract: Contract) -> bool:
+    """Whether the estimator takes more than numbers."""
+    used = {name: column for name, column in contract.columns.items() if column is not None}
+    return any(contract.features[name].type == "str" or column.is_object for name, column in used.items())
+
+
+def list_forms(contract: Contract) -> list[Form]:
+    """Return the forms in which an estimator may take rows, the likeliest first.
+
+    There are several where code that is not scikit-learn's does not know the names that features have been given.
+    """
+    inputs, objects = contract.inputs, _are_objects(contract)
+    if inputs.form != "array" or inputs.names is not None:
+        return ["frame" if objects and inputs.form == "array" else inputs.form]
+    columns = contract.columns
+    is_opaque = any(column is not None and column.is_opaque for column in columns.values())
+    is_named = [*columns] != [f"x{position}" for position in range(len(columns))]
+    if not is_opaque or not is_named or not is_installed("pandas"):
+        return ["array"]
+    return ["frame", "array"] if objects else ["array", "frame"]
+
+
+def list_words(contract: Contract) -> list[Words]:
+    """Return the types that a DataFrame's columns of texts may have, the likeliest first.
+
+    To scikit-learn's own they are all the same.
+    """
+    pairs = [(column, contract.features[name]) for name, column in contract.columns.items() if column is not None]
+    words: list[Words] = ["category"] if any(_may_be_category(*pair) for pair in pairs) else []
+    if any(_is_word_to_code(*pair) for pair in pairs) and has_str_columns():
+        words.append("str")
+    return [*words, "object"]
+
+
+def _may_be_category(column: Column, feature: FeatureSettings) -> bool:
+    is_said = column.choices is None and _is_word_to_code(column, feature)  # by the settings
+    return feature.choices is not None and (column.is_category or is_said)
+
+
+def _is_word_to_code(column: Column, feature: FeatureSettings) -> bool:
+    """Whether a column of texts goes into code that is not scikit-learn's, to which its type may matter."""
+    return feature.type == "str" and column.is_opaque and is_nan(column.null) and not column.takes_int
+
+
+def is_installed(name: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    with contextlib.suppress(ImportError):
+        return importlib.util.find_spec(name) is not None
+    return False
+
+
+@functools.cache
+def has_str_columns() -> bool:
+    """Whether pandas has a type of its own for columns of texts, which its version 3 gives them."""
+    return int(_import_pandas().__version__.partition(".")[0]) >= 3
 
 
 def count_byte(body: bytes, byte: int) -> int:

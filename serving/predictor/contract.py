@@ -32,7 +32,7 @@ class Contract:
     def __init__(
         self, inputs: Inputs, given: Mapping[str, FeatureSettings], row: Mapping[str, Any] | None = None
     ) -> None:
-        columns = name_columns(inputs, given)
+        columns = name_columns(inputs, given, row or ())
         used = {name: column for name, column in columns.items() if column is not None}
         _refuse_contradictions(used, given)
         self.inputs = inputs
@@ -165,13 +165,15 @@ class Hints:
 def name_columns(inputs: Inputs, features: Iterable[str], row: Iterable[str] = ()) -> dict[str, Column | None]:
     """Return the estimator's columns by name: as it was fitted, else x0, x1, …, or else in the order of the settings.
 
-    `row` has the names for an estimator that does not even say how many it takes.
+    Without settings, `row` has names, if it has as many as the estimator takes.
     """
-    given = list(features) or (list(row) if inputs.columns is None else [])
+    given = list(features)
+    if not given and (inputs.columns is None or len([*row]) == len(inputs.columns) - inputs.columns.count(None)):
+        given = list(row)
     if inputs.columns is None:
         if not given:
             raise ModelError("does not say how many features it takes; name them in [features], in its order")
-        return dict.fromkeys(given, Column())
+        return dict.fromkeys(given, Column(is_opaque=True))
     made = ["text"] if inputs.form == "texts" else [f"x{column}" for column in range(len(inputs.columns))]
     names = inputs.names or made
     if inputs.names is None and not set(given) <= set(made):

@@ -75,7 +75,8 @@ class FeatureSettings(SettingsTable):
 
 def complete_feature(name: str, column: Column, given: FeatureSettings, row: Mapping[str, Any]) -> FeatureSettings:
     """Return what settings, estimator and a known row together say of a feature. Raises `MisfitError`."""
-    texts = bool(given.choices) and all(isinstance(choice, str) for choice in given.choices or ())
+    known: Iterable[Any] = given.choices or [row.get(name)]
+    texts = all(isinstance(value, str) for value in known)
     said = {
         "type": column.type or ("str" if texts else "float"),
         "choices": _choices_of(column, given.type),

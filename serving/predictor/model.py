@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +14,30 @@ from typing import Any
 import structlog
 
 from serving.errors import EstimatorError, ModelError, listed, reason_of
-from serving.predictor.arrays import Arrays
+from serving.predictor.arrays import Arrays, Form, Words, is_installed, list_forms, list_words
 from serving.predictor.artifact import ModelSettings, load_artifact
 from serving.predictor.contract import Contract, Rows
 from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import Golden, golden_path, load_golden, running_versions
-from serving.predictor.inputs import read_inputs
+from serving.predictor.inputs import find_parts, read_inputs
 from serving.predictor.predictions import Predictions
 from serving.predictor.predictor import Predictor, limit_threads, prepare
 
 log = structlog.get_logger()
 Report = Callable[[str], None]  # told what is done now and may take long
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an estimator is asked, where only trying can tell."""
+
+    form: Form
+    words: Words  # the type of a DataFrame's columns of texts
+    output: str = "default"  # what transformers hand on: arrays, or else DataFrames of "pandas" or "polars"
+
+    def __str__(self) -> str:
+        """Return what the message about a failure calls it."""
+        return "a DataFrame" if self.form == "frame" else f"an {self.form}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,26 @@ class Model:
     def contract(self) -> Contract:
         """The types of a row."""
         return self.arrays.contract
+
+    @functools.cached_property
+    def ways(self) -> list[Way]:
+        """The ways in which the estimator may have to be asked, the likeliest first, which is how it is asked."""
+        forms = list_forms(self.contract)
+        words: list[Words] = list_words(self.contract) if "frame" in forms else ["object"]
+        outputs = ["default"]
+        if any(hasattr(part, "set_output") for part in find_parts(self.predictor.estimator)):
+            outputs += [name for name in ("pandas", "polars") if is_installed(name)]
+        every = itertools.product(outputs, words, forms)
+        ways = (Way(form, word if form == "frame" else "object", output) for output, word, form in every)
+        return [*dict.fromkeys(ways)]
+
+    def asked(self, way: int) -> Model:
+        """Return the model that is asked in one of the ways."""
+        if way == 0:
+            return self
+        form, words, output = dataclasses.astuple(self.ways[way])
+        predictor = self.predictor if output == "default" else self.predictor.with_output(output)
+        return replace(self, arrays=Arrays(self.contract, form, words), predictor=predictor)
 
     def predict(self, X: Any) -> Predictions:
         """Return the answers to X, as `arrays` makes it. Raises what the estimator raises."""
@@ -88,6 +123,13 @@ class Model:
             return dict(zip(names, row.values(), strict=True))
         problem = f"has {self.golden_file} beside it, of which row {index} has the features {listed([*row])}"
         raise ModelError(f"{problem}; it should have {listed(names)}")
+
+    @functools.cached_property
+    def known_answers(self) -> list[dict[str, Any]]:
+        """The answers to the known rows. Raises `EstimatorError`."""
+        if self.golden is None:
+            return [self.answer_example()]
+        return self.answer(self.known_rows, f"the rows of {self.golden_file}")
 
     def answer_example(self) -> dict[str, Any]:
         """Return the answer to the contract's example, which is predicted once. Raises `EstimatorError`."""

@@ -100,6 +100,7 @@ class Predictor:
         self._keys = [as_key(label) for label in self.classes or []]
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
         self._assume_finite = assume_finite
+        self._output = "default"  # what transformers hand on
         self._templates: dict[int, bytes] = {}  # of an answer's JSON, by the number of its values
 
     def with_graph(self, make: Callable[[Predictor], Graph], score: str | None = None) -> Predictor:
@@ -111,6 +112,12 @@ class Predictor:
         other._templates = {}
         other.score = score or self.score
         other.graph = make(other)
+        return other
+
+    def with_output(self, container: str) -> Predictor:
+        """Return a predictor whose transformers hand on a "pandas" or "polars" DataFrame, or by "default" arrays."""
+        other = copy.copy(self)
+        other._output = container
         return other
 
     def _find_score(self) -> tuple[str | None, str]:
@@ -148,14 +155,17 @@ class Predictor:
         """Return what the estimator, or a graph in its place, predicts for X, and its scores, or None without any."""
         if self.graph is not None:
             return self.graph(X)
-        if not self._assume_finite:
+        if self._assume_finite:
+            before = sklearn.get_config()["assume_finite"]
+            sklearn.set_config(assume_finite=True)  # of this thread, in a fraction of the time of `config_context`
+            try:
+                return self._ask(X)
+            finally:
+                sklearn.set_config(assume_finite=before)
+        if self._output == "default":
             return self._ask(X)
-        before = sklearn.get_config()["assume_finite"]
-        sklearn.set_config(assume_finite=True)  # of this thread, in a fraction of the time of `config_context`
-        try:
+        with sklearn.config_context(transform_output=self._output):
             return self._ask(X)
-        finally:
-            sklearn.set_config(assume_finite=before)
 
     def _ask(self, X: Any) -> tuple[Any, Any]:
         scores: Any = getattr(self.estimator, self.method)(X) if self.score else None

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +32,14 @@ from serving.settings import toml_key, toml_value
 
 log = structlog.get_logger()
 MAX_COMPARING_S = 1.0
+NAMES_DIFFER = "X (does not have valid|has) feature names"  # the beginning of scikit-learn's warnings
 
 
 @dataclass(frozen=True)
 class Proof:
     """What a model turned out to be when it predicted: plain values, which a child process can send."""
 
+    way: int = 0  # the position among the model's ways of the one in which the estimator takes rows
     graph: int | None = None  # the position of the converted graph that answers as the estimator does
     score: str | None = None  # what the scores of a graph are that came as a file
     takes_one: bool = False  # such a graph answers one row at a time
@@ -47,13 +49,15 @@ class Proof:
 
     def applied_to(self, model: Model) -> Model:
         """Return the model that answers as it was proven."""
+        model = model.asked(self.way)
         predictor = model.predictor
         if self.graph is not None:
             predictor = model.graphs[self.graph]
         elif isinstance(predictor.estimator, GraphFile):
             make = functools.partial(predictor.estimator.open, takes_one=self.takes_one)
             predictor = predictor.with_graph(make, self.score)
-        return replace(model, predictor=predictor, graphs=())
+        is_same = predictor is model.predictor and not model.graphs
+        return model if is_same else replace(model, predictor=predictor, graphs=())
 
 
 def prove(model: Model) -> Proof:
@@ -62,8 +66,7 @@ def prove(model: Model) -> Proof:
     It is not part of loading: predicting may start threads, which a process that forks later must not have. Raises
     `ModelError`.
     """
-    what = "its golden rows" if model.golden else "its example row"
-    proof = _prove_graph(model, what) if model.graphs else prove_scores(model, model.known_rows, what)
+    proof = prove_answers(model, model.known_rows, lambda asked: asked.known_answers)
     model = proof.applied_to(model)
     if model.golden is not None:
         _reproduce(model, model.golden)
@@ -80,34 +83,59 @@ def prove(model: Model) -> Proof:
     return replace(proof, call_s=call_s, row_s=row_s, never_batched=reason)
 
 
-def _prove_graph(model: Model, what: str) -> Proof:
-    """Find the first graph that answers as the estimator does. Raises `ModelError`."""
-    model.answer(model.known_rows, what)
-    model.report("comparing it with ONNX Runtime")
-    from serving.predictor.onnx_runtime import choose_graph
+def prove_answers(model: Model, rows: Rows, answer: Callable[[Model], Any]) -> Proof:
+    """Find how a model answers rows: in which way it is asked, by which graph, and what its scores are.
 
-    return Proof(graph=choose_graph(model.graphs, model.predictor, model.arrays, model.known_rows))
-
-
-def prove_scores(model: Model, rows: Rows, what: str) -> Proof:
-    """Find what the scores are of a graph that came as a file, by its answers to rows; of an estimator it is known.
-
-    Raises `ModelError`.
+    `answer` has a model answer the rows. What the scores are of a graph that came as a file is found by its answers; of
+    an estimator it is known. Raises `ModelError`.
     """
+    proof = Proof(way=find_way(model, answer))
     estimator = model.predictor.estimator
+    if model.graphs:
+        model.report("comparing it with ONNX Runtime")
+        from serving.predictor.onnx_runtime import choose_graph
+
+        model = model.asked(proof.way)
+        return replace(proof, graph=choose_graph(model.graphs, model.predictor, model.arrays, rows))
     if not isinstance(estimator, GraphFile):
-        return Proof()
-    model.answer(rows, what)
+        return proof
     score, takes_one = estimator.judge(model.predictor, model.arrays, rows)
-    return Proof(score=score, takes_one=takes_one)
+    return replace(proof, score=score, takes_one=takes_one)
+
+
+def find_way(model: Model, answer: Callable[[Model], Any]) -> int:
+    """Return the position of the first way of asking a model in which it answers, if possible without a warning that
+    names are not as they were fitted. Raises `ModelError`, which says how it fails in each form."""
+    if len(model.ways) == 1:
+        answer(model)
+        return 0
+    errors: dict[str, ModelError] = {}
+    warned: list[int] = []
+    for position, way in enumerate(model.ways):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", NAMES_DIFFER)
+                answer(model.asked(position))
+            return position
+        except ModelError as error:  # also where it gives another number of answers
+            errors.setdefault(str(way), error)
+            warned += [position] if isinstance(error.__cause__, Warning) else []
+    if warned:
+        return warned[0]
+    first, *others = errors.values()
+    names = [*errors][1:]
+    also = [
+        f"; given {name} instead: {reason_of(error.__cause__) if error.__cause__ else error}"
+        for name, error in zip(names, others, strict=True)
+    ]
+    raise type(first)(f"{first}{''.join(also)}") from first.__cause__
 
 
 def _reproduce(model: Model, golden: Golden) -> None:
     """Compare by the names that the estimator has by itself: the settings may have given it others since."""
     outputs = {f"y{output}": name for output, name in enumerate(model.predictor.outputs)}
-    answers = model.answer(model.known_rows, f"the rows of {model.golden_file}")
     scale = largest(golden.predictions)
-    for index, (answer, prediction) in enumerate(zip(answers, golden.predictions, strict=True)):
+    for index, (answer, prediction) in enumerate(zip(model.known_answers, golden.predictions, strict=True)):
         expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
         if not is_close(answer, expected, scale, _tolerance_of(model)):
             wanted = f"as {model.golden_file} has it"

@@ -6,18 +6,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import sklearn
 from catboost import CatBoostClassifier, CatBoostRegressor
 from lightgbm import LGBMClassifier
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.compose import ColumnTransformer, make_column_transformer
+from sklearn.compose import ColumnTransformer, make_column_selector, make_column_transformer
 from sklearn.ensemble import StackingClassifier, VotingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.tree import DecisionTreeClassifier
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from xgboost import XGBClassifier
+
+from tests.lib import steps
 
 RNG = np.random.default_rng(0)
 
@@ -83,12 +86,32 @@ def fit_rooms() -> Any:
 
 TEXTS = pd.DataFrame({"city": ["a", "bbb", "cc", "a"] * 10, "size": np.arange(40.0) % 7})
 CATEGORIES = TEXTS.astype({"city": "category"})
+DATES = pd.DataFrame({"when": ["2026-01-05", "2026-02-28"] * 20, "size": np.arange(40.0) % 7})
+SIZES = pd.DataFrame({"size": np.arange(40.0) % 7, "weight": np.arange(40.0) % 3})
+ALL = TEXTS.assign(count=range(40), flag=[True, False] * 20)
+TEXT: dict[str, Any] = {"features": {"city": {"type": "str"}, "size": {}}}
+CHOICES: dict[str, Any] = {"features": {"city": {"choices": ["a", "bbb", "cc"]}, "size": {}}}
+BOTH: dict[str, Any] = {"features": {"size": {}, "weight": {}}}
 
 
 def behind_columns(X: Any, booster: Any) -> Any:
     """Return a booster, which tells the city, behind a scaler that lets the city pass."""
     columns = ColumnTransformer([("a", StandardScaler(), ["size"])], remainder="passthrough")
     return make_pipeline(columns.set_output(transform="pandas"), booster).fit(X, TEXTS["city"])
+
+
+def step(X: Any, *parts: Any, output: str = "default") -> Any:
+    """Return steps in front of a tree, which answers the sum of what they make of a row of X.
+
+    `output` is what `sklearn.set_config` was told at the training.
+    """
+    before = sklearn.get_config()["transform_output"]
+    sklearn.set_config(transform_output=output)
+    try:
+        made = np.asarray(make_pipeline(*parts).fit_transform(X), float)
+        return make_pipeline(*parts, DecisionTreeRegressor()).fit(X, made.sum(axis=1))
+    finally:
+        sklearn.set_config(transform_output=before)
 
 
 MODELS = [
@@ -244,5 +267,135 @@ MODELS = [
         lambda: behind_columns(TEXTS, cat(cat_features=[1])),
         [{"size": 3, "city": "cc"}, {"size": 3, "city": "a"}],
         ["cc", "a"],
+    ),
+    ModelCase(
+        "step-with-dates",
+        lambda: step(DATES, steps.Months()),
+        [{"when": "2026-01-31", "size": 1}, {"when": "2026-02-01", "size": 5}],
+        [2.0, 7.0],
+        settings={"features": {"when": {"type": "str", "example": "2026-01-01"}, "size": {}}},
+    ),
+    ModelCase("step-with-texts", lambda: step(TEXTS, steps.Lengths()), {"city": "bbb", "size": 2}, 5.0, settings=TEXT),
+    ModelCase(
+        "step-with-objects",
+        lambda: step(TEXTS.astype({"city": object}), steps.OldLengths()),
+        {"city": "bbb", "size": 2},
+        5.0,
+        settings=TEXT,
+    ),
+    ModelCase(
+        "step-with-categories",
+        lambda: step(CATEGORIES, steps.Codes()),
+        [{"city": "cc", "size": 2}, {"city": "a", "size": 2}],
+        [4.0, 2.0],
+        settings=CHOICES,
+    ),
+    ModelCase(
+        "named-step-with-categories",
+        lambda: step(CATEGORIES, steps.NamedCodes()),
+        {"city": "cc", "size": 2},
+        4.0,
+        settings=CHOICES,
+    ),
+    ModelCase(
+        "step-with-texts-of-choices",
+        lambda: step(TEXTS, steps.Suffixes()),
+        {"city": "bbb", "size": 2},
+        6.0,
+        settings=CHOICES,
+    ),
+    ModelCase(
+        "step-with-types",
+        lambda: step(ALL, steps.Types()),
+        {"city": "bbb", "size": 2, "count": 9, "flag": False},
+        15.0,
+        settings={"features": {**TEXT["features"], "count": {"type": "int"}, "flag": {"type": "bool"}}},
+    ),
+    ModelCase("step-by-name", lambda: step(SIZES, steps.ByName()), {"size": 2, "weight": 1}, 5.0, settings=BOTH),
+    ModelCase(
+        "step-by-place", lambda: step(SIZES.to_numpy(), steps.ByPlace()), {"size": 2, "weight": 1}, 5.0, settings=BOTH
+    ),
+    ModelCase(
+        "step-by-place-with-texts",
+        lambda: step(TEXTS.to_numpy(), steps.TextByPlace()),
+        {"city": "bbb", "size": 2},
+        5.0,
+        settings=TEXT,
+    ),
+    ModelCase(
+        "function-of-texts",
+        lambda: step(
+            TEXTS, make_column_transformer((FunctionTransformer(steps.lengths), ["city"]), remainder="passthrough")
+        ),
+        {"city": "bbb", "size": 2},
+        5.0,
+        settings=TEXT,
+    ),
+    ModelCase(
+        "function-of-categories",
+        lambda: step(
+            CATEGORIES, make_column_transformer((FunctionTransformer(steps.codes), ["city"]), remainder="passthrough")
+        ),
+        {"city": "cc", "size": 2},
+        4.0,
+        settings=CHOICES,
+    ),
+    ModelCase(
+        "columns-by-type",
+        lambda: step(
+            TEXTS,
+            make_column_transformer((OneHotEncoder(sparse_output=False), make_column_selector(dtype_include="str"))),
+        ),
+        {"city": "cc"},
+        1.0,
+    ),
+    ModelCase(
+        "output-in-pandas-for-columns",
+        lambda: step(SIZES, StandardScaler(), ColumnTransformer([("a", "passthrough", ["size"])]), output="pandas"),
+        {"size": 3.0, "weight": 1},
+        (200, '{"prediction":'),
+    ),
+    ModelCase(
+        "output-in-pandas-for-columns-of-texts",
+        lambda: step(
+            TEXTS,
+            ColumnTransformer(
+                [("a", OneHotEncoder(sparse_output=False), ["city"]), ("b", "passthrough", ["size"])],
+                verbose_feature_names_out=False,
+            ),
+            ColumnTransformer([("a", "passthrough", ["size", "city_cc"])]),
+            output="pandas",
+        ),
+        {"city": "cc", "size": 2},
+        3.0,
+    ),
+    ModelCase(
+        "output-in-pandas-for-a-step",
+        lambda: step(
+            SIZES,
+            FunctionTransformer(),
+            ColumnTransformer([("a", "passthrough", ["weight", "size"])], verbose_feature_names_out=False),
+            steps.Chosen(),
+            output="pandas",
+        ),
+        {"size": 3.0, "weight": 1},
+        3.0,
+    ),
+    ModelCase(
+        "output-in-pandas-and-onnx",
+        lambda: step(SIZES, StandardScaler(), ColumnTransformer([("a", "passthrough", ["size"])]), output="pandas"),
+        refused='set model.runtime = "sklearn"',
+        settings={"model": {"runtime": "onnx"}},
+    ),
+    ModelCase(
+        "output-in-polars",
+        lambda: step(
+            SIZES,
+            ColumnTransformer([("a", "passthrough", ["weight", "size"])], verbose_feature_names_out=False),
+            steps.InPolars(),
+            output="polars",
+        ),
+        {"size": 3.0, "weight": 1},
+        3.0,
     ),
 ]
