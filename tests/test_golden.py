@@ -22,13 +22,14 @@ from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassif
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
+from sklearn.tree import DecisionTreeClassifier
 
 import app
 import model.describe
 from serving.errors import ModelError
 from serving.predictor.golden import is_close, running_versions
-from tests.lib import estimators
+from tests.lib import estimators, steps
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
 from tests.lib.clients import ROW, post_case
@@ -170,10 +171,10 @@ def test_same_versions_are_no_news(iris: Path, capsys: pytest.CaptureFixture[str
 
 def test_example_is_tried_where_there_are_no_golden_rows(tmp_path: Path) -> None:
     """A model that fails on an example is not served; if the row was made up, the message says that."""
-    estimator = RandomForestClassifier(n_estimators=2).fit(*load_iris(return_X_y=True))
-    del estimator.estimators_[0].tree_
-    features = {name: {"example": 1.5} for name in ROW}
-    with pytest.raises(ModelError, match="fails on its example row: AttributeError"):
+    X, y = load_iris(return_X_y=True)
+    estimator = make_pipeline(FunctionTransformer(steps.stop_at_zero), DecisionTreeClassifier()).fit(X, y)
+    features = {name: {"example": 0.0} for name in ROW}
+    with pytest.raises(ModelError, match="fails on its example row: ValueError"):
         serve_estimator(tmp_path / "model.joblib", estimator, features=features)
     with pytest.raises(ModelError, match="of which 'x0', 'x1', 'x2', 'x3' is made up; give examples in"):
         serve_estimator(tmp_path / "model.joblib", estimator)

@@ -13,7 +13,7 @@ from tests.lib.servers import PROJECT
 FLOORS = [
     "serving.errors serving.cores serving.settings serving.output serving.logs serving.watch",
     "serving.predictor.boosters serving.predictor.inputs serving.predictor.features",
-    "serving.predictor.contract serving.predictor.predictions",
+    "serving.predictor.contract serving.predictor.predictions serving.predictor.failures",
     "serving.predictor.arrays serving.predictor.bodies serving.predictor.samples serving.predictor.predictor",
     "serving.predictor.onnx_runtime serving.predictor.onnx_graph serving.predictor.onnx_file",
     "serving.predictor.artifact serving.predictor.golden",

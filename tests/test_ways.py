@@ -1,15 +1,21 @@
-"""Code of the user's gets rows in the form in which it takes them, which the proof finds out."""
+"""Code of the user's gets rows in the form in which it takes them, which the proof finds out, and messages say where it
+failed."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sklearn
 from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from model.describe import describe
+from serving.errors import ModelError
 from serving.predictor.golden import running_versions
 from serving.predictor.model import Way
 from tests.lib import steps
@@ -90,3 +96,46 @@ def test_setting_of_scikit_learn_is_left_as_it_was(tmp_path: Path) -> None:
     assert call(native, post_case({"size": 3, "weight": 1})).json == {"prediction": 3.0}
     assert way_of(native).output == "pandas"
     assert sklearn.get_config()["transform_output"] == "default"
+
+
+FAILURES = {
+    "value": (
+        steps.stop_at_zero,
+        r"fails on its example row, of which 'x0' is made up; give examples in \[features\], or golden rows: "
+        r"ValueError: a size should be more than nothing \(in stop_at_zero, .*steps\.py:\d+\)$",
+    ),
+    "code": (
+        steps.recur_at_zero,
+        r"has code that fails on its example row: RecursionError: .* \(in recur_at_zero, .*steps\.py:\d+\); "
+        r"'x0' is taken for a number, and other types go into \[features\]$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_message_says_what_failed_and_where(tmp_path: Path, name: str) -> None:
+    """A row is blamed for its values only, and the line of the user's code is named."""
+    function, message = FAILURES[name]
+    estimator = make_pipeline(FunctionTransformer(function), LogisticRegression())
+    estimator.fit(np.arange(1.0, 9.0).reshape(-1, 1), [0, 1] * 4)
+    with pytest.raises(ModelError, match=message):
+        serve_estimator(tmp_path / "model.joblib", estimator)
+
+
+def test_message_names_the_estimator_that_failed(tmp_path: Path) -> None:
+    """Where no code of the user's is involved, the innermost estimator is named, and no row is blamed."""
+    estimator = RandomForestClassifier(n_estimators=2).fit(np.arange(8.0).reshape(-1, 1), [0, 1] * 4)
+    del estimator.estimators_[0].tree_
+    message = r"has code that fails on its example row: AttributeError: .*'tree_' \(in DecisionTreeClassifier\)$"
+    with pytest.raises(ModelError, match=message):
+        serve_estimator(tmp_path / "model.joblib", estimator)
+
+
+def test_message_tells_the_same_failure_once(tmp_path: Path) -> None:
+    """What fails alike given a DataFrame and given an array is told once."""
+    estimator = make_pipeline(steps.Unfinished(), LogisticRegression().fit([[0], [1]], [0, 1]))
+    features = {"city": {"type": "str"}, "size": {"example": 1}}
+    with pytest.raises(
+        ModelError, match=r"has code that fails on its example row: .* \(in Unfinished\.transform, [^()]*\)$"
+    ):
+        serve_estimator(tmp_path / "model.joblib", estimator, features=features)

@@ -18,7 +18,6 @@ from serving.predictor.contract import Contract, Rows
 from serving.predictor.features import NUMBER_RANGES, FeatureSettings
 from serving.predictor.inputs import Array, Column, is_nan
 
-
 Form = Literal["array", "frame", "texts"]
 Words = Literal["category", "str", "object"]  # types of a DataFrame's column of texts
 

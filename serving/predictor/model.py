@@ -13,10 +13,11 @@ from typing import Any
 
 import structlog
 
-from serving.errors import EstimatorError, ModelError, listed, reason_of
+from serving.errors import EstimatorError, ModelError, listed
 from serving.predictor.arrays import Arrays, Form, Words, is_installed, list_forms, list_words
 from serving.predictor.artifact import ModelSettings, load_artifact
 from serving.predictor.contract import Contract, Rows
+from serving.predictor.failures import is_fault_of_code, tell
 from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import Golden, golden_path, load_golden, running_versions
 from serving.predictor.inputs import find_parts, read_inputs
@@ -91,15 +92,30 @@ class Model:
         """Return the answers to checked rows. Raises what the estimator raises."""
         return self.predict(self.arrays.of_rows(rows))
 
-    def answer(self, rows: Rows, what: str) -> list[dict[str, Any]]:
-        """Return the answers to rows that are no request's. Raises `EstimatorError`, which says on `what` it fails."""
+    def answer(self, rows: Rows, what: str, hint: str = "") -> list[dict[str, Any]]:
+        """Return the answers to rows that are no request's.
+
+        Raises `EstimatorError`, which says on `what` it fails, with a hint where that may be the fault of the rows.
+        """
         self.report(f"answering {what.partition(',')[0]}")
         try:
             return [json.loads(answer) for answer in self.predict_rows(rows).render()] if rows else []
         except ModelError:
             raise
         except Exception as error:  # what an estimator raises has no bounds
-            raise EstimatorError(f"fails on {what}: {reason_of(error)}") from error
+            if is_fault_of_code(error, rows):
+                raise EstimatorError(f"has code that fails on {what}: {tell(error)}{self._guesses}") from error
+            raise EstimatorError(f"fails on {what}{hint}: {tell(error)}") from error
+
+    @property
+    def _guesses(self) -> str:
+        """The features that are taken for numbers because nothing says what they are, for a message."""
+        columns, features = self.contract.columns, self.contract.features
+        numbers = [name for name, feature in features.items() if (feature.type, feature.example) == ("float", None)]
+        guesses = [name for name in numbers if (column := columns[name]) and column.type is None]
+        what = "numbers" if guesses[1:] else "a number"
+        are = "are" if guesses[1:] else "is"
+        return f"; {listed(guesses)} {are} taken for {what}, and other types go into [features]" if guesses else ""
 
     @functools.cached_property
     def known_rows(self) -> Rows:
@@ -139,7 +155,7 @@ class Model:
     def _example_answer(self) -> dict[str, Any]:
         made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
         hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
-        return self.answer([self.contract.example], f"its example row{hint}")[0]
+        return self.answer([self.contract.example], "its example row", hint)[0]
 
     def note_python(self) -> None:
         """Log whether the golden rows are of another Python. Answers do not depend on it, so it is no warning."""

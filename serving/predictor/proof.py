@@ -16,6 +16,7 @@ import structlog
 from serving.errors import EstimatorError, ModelError, reason_of, shorten
 from serving.predictor.calls import measure
 from serving.predictor.contract import Rows
+from serving.predictor.failures import tell
 from serving.predictor.golden import (
     TOLERANCE_OF_FLOAT32,
     TOLERANCE_OF_LIBRARIES,
@@ -122,13 +123,12 @@ def find_way(model: Model, answer: Callable[[Model], Any]) -> int:
             warned += [position] if isinstance(error.__cause__, Warning) else []
     if warned:
         return warned[0]
-    first, *others = errors.values()
-    names = [*errors][1:]
-    also = [
-        f"; given {name} instead: {reason_of(error.__cause__) if error.__cause__ else error}"
-        for name, error in zip(names, others, strict=True)
-    ]
-    raise type(first)(f"{first}{''.join(also)}") from first.__cause__
+    first = next(iter(errors.values()))
+    problem = str(first)
+    for name, failure in errors.items():
+        told = tell(failure.__cause__) if failure.__cause__ else str(failure)
+        problem += "" if told in problem else f"; given {name} instead: {told}"
+    raise type(first)(problem) from first.__cause__
 
 
 def _reproduce(model: Model, golden: Golden) -> None:

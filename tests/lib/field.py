@@ -13,7 +13,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, make_column_selector, make_column_transformer
 from sklearn.ensemble import StackingClassifier, VotingClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
@@ -397,5 +397,23 @@ MODELS = [
         ),
         {"size": 3.0, "weight": 1},
         3.0,
+    ),
+    ModelCase(
+        "text-that-a-step-does-not-know",
+        lambda: step(TEXTS, steps.LookedUp()),
+        refused="fails on its example row, of which 'city', 'size' is made up; give examples in [features], or golden",
+        settings=TEXT,
+    ),
+    ModelCase(
+        "step-that-is-not-finished",
+        lambda: make_pipeline(steps.Unfinished(), LinearRegression().fit([[1.0]], [1.0])),
+        refused="has code that fails on its example row: AttributeError: 'Unfinished' object has no attribute 'table_'",
+        settings=TEXT,
+    ),
+    ModelCase(
+        "step-that-wants-another-name",
+        lambda: step(SIZES, steps.ByName()),
+        refused="given a DataFrame instead: KeyError: 'weight' (in ByName.transform, ",
+        settings={"features": {"size": {}, "mass": {}}},
     ),
 ]
