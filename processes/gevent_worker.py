@@ -1,4 +1,4 @@
-"""gevent's worker, with `Connection: close` from the app honoured and errors in JSON."""
+"""gevent's worker, with `Connection: close` from the app honoured, errors in JSON, and the same rules for a head."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
+import gunicorn.http.wsgi
 import gunicorn.sock
 import structlog
 from gevent.lock import Semaphore
 from gevent.pool import Pool
 from gevent.server import StreamServer
-from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, NoMoreData, ParseException
+from gunicorn.http.errors import (
+    ExpectationFailed,
+    LimitRequestHeaders,
+    LimitRequestLine,
+    NoMoreData,
+    ParseException,
+    UnsupportedTransferCoding,
+)
+from gunicorn.http.message import Request
+from gunicorn.http.parser import RequestParser
 from gunicorn.workers import ggevent
 
 from processes.presence import has_left
-from processes.refusals import refuse
+from processes.refusals import JUDGED, judge_head, origin_form, refuse
 from processes.sending import LOOK_S, Progress, count_acknowledged, count_unacknowledged, forget_unsent, note_cut_off
 from processes.worker import ACCEPTS_PER_S, MAX_ACCEPTS, POLL_S, TICK_S, SupervisedWorker
 from serving.errors import BodyTooSlow
@@ -34,6 +44,47 @@ log = structlog.get_logger()
 
 OWN_FILES = 100  # open files of a worker besides connections: listeners, libraries, logs, a model's
 LINGER_BYTES = 16_384  # bytes of one read from a client whose connection ends
+STATUSES = {  # of what gunicorn's parser refuses; all else is 400
+    LimitRequestLine: 414,
+    ExpectationFailed: 417,
+    LimitRequestHeaders: 431,
+    UnsupportedTransferCoding: 501,
+}
+
+
+class RefusedHead(ParseException):
+    """A head that gunicorn's parser would take."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class JudgedRequest(Request):
+    """A request whose head is held to the rules of both workers."""
+
+    path: str
+
+    def set_body_reader(self) -> None:
+        fields = [(name.lower(), value) for name, value in self.headers]
+        version = f"{self.version[0]}.{self.version[1]}"
+        judged = [field for field in fields if field[0] in JUDGED]
+        if (status := judge_head(self.method, self.uri, version, judged)) is not None:
+            raise RefusedHead(status)
+        if not self.path.startswith("/"):
+            self.path = "/" if (origin_form(self.method, self.uri) or "").startswith("/") else "*"
+        connection = ",".join(value for name, value in fields if name == "connection").lower()
+        if version == "1.0" or "close" in [token.strip(" \t") for token in connection.split(",")]:
+            self.force_close()
+        super().set_body_reader()
+
+
+class Answer(gunicorn.http.wsgi.Response):
+    """gunicorn's answer in HTTP/1.1, as uvicorn's is, without `Server`, which is nobody's business."""
+
+    def default_headers(self) -> list[str]:
+        lines = [line for line in super().default_headers() if not line.startswith("Server:")]
+        return [f"HTTP/1.1 {self.status}\r\n", *lines[1:]]
 
 
 class TimedBody:
@@ -209,6 +260,8 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
+        # By these names gunicorn asks for them.
+        RequestParser.mesg_class, gunicorn.http.wsgi.Response = JudgedRequest, Answer
         self.inner = inner = self.wsgi
         settings = self.service.settings
         request_timeout_s = settings.limits.request_timeout_s
@@ -250,12 +303,10 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
         return result
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        if isinstance(exc, LimitRequestLine):
-            status = 414
-        elif isinstance(exc, LimitRequestHeaders):
-            status = 431
+        if isinstance(exc, RefusedHead):
+            status = exc.status
         elif isinstance(exc, ParseException):
-            status = 400
+            status = STATUSES.get(type(exc), 400)
         else:
             status = 500
             log.error("worker_failed", exc_info=exc)

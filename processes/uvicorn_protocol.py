@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app
 from processes.presence import has_left
-from processes.refusals import HeadLimits, refuse
+from processes.refusals import JUDGED, HeadLimits, judge_head, origin_form, refuse
 from processes.transport import CoalescingTransport, Sending
 from processes.worker import SETTLE_S
 from serving.errors import BodyCutShort, BodyTooSlow, ServingError
@@ -24,6 +24,7 @@ PIECE_BYTES = 256  # smallest piece, in bytes, of a body with empty lines in it 
 MAX_PIECE_BYTES = 32_768  # largest piece that the parser gets
 TURN_S = 0.005  # seconds for which one connection's bytes are parsed before others have their turn
 TURN_REQUESTS = 16  # early requests that are begun in one turn of the loop
+JUDGED_NAMES = {name.encode() for name in JUDGED}
 
 
 class Connections:
@@ -182,10 +183,11 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.unparsed_bytes = 0
         self._unset_keepalive_if_required()
-        hosts = self._check_fields()
+        judged = self._check_fields()
         version = self.parser.get_http_version()
-        is_http_1 = version in ("1.1", "1.0")
-        if self.refusal != 400 or hosts > 1 or not is_http_1 or self.parser.get_method() == b"CONNECT":
+        if self.refusal == 400:
+            self._judge(version, judged)
+        if self.refusal != 400:
             raise ValueError("head")
         if not self.parser.should_upgrade():
             if version == "1.0":
@@ -223,16 +225,31 @@ class Protocol(HttpToolsProtocol):
             is_sent = self.transport.get_write_buffer_size() == 0
             self.loop.call_later(SETTLE_S if is_sent else within_s, self.transport.abort)
 
-    def _check_fields(self) -> int:
-        """Refuse too many fields, or one that is too long, and count those that name a host."""
-        hosts = 0
-        for name, value in self.headers:
-            hosts += name == b"host"
+    def _judge(self, version: str, judged: list[tuple[bytes, bytes]]) -> None:
+        """Refuse what gunicorn's parser refuses and this one does not, and take the path of a proxy's target.
+
+        Raises `ValueError`.
+        """
+        method, target = self.parser.get_method().decode(), self.url.decode()
+        fields = [(name.decode(), value.decode("latin-1").strip(" \t")) for name, value in judged]
+        if (status := judge_head(method, target, version, fields)) is not None:
+            self.refusal = status
+            raise ValueError("head")
+        if self.url[:1] != b"/":
+            self.url = cast(str, origin_form(method, target)).encode()
+
+    def _check_fields(self) -> list[tuple[bytes, bytes]]:
+        """Refuse too many fields, or one that is too long, and return those that are judged by what they say."""
+        judged = []
+        for field in self.headers:
+            name, value = field
+            if name in JUDGED_NAMES:
+                judged.append(field)
             if len(name) + len(value) + len(": \r\n") > self.shared.head_limits.field_size:
                 self.refusal = 431
         if len(self.headers) > self.shared.head_limits.fields:
             self.refusal = 431
-        return hosts
+        return judged
 
     def on_body(self, body: bytes) -> None:
         self.unparsed_bytes = 0

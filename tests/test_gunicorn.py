@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tests.lib.cases import BAD, DIFFERENT, GOOD, JSON, MALFORMED, QUERY, Case
+from tests.lib.cases import BAD, DIFFERENT, GOOD, HEADS, JSON, MALFORMED, QUERY, Case, head
 from tests.lib.clients import ROW, check, post_case, read_answer
 from tests.lib.proc import count_files, count_threads, cpu_ticks, is_alive, peak_mb
 from tests.lib.servers import (
@@ -58,6 +58,27 @@ def test_malformed_http_is_refused_alike(servers: Servers, raw: bytes, status: i
     assert answer.json.keys() == {"detail"}
     assert answer.headers["connection"] == "close"
     assert answer.headers["x-request-id"] == "made"
+
+
+@pytest.mark.parametrize(("raw", "status", "is_last"), [case[1:] for case in HEADS], ids=[case[0] for case in HEADS])
+def test_heads_are_read_alike(servers: Servers, raw: bytes, status: int, is_last: bool) -> None:
+    """Old clients and those of proxies get the same answer from all four, and the connection stays or ends alike."""
+    method = raw.split()[0].decode()
+    answers = [server.exchange(raw, method) for server in servers.values()]
+    answer = answers[0]
+    assert answers == [answer] * len(COMBINATIONS)
+    assert (answer.status, "connection" in answer.headers) == (status, is_last)
+
+
+def test_server_is_not_named(server: Server) -> None:
+    """No answer says which server it comes from, nor which version of HTTP an old client has sent."""
+    for raw in (head("GET /ping"), head("GET /nope"), head("GET /ping", version="1.0"), b"nonsense\r\n\r\n"):
+        with server.connect() as client:
+            client.sendall(raw)
+            client.shutdown(socket.SHUT_WR)
+            text = b"".join(iter(lambda: client.recv(65536), b""))
+        assert text.startswith(b"HTTP/1.1 ")
+        assert b"\r\nserver:" not in text.lower()
 
 
 @pytest.mark.parametrize(("raw", "statuses"), [case[1:] for case in DIFFERENT], ids=[case[0] for case in DIFFERENT])

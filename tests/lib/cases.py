@@ -66,6 +66,18 @@ def cell(value: str) -> str:
     return FLOWER.replace("0.2", value)
 
 
+def head(target: str, *fields: str, version: str = "1.1") -> bytes:
+    """A request line and fields; a POST announces two bytes."""
+    length = ["Content-Length: 2"] if target.startswith("POST") else []
+    return "\r\n".join([f"{target} HTTP/{version}", "Host: test", *length, *fields, "", ""]).encode()
+
+
+def chunked(coding: str) -> bytes:
+    """A request whose chunked body is said to have another coding."""
+    fields = f"Host: test\r\nContent-Type: application/json\r\nTransfer-Encoding: {coding}\r\n\r\n"
+    return f"POST /predictions HTTP/1.1\r\n{fields}2\r\n[]\r\n0\r\n\r\n".encode()
+
+
 GOOD = [
     post("object", FLOWER, says='{"prediction":"setosa","probabilities":{"setosa":0.98'),
     post("array", f"[{FLOWER}, {FLOWER}]", says="setosa"),
@@ -248,6 +260,45 @@ MALFORMED = [
     ("header-of-8191-bytes", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 8181 + b"\r\n\r\n", 431),
     ("long-header", b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 9000 + b"\r\n\r\n", 431),
     ("many-headers", b"GET /ping HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 101 + b"\r\n", 431),
+    ("http-1.2", b"GET /ping HTTP/1.2\r\nHost: x\r\n\r\n", 400),
+    ("no-host", b"GET /ping HTTP/1.1\r\n\r\n", 400),
+    ("two-content-types", head("POST /predictions", "Content-Type: a/b", "Content-Type: a/b") + b"[]", 400),
+    ("connect", b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("asterisk-for-get", b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("target-without-host", b"GET http:///ping HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("target-with-user", b"GET http://me:secret@x/ping HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("target-with-bad-port", b"GET http://x:y/ping HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("target-without-slash", b"GET ping HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("chunked-http-1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[]\r\n0\r\n\r\n", 400),
+    ("chunked-twice", chunked("chunked, chunked"), 400),
+    ("chunked-twice-in-fields", chunked("chunked\r\nTransfer-Encoding: chunked"), 400),
+    ("chunked-not-last", chunked("chunked, gzip"), 400),
+    ("gzip-alone", chunked("gzip"), 400),
+    ("chunked-with-parameter", chunked("chunked;q=1"), 400),
+    ("gzip-and-chunked", chunked("gzip, chunked"), 501),
+    ("gzip-and-chunked-in-fields", chunked("gzip\r\nTransfer-Encoding: chunked"), 501),
+    ("identity-and-chunked", chunked("identity, chunked"), 501),
+    ("unknown-coding-and-chunked", chunked("x-mine, Chunked"), 501),
+    ("nothing-and-chunked", chunked(", chunked"), 501),
+    ("unknown-expectation", b"GET /ping HTTP/1.1\r\nHost: x\r\nExpect: 200-ok\r\n\r\n", 417),
+    ("two-expectations", b"GET /ping HTTP/1.1\r\nHost: x\r\nExpect: 100-continue, x\r\n\r\n", 417),
+]
+
+# Heads that one of the workers' parsers would read in another way: id, bytes, status, whether the connection ends.
+HEADS = [
+    ("absolute", head("GET http://a.example/ping"), 200, False),
+    ("absolute-with-port-and-query", head(f"GET HTTPS://[::1]:8000/predictions?{QUERY}"), 200, False),
+    ("absolute-without-path", head("GET http://a.example"), 404, False),
+    ("absolute-with-query-alone", head("GET http://a.example?a=/ping"), 404, False),
+    ("head-of-root", head("HEAD /"), 404, False),
+    ("close-in-a-list", head("GET /ping", "Connection: x, Close"), 200, True),
+    ("close-in-a-second-field", head("GET /ping", "Connection: x", "Connection: close"), 200, True),
+    ("http-1.0", b"GET /ping HTTP/1.0\r\n\r\n", 200, True),
+    ("http-1.0-keep-alive", b"GET /ping HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, True),
+    ("http-1.0-absolute", b"HEAD http://a.example HTTP/1.0\r\n\r\n", 404, True),
+    ("http-1.0-post", head("POST /predictions", *map(": ".join, JSON), version="1.0") + b"[]", 200, True),
+    ("chunked-in-capitals", chunked("CHUNKED"), 200, False),
+    ("empty-line-in-front", b"\r\n" + head("GET /ping"), 200, False),
 ]
 
 # Bytes on which the two workers' own parsers differ, both within the standard: id, bytes, status by worker.
@@ -258,6 +309,6 @@ DIFFERENT = [
         {"uvicorn": 404, "gevent": 400},
     ),
     ("unknown-method", b"FOO /ping HTTP/1.1\r\nHost: x\r\n\r\n", {"uvicorn": 400, "gevent": 405}),
-    ("connect", b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", {"uvicorn": 400, "gevent": 404}),
-    ("unknown-expectation", b"GET /ping HTTP/1.1\r\nHost: x\r\nExpect: x\r\n\r\n", {"uvicorn": 200, "gevent": 400}),
+    ("two-empty-lines-in-front", b"\r\n\r\n" + head("GET /ping"), {"uvicorn": 200, "gevent": 400}),
+    ("two-spaces", b"GET  /ping HTTP/1.1\r\nHost: x\r\n\r\n", {"uvicorn": 200, "gevent": 400}),
 ]
