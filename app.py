@@ -320,6 +320,7 @@ def observers(settings: Settings) -> Iterator[Observer]:
 def build_flask(service: Service[Any]) -> flask.Flask:
     """Return a Flask with a route for each path of the service, which also answers what no route matches."""
     import flask
+    from werkzeug.datastructures import Headers
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask(__name__, static_folder=None)
@@ -328,10 +329,13 @@ def build_flask(service: Service[Any]) -> flask.Flask:
 
     def view() -> flask.Response:
         response = run_now(service.respond(wsgi_request(flask.request.environ, endpoint.batcher)))
-        return flask.Response(response.pieces, response.status_line, response.headers)
+        answer = flask.Response(response.pieces, response.status_line)
+        answer.headers = Headers(response.headers)
+        return answer
 
-    def unmatched(error: Any) -> Any:
-        return view() if flask.request.routing_exception else error
+    def unmatched(error: Any) -> Any:  # OPTIONS too, unless a user has a route for it
+        is_users = error.code == 405 and flask.request.path not in service.routes
+        return view() if flask.request.routing_exception and not is_users else error
 
     for path, methods in service.routes.items():
         app.add_url_rule(path, service.names[path], view, methods=[*methods], provide_automatic_options=False)

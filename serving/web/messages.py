@@ -105,7 +105,7 @@ class Response:
     pieces: list[bytes]
     status: int = 200
     more_headers: Mapping[str, str] = field(default_factory=dict)
-    media_type: str = JSON
+    media_type: str = JSON  # none of a 204, which has no body
     request_id: str = ""
     lingers: bool = False  # the client may still be sending
 
@@ -127,13 +127,14 @@ class Response:
     @property
     def headers(self) -> list[tuple[str, str]]:
         """The headers as WSGI and HTTP/1.1 write them."""
-        own = [("Content-Type", self.media_type), ("Content-Length", str(self.length))]
+        own = [("Content-Type", self.media_type), ("Content-Length", str(self.length))] if self.media_type else []
         return [*own, *self.more_headers.items(), ("X-Request-ID", self.request_id)]
 
     @property
     def start_message(self) -> dict[str, Any]:
         """The status and the headers as ASGI sends them."""
-        headers = [(b"content-type", self.media_type.encode()), (b"content-length", b"%d" % self.length)]
+        own = [(b"content-type", self.media_type.encode()), (b"content-length", b"%d" % self.length)]
+        headers = own if self.media_type else []
         for name, value in self.more_headers.items():
             headers.append((name.lower().encode(), value.encode("latin-1")))
         headers.append((b"x-request-id", self.request_id.encode()))

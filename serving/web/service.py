@@ -234,7 +234,7 @@ class Service(Generic[S]):
             except Exception:  # of whatever kind: an answer is not lost for it
                 log.exception("observer_failed")
 
-    async def _answer(self, request: Request, found: Operation | ServingError) -> Response:
+    async def _answer(self, request: Request, found: Operation | ServingError | str) -> Response:
         write = found.write_error if isinstance(found, Operation) else self._error_writer(request)
         try:
             if isinstance(found, Unauthorized):
@@ -245,6 +245,8 @@ class Service(Generic[S]):
                 raise request.body
             if isinstance(found, ServingError):
                 raise found
+            if isinstance(found, str):
+                return Response([b""], 204, {"Allow": found}, media_type="")
             if takes_body:
                 found.check_media_type(request)
             return await found.endpoint(self, request)
@@ -260,9 +262,14 @@ class Service(Generic[S]):
         scopes = [one for one in self.operations if one.scope and f"{request.path}/".startswith(f"{one.scope}/")]
         return next((one.write_error for one in [*operations.values(), *scopes]), write_detail)
 
-    def judge_head(self, request: Request) -> Operation | ServingError:
-        """Return the operation that a request asks for, or why it gets none, before its body is read."""
+    def judge_head(self, request: Request) -> Operation | ServingError | str:
+        """Return the operation that a request asks for, or why it gets none, before its body is read.
+
+        To OPTIONS the answer is the methods that its path allows. It needs no key, for browsers send none with it.
+        """
         try:
+            if request.method == "OPTIONS":
+                return self._allowed(request.path)
             operation = self._find(request)
             if operation in self._secured:
                 self._authorize(request)
@@ -280,15 +287,19 @@ class Service(Generic[S]):
         return request.announces_body and isinstance(self.judge_head(request), Unauthorized)
 
     def _find(self, request: Request) -> Operation:
-        methods = self.routes.get(request.path)
-        if methods is None:
-            raise NotFound(f"there is no {shorten(request.path)!r}; {nearest(request.path, self.routes)}")
-        operation = methods.get("GET" if request.method == "HEAD" else request.method)
+        operation = self._operation_of(request)
         if operation is None:
-            allowed = ", ".join(methods).replace("GET", "GET, HEAD")
+            allowed = self._allowed(request.path)
             detail = f"{shorten(request.method)} is not allowed on {request.path}; use one of {allowed}"
             raise MethodNotAllowed(detail, {"Allow": allowed})
         return operation
+
+    def _allowed(self, path: str) -> str:
+        """Return the methods of a path, or those of all for `*` (RFC 9110, section 9.3.7). Raises `NotFound`."""
+        methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*"))
+        if not methods:
+            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, self.routes)}")
+        return ", ".join([*methods, "OPTIONS"]).replace("GET", "GET, HEAD")
 
     def _operation_of(self, request: Request) -> Operation | None:
         return self.routes.get(request.path, {}).get("GET" if request.method == "HEAD" else request.method)

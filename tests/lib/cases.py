@@ -46,6 +46,7 @@ class Case:
 
 
 JSON: Fields = (("Content-Type", "application/json"),)
+PREFLIGHT: Fields = (("Origin", "http://page.example"), ("Access-Control-Request-Method", "POST"))
 FLOWER = '{"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}'
 QUERY = "sepal_length=5.1&sepal_width=3.5&petal_length=1.4&petal_width=0.2"
 TWICE = FLOWER.replace("}", ', "petal_width": 9}')
@@ -108,6 +109,12 @@ GOOD = [
     Case("openapi", "GET", "/openapi.json", says='"openapi":"3.1.0"'),
     Case("get-with-body", "GET", "/ping", (), b"ignored", says="live"),
     Case("connection-close", "GET", "/ping", (("Connection", "close"),), says="live"),
+    Case("options", "OPTIONS", "/predictions", (), b"", 204, "GET, HEAD, POST, OPTIONS"),
+    Case("options-ping", "OPTIONS", "/ping", (), b"", 204, "GET, HEAD, OPTIONS"),
+    Case("options-everything", "OPTIONS", "*", (), b"", 204, "GET, HEAD, POST, OPTIONS"),
+    Case("options-with-body", "OPTIONS", "/predictions", JSON, b'{"a"', 204, "GET, HEAD, POST, OPTIONS"),
+    Case("options-chunked", "OPTIONS", "/ping", (), b"ignored", 204, "GET, HEAD, OPTIONS", chunked=True),
+    Case("options-of-a-browser", "OPTIONS", "/predictions", PREFLIGHT, b"", 204, "GET, HEAD, POST, OPTIONS"),
     post("h2c", FLOWER, headers=(*JSON, ("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")), says="setosa"),
     post(
         "h2c-chunked",
@@ -229,12 +236,12 @@ BAD = [
     Case("post-unknown-path", "POST", "/predict", JSON, FLOWER.encode(), 404, "did you mean '/predictions'?"),
     Case("static-file", "GET", "/static/app.py", status=404),
     Case("docs-not-there", "GET", "/redoc", status=404),
-    Case("delete", "DELETE", "/predictions", status=405, says="use one of GET, HEAD, POST"),
+    Case("delete", "DELETE", "/predictions", status=405, says="use one of GET, HEAD, POST, OPTIONS"),
     Case("put", "PUT", "/predictions", JSON, FLOWER.encode(), 405, "PUT is not allowed"),
     Case("patch", "PATCH", "/predictions", JSON, FLOWER.encode(), 405, "PATCH is not allowed"),
-    Case("options", "OPTIONS", "/predictions", status=405, says="OPTIONS is not allowed"),
+    Case("options-unknown-path", "OPTIONS", "/prediction", status=404, says="did you mean '/predictions'?"),
     Case("trace", "TRACE", "/predictions", status=405, says="TRACE is not allowed"),
-    Case("post-ping", "POST", "/ping", JSON, b"{}", 405, "use one of GET, HEAD"),
+    Case("post-ping", "POST", "/ping", JSON, b"{}", 405, "use one of GET, HEAD, OPTIONS"),
     Case("head-unknown-path", "HEAD", "/prediction", status=404),
     Case("insane-request-id", "GET", "/nope", (("X-Request-ID", 'x" \t{"level": "critical"}'),), status=404),
     Case("long-request-id", "GET", "/nope", (("X-Request-ID", "x" * 129),), status=404),
@@ -291,6 +298,10 @@ HEADS = [
     ("absolute-without-path", head("GET http://a.example"), 404, False),
     ("absolute-with-query-alone", head("GET http://a.example?a=/ping"), 404, False),
     ("head-of-root", head("HEAD /"), 404, False),
+    ("options-absolute", head("OPTIONS http://a.example/ping"), 204, False),
+    ("options-absolute-without-path", head("OPTIONS http://a.example"), 204, False),
+    ("options-of-a-balancer", b"OPTIONS /ping HTTP/1.0\r\n\r\n", 204, True),
+    ("options-of-root", b"OPTIONS / HTTP/1.0\r\n\r\n", 404, True),
     ("close-in-a-list", head("GET /ping", "Connection: x, Close"), 200, True),
     ("close-in-a-second-field", head("GET /ping", "Connection: x", "Connection: close"), 200, True),
     ("http-1.0", b"GET /ping HTTP/1.0\r\n\r\n", 200, True),
