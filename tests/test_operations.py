@@ -92,6 +92,15 @@ def test_operation_from_outside_writes_its_own_errors(native: Any) -> None:
     assert "detail" in call(native, csv_case(b"", path="/csvs")).json
 
 
+@pytest.mark.parametrize("media_type", ["text/csv; header=present", "text/csv;charset=utf8; header=absent", ""])
+def test_parameters_of_another_media_type_do_not_matter(native: Any, media_type: str) -> None:
+    """What an operation takes is read whatever the parameters say, or if no type is sent; but not as something else."""
+    assert call(native, csv_case(b"5.1,3.5,1.4,0.2", media_type=media_type)).body == b"setosa"
+    wrong = call(native, csv_case(b"5.1,3.5,1.4,0.2", media_type="text/csv; charset=latin-1"))
+    assert (wrong.status, wrong.body) == (415, b"error: Content-Type has 'charset=latin-1'; send 'text/csv' in UTF-8")
+    assert call(native, csv_case(b"[]", media_type="application/x+json")).status == 415
+
+
 def test_rows_of_several_dialects_are_described_and_observed(native: Any) -> None:
     """The document has the operation, and observers see each exchange with its operation, job and times."""
     document = call(native, Case("openapi", "GET", "/openapi.json")).json

@@ -34,6 +34,8 @@ from serving.settings import OtherNames, SettingsTable
 from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
+JSON_BASED = re.compile(r"application/[^/\s]+\+json")  # RFC 6839, section 3.1
+UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii", ""}  # names of it, and of a part of it
 STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
 
 
@@ -124,13 +126,17 @@ class Operation:
             rule = f"use one of {listed(others)}, or send" if others else "send"
             raise UnsupportedMediaType(f"{problem}; {rule} the body as it is")
         given = request.header("content-type")
-        if given in self.media_types:
+        if given in self.media_types or not given:  # nobody else's type is meant where none is sent
             return
-        media_type, _, parameters = (given or "").lower().partition(";")
-        charset = parameters.strip().removeprefix("charset=").strip('"')
-        if media_type.strip() not in self.media_types or charset not in ("", "utf-8"):
-            seen = "missing" if given is None else repr(shorten(given))
-            raise UnsupportedMediaType(f"Content-Type is {seen}; use {' or '.join(map(repr, self.media_types))}")
+        media_type, *parameters = given.lower().split(";")
+        is_json = JSON in self.media_types and JSON_BASED.fullmatch(media_type.strip())
+        allowed = " or ".join(map(repr, self.media_types))
+        if media_type.strip() not in self.media_types and not is_json:
+            raise UnsupportedMediaType(f"Content-Type is {shorten(given)!r}; use {allowed}")
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "charset" and value.strip(" \t\"'") not in UTF_8:
+                raise UnsupportedMediaType(f"Content-Type has {shorten(parameter.strip())!r}; send {allowed} in UTF-8")
 
 
 @dataclass(slots=True)

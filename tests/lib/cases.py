@@ -51,6 +51,7 @@ FLOWER = '{"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_
 QUERY = "sepal_length=5.1&sepal_width=3.5&petal_length=1.4&petal_width=0.2"
 TWICE = FLOWER.replace("}", ', "petal_width": 9}')
 HUGE = 400 * "9"
+LATIN_1 = "Content-Type has 'charset=latin-1'; send 'application/json' in UTF-8"
 
 
 def post(id: str, body: str | bytes, status: int = 200, says: str = "", headers: Fields = JSON, **more: Any) -> Case:
@@ -91,6 +92,26 @@ GOOD = [
     post("escaped-key", FLOWER.replace("sepal_length", "sepal\\u005flength"), says="setosa"),
     post("white-space", f" \r\n\t{FLOWER}\n ", says="setosa"),
     post("charset", FLOWER, headers=(("Content-Type", "application/json; charset=UTF-8"),), says="setosa"),
+    *[
+        post(f"media-type-{number}", FLOWER, headers=(("Content-Type", media_type),), says="setosa")
+        for number, media_type in enumerate(
+            [
+                "application/json; charset=utf8",
+                "application/json;charset='utf-8'",
+                'application/json; charset="UTF-8"',
+                "application/json; charset=us-ascii",
+                "application/json; charset=utf-8; profile=x",
+                "application/json; version=1",
+                "application/json ;",
+                "application/json; charset=",
+                "application/vnd.api+json",
+                "application/problem+JSON; charset=UTF8",
+            ]
+        )
+    ],
+    post("no-content-type", FLOWER, headers=(), says="setosa"),
+    post("empty-content-type", FLOWER, headers=(("Content-Type", ""),), says="setosa"),
+    post("blank-content-type", FLOWER, headers=(("Content-Type", " "),), says="setosa"),
     post("content-type-in-capitals", FLOWER, headers=(("content-type", "APPLICATION/JSON"),), says="setosa"),
     post("chunked", FLOWER, chunked=True, says="setosa"),
     post("chunked-array", f"[{', '.join([FLOWER] * 500)}]", chunked=True, says="setosa"),
@@ -192,10 +213,14 @@ BAD = [
     post("long-name", f'{{"{"n" * 100_000}":1}}', 422, '"loc":["body","' + "n" * 150 + "…" + "n" * 49 + '"]'),
     post("long-name-twice", f'{{"{"n" * 100_000}":1, "{"n" * 100_000}":1}}', 400, "…nnn"),
     post("text-plain", FLOWER, 415, "Content-Type is 'text/plain'", (("Content-Type", "text/plain"),)),
-    post("no-content-type", FLOWER, 415, "Content-Type is missing", ()),
+    post("text-json", FLOWER, 415, "use 'application/json'", (("Content-Type", "text/json"),)),
+    post("json-in-front", FLOWER, 415, "use 'application/json'", (("Content-Type", "application/jsonx"),)),
+    post("image-json", FLOWER, 415, "use 'application/json'", (("Content-Type", "image/x+json"),)),
     post("form", QUERY, 415, "use 'application/json'", (("Content-Type", "application/x-www-form-urlencoded"),)),
     post("long-content-type", FLOWER, 415, "xxx…xxx", (("Content-Type", "text/" + "x" * 4000),)),
-    post("latin-1-charset", FLOWER, 415, "charset", (("Content-Type", "application/json; charset=latin-1"),)),
+    post("latin-1-charset", FLOWER, 415, LATIN_1, (("Content-Type", "application/json; v=1; Charset=latin-1; x=y"),)),
+    post("utf-16-charset", FLOWER, 415, "in UTF-8", (("Content-Type", "application/x+json;charset=utf-16"),)),
+    post("two-charsets", FLOWER, 415, "'charset=x'", (("Content-Type", "application/json;charset=utf-8;charset=x"),)),
     post("gzip", FLOWER, 415, "Content-Encoding is 'gzip'", (*JSON, ("Content-Encoding", "gzip"))),
     post("chunked-and-bad", '{"a"', 400, "EOF", chunked=True),
     post("cut-short", FLOWER, 400, "ended early", cut=True),
