@@ -253,6 +253,18 @@ def test_input_is_shortened(apps: dict[tuple[str, str], Any], framework: str, gi
     assert [problem["input"] for problem in answer.json["detail"]] == [shown]
 
 
+@pytest.mark.parametrize(
+    "payload", [{"instances": [{}]}, [[1, 2]] * 1000, [1.0] * 1000, {"n" * 91 + "_0000": [1]}, "x"]
+)
+def test_another_shape_is_one_problem(apps: dict[tuple[str, str], Any], framework: str, payload: Any) -> None:
+    """A body that is no rows at all gets one problem, which shows a row, of one with many features the first ones."""
+    (problem,) = call(apps[framework, "long"], json_case("shape", payload)).json["detail"]
+    _, _, sample = problem["msg"].partition("such as ")
+    row = json.loads(sample.strip("[]"))
+    assert len(row) == 7
+    assert [*row.values()] == [0.0] * 6 + ["…"]
+
+
 def test_names_of_features_are_whole_and_others_are_not(apps: dict[tuple[str, str], Any], framework: str) -> None:
     """In `loc` a feature has its name, however long; a name of the client's own is shortened."""
     native, name = apps[framework, "unprintable"], f"00000{chr(1) * 995}"

@@ -130,6 +130,7 @@ class LongArray:
         self._inputs: list[Any] = []
         self._n_rows = 0
         self._problems: list[dict[str, Any]] = []
+        self._misshapen: dict[str, Any] | None = None
         self._hints = Hints()
 
     def read(self) -> list[Any]:
@@ -140,7 +141,7 @@ class LongArray:
         if self._n_rows > self._max_rows:
             raise too_many_rows(self._n_rows, self._max_rows)
         if self._problems:
-            raise self._contract.refusal(self._problems)
+            raise self._contract.refusal([self._misshapen] if self._misshapen else self._problems)
         return self._inputs
 
     def _read_quickly(self) -> int | None:
@@ -198,6 +199,8 @@ class LongArray:
         part = before + self._body[begin:end] + after
         rows = parse_json(part, lambda text: self._relocate(text, begin, len(before)))
         rows = rows[0 if is_first else 1 : None if is_last else -1]
+        if rows and is_first:
+            self._misshapen = self._contract.find_shape(rows, is_whole=is_last)
         if self._n_rows <= self._max_rows and self._contract.check(rows) is None:
             self._note(self._contract.find_problems(rows, self._n_rows, self._hints))
         self._n_rows += len(rows)

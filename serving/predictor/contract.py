@@ -12,7 +12,17 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import CoreSchema, SchemaValidator, core_schema, to_json
 
-from serving.errors import BadRequest, Key, MisfitError, ModelError, Unprocessable, listed, nearest, shorten
+from serving.errors import (
+    MAX_ITEMS,
+    BadRequest,
+    Key,
+    MisfitError,
+    ModelError,
+    Unprocessable,
+    listed,
+    nearest,
+    shorten,
+)
 from serving.predictor.features import FeatureSettings, cell_schema, complete_feature, some_value
 from serving.predictor.inputs import Column, Inputs
 
@@ -77,7 +87,8 @@ class Contract:
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""
         if (rows := self.check(payload)) is None:
-            raise self.refusal(self.find_problems(payload))
+            misshapen = self.find_shape(payload)
+            raise self.refusal([misshapen] if misshapen else self.find_problems(payload))
         return rows
 
     def check(self, payload: Any) -> Rows | None:
@@ -130,6 +141,34 @@ class Contract:
         """Return the problem of a row with too many values."""
         message = f"Object should have at most {len(self.names)} features, not {n_values}"
         return _problem("too_long", place, message, None)
+
+    def find_shape(self, payload: Any, is_whole: bool = True) -> dict[str, Any] | None:
+        """Return the one problem of a body in another shape than rows, with a right one in its message, or None.
+
+        Such are values and arrays of values, an object around the rows, and columns instead of rows. An array that is
+        not whole has more rows.
+        """
+        is_array = isinstance(payload, list)
+        place, row = (["body", 0], payload[0]) if is_array else (["body"], payload)
+        if not isinstance(row, dict):
+            what = "an object" if is_array else "an object or an array of objects"
+            return _problem("dict_type", place, f"Input should be {what}, such as {self._sample}", row)
+        if is_array and not (is_whole and len(payload) == 1):
+            return None
+        nested = [name for name, value in itertools.islice(row.items(), MAX_PROBLEMS) if isinstance(value, list | dict)]
+        if not nested or (len(nested) < len(row) and row.keys() & self.features.keys()):
+            return None
+        if nested[0] in self.features:
+            message = f"Input should be rows, not columns, such as [{self._sample}]"
+            return _problem("dict_type", place, message, row)
+        message = f"Unknown feature; send the rows alone, such as [{self._sample}]"
+        return _problem("extra_forbidden", [*place, nested[0]], message, row[nested[0]])
+
+    @property
+    def _sample(self) -> str:
+        """The example as a message shows it: of a row with many features only the first."""
+        first = itertools.islice(self.features.items(), MAX_ITEMS + 1)
+        return to_json(shorten({name: some_value(feature) for name, feature in first})).decode()
 
     def _problems(self, place: list[Any], error: ValidationError, hints: Hints) -> Iterator[dict[str, Any]]:
         """Yield pydantic's errors in the words of JSON; `place` goes in front of each `loc`."""

@@ -50,6 +50,10 @@ PREFLIGHT: Fields = (("Origin", "http://page.example"), ("Access-Control-Request
 FLOWER = '{"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}'
 QUERY = "sepal_length=5.1&sepal_width=3.5&petal_length=1.4&petal_width=0.2"
 TWICE = FLOWER.replace("}", ', "petal_width": 9}')
+SUCH = "such as " + json.dumps(FLOWER.replace(" ", ""))[1:-1]
+AROUND = '"detail":[{"type":"extra_forbidden","loc":["body","%s"],"msg":"Unknown feature; send the rows alone, ' + (
+    SUCH.replace("as {", "as [{") + ']"'
+)
 HUGE = 400 * "9"
 LATIN_1 = "Content-Type has 'charset=latin-1'; send 'application/json' in UTF-8"
 
@@ -202,9 +206,20 @@ BAD = [
     post("many-unknown-features", '{"a0":1' + "".join(f',"a{n}":1' for n in range(1, 2000)) + "}", 422, "not 2000"),
     post("null", "null", 422, "Input should be an object or an array of objects"),
     post("number", "5.1", 422, "Input should be an object or an array of objects"),
-    post("string", '"setosa"', 422, "Input should be an object or an array of objects"),
-    post("array-of-numbers", "[5.1, 3.5, 1.4, 0.2]", 422, '"loc":["body",0],"msg":"Input should be an object"'),
-    post("array-of-arrays", f"[[{FLOWER}]]", 422, '"loc":["body",0]'),
+    post("string", '"setosa"', 422, f"Input should be an object or an array of objects, {SUCH}"),
+    post("array-of-numbers", "[5.1, 3.5, 1.4, 0.2]", 422, f'"loc":["body",0],"msg":"Input should be an object, {SUCH}'),
+    post("array-of-arrays", f"[[{FLOWER}]]", 422, f'"loc":["body",0],"msg":"Input should be an object, {SUCH}'),
+    post("array-of-nulls", "[null, null]", 422, f'"loc":["body",0],"msg":"Input should be an object, {SUCH}'),
+    post("instances", f'{{"instances": [{FLOWER}]}}', 422, AROUND % "instances"),
+    post("inputs", '{"model": "iris", "inputs": [[5.1, 3.5, 1.4, 0.2]]}', 422, AROUND % "inputs"),
+    post("data", f'{{"data": {FLOWER}}}', 422, AROUND % "data"),
+    post("rows", f'{{"rows": [{FLOWER}]}}', 422, AROUND % "rows"),
+    post("dataframe-split", '{"dataframe_split": {"columns": ["a"], "data": [[1]]}}', 422, AROUND % "dataframe_split"),
+    post("instances-in-array", f'[{{"instances": [{FLOWER}]}}]', 422, '"loc":["body",0,"instances"],"msg":"Unknown'),
+    post(
+        "columns", '{"sepal_length": [5.1, 6.0], "sepal_width": [3.5, 2.7]}', 422, "should be rows, not columns, such"
+    ),
+    post("columns-by-index", '{"sepal_length": {"0": 5.1}, "sepal_width": {"0": 3.5}}', 422, "rows, not columns"),
     post("array-with-null", f"[{FLOWER}, null]", 422, '"loc":["body",1]'),
     post("bad-cell-in-row-3", f"[{FLOWER}, {FLOWER}, {FLOWER}, {cell('true')}]", 422, '["body",3,"petal_width"]'),
     post("two-bad-cells", f"[{cell('true')}, {cell('null')}]", 422, '["body",1,"petal_width"]'),
