@@ -35,7 +35,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
 from serving.cores import count_cores
-from serving.errors import Key, SettingsError, StartupError, Unavailable, errors_about, exit_on_startup_error
+from serving.errors import (
+    Key,
+    SettingsError,
+    StartupError,
+    Unauthorized,
+    Unavailable,
+    errors_about,
+    exit_on_startup_error,
+)
 from serving.logs import LoggingSettings, configure_logging
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
@@ -48,11 +56,21 @@ from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
 from serving.settings import OtherNames, PathText, SettingsFile, SettingsTable, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
+from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
 from serving.web.messages import JSON, Request, Response
 from serving.web.openapi import document_json_of, document_of
-from serving.web.service import STOPPING, AccessLog, AuthSettings, LimitSettings, Observer, Operation, Service
+from serving.web.service import (
+    STOPPING,
+    AccessLog,
+    AuthSettings,
+    LimitSettings,
+    Observer,
+    Operation,
+    Service,
+    Visit,
+)
 from serving.web.wsgi import WSGIEndpoint, run_now, wsgi_request
 
 if TYPE_CHECKING:
@@ -192,6 +210,7 @@ def load_settings(
         settings = settings.with_value(("server", name), value, OPTIONS)
     if "loglevel" in options:
         settings = settings.with_value(("logging", "level"), options["loglevel"], OPTIONS)
+    _refuse_own_paths(settings)
     return settings
 
 
@@ -308,6 +327,15 @@ def operations() -> Iterator[Operation]:
     )
 
 
+def _refuse_own_paths(settings: Settings) -> None:
+    """Raise `SettingsError` if a path that is to be open is the service's own."""
+    for operation in operations():
+        if operation.path in settings.auth.open_paths:
+            cure = "set auth.open_docs" if operation.access == "docs" else "list paths that you have added"
+            place = settings.place("auth", "open_paths")
+            raise SettingsError(f"{place} has {operation.path!r}, which is the service's own; {cure}")
+
+
 def observers(settings: Settings) -> Iterator[Observer]:
     """Yield the observers of each exchange."""
     if settings.logging.access:
@@ -319,27 +347,11 @@ def observers(settings: Settings) -> Iterator[Observer]:
 
 def build_flask(service: Service[Any]) -> flask.Flask:
     """Return a Flask with a route for each path of the service, which also answers what no route matches."""
-    import flask
-    from werkzeug.datastructures import Headers
-    from werkzeug.exceptions import HTTPException
-
-    app = flask.Flask(__name__, static_folder=None)
-    app.url_map.merge_slashes = False
-    inner, endpoint = app.wsgi_app, WSGIEndpoint(service)
-
-    def view() -> flask.Response:
-        response = run_now(service.respond(wsgi_request(flask.request.environ, endpoint.batcher)))
-        answer = flask.Response(response.pieces, response.status_line)
-        answer.headers = Headers(response.headers)
-        return answer
-
-    def unmatched(error: Any) -> Any:  # OPTIONS too, unless a user has a route for it
-        is_users = error.code == 405 and flask.request.path not in service.routes
-        return view() if flask.request.routing_exception and not is_users else error
-
+    endpoint = WSGIEndpoint(service)
+    app, view = _make_flask(endpoint)
+    inner = app.wsgi_app
     for path, methods in service.routes.items():
         app.add_url_rule(path, service.names[path], view, methods=[*methods], provide_automatic_options=False)
-    app.register_error_handler(HTTPException, unmatched)
 
     def is_ours(path: str, method: str) -> bool:
         is_known = method in service.routes.get(path, ()) or method == "HEAD"
@@ -350,8 +362,10 @@ def build_flask(service: Service[Any]) -> flask.Flask:
 
     def hot_first(environ: Any, start_response: Any) -> Any:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        is_first = method in service.hot.get(path, ()) and answers_alone(path, method)
-        return (endpoint if is_first else inner)(environ, start_response)
+        if method in service.hot.get(path, ()) and answers_alone(path, method):
+            return endpoint(environ, start_response)
+        visit = Visit(service, wsgi_request(environ, endpoint.batcher))
+        return visit_wsgi(visit, inner, environ, start_response)
 
     app.wsgi_app = hot_first  # type: ignore[method-assign]
     before = _count_parts(app)
@@ -359,8 +373,41 @@ def build_flask(service: Service[Any]) -> flask.Flask:
     def is_bare() -> bool:
         return app.wsgi_app is hot_first and {*app.view_functions.values()} == {view} and _count_parts(app) == before
 
-    app.extensions["serving"] = FlaskBinding(service, is_bare, is_ours, answers_alone)
+    added = AddedToFlask(app, endpoint, view)
+    service.added_paths = added.paths
+    app.extensions["serving"] = FlaskBinding(service, is_bare, added, is_ours, answers_alone)
     return app
+
+
+def _make_flask(endpoint: WSGIEndpoint) -> tuple[flask.Flask, Callable[..., flask.Response]]:
+    """Return a Flask that asks for a key before what a user adds, and the view of the service's own routes."""
+    import flask
+    from werkzeug.datastructures import Headers
+    from werkzeug.exceptions import HTTPException
+
+    class App(flask.Flask):
+        def __call__(self, environ: Any, start_response: Any) -> Any:
+            return self.extensions["serving"].added.call(environ, start_response)
+
+        def dispatch_request(self, *args: Any) -> Any:
+            refused = self.extensions["serving"].added.refusal(flask.request)
+            return view(refused) if refused else super().dispatch_request(*args)
+
+    def view(refused: Unauthorized | None = None) -> flask.Response:
+        request = wsgi_request(flask.request.environ, endpoint.batcher)
+        response = run_now(endpoint.service.respond(request, refused))
+        answer = flask.Response(response.pieces, response.status_line)
+        answer.headers = Headers(response.headers)
+        return answer
+
+    def unmatched(error: Any) -> Any:  # OPTIONS too, unless a user has a route for it
+        is_users = error.code == 405 and flask.request.path not in endpoint.service.routes
+        return view() if flask.request.routing_exception and not is_users else error
+
+    app = App(__name__, static_folder=None)
+    app.url_map.merge_slashes = False
+    app.register_error_handler(HTTPException, unmatched)
+    return app, view
 
 
 def _count_parts(app: flask.Flask) -> tuple[int, int, bool]:
@@ -383,22 +430,8 @@ def _has_hooks(app: flask.Flask) -> bool:
 
 def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
     """Return a FastAPI with a route for each path of the service, which also answers what no route matches."""
-    import fastapi
-
     endpoint = ASGIEndpoint(service)
-
-    class App(fastapi.FastAPI):
-        """Answers hot operations before its router, which takes longer than the service does."""
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            is_hot = scope["type"] == "http" and scope["method"] in service.hot.get(scope["path"], ())
-            if is_hot and not has_middleware():
-                await endpoint.respond(asgi_request(scope, receive, endpoint.batcher), receive, send)
-            else:
-                await super().__call__(scope, functools.partial(receive_unless_cut, scope, receive), send)
-
-    app = App(title=service.settings.model.name, openapi_url=None, docs_url=None, redoc_url=None)
-    app.router.redirect_slashes = False
+    app = _make_fastapi(endpoint)
     not_found = app.router.default
 
     async def unmatched(scope: Any, receive: Any, send: Any) -> None:
@@ -409,16 +442,44 @@ def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
     app.router.default = unmatched
     before = len(app.routes), len(app.exception_handlers)
 
-    def has_middleware() -> bool:
-        return bool(app.user_middleware) or "build_middleware_stack" in vars(app)
-
     def is_bare() -> bool:
-        is_more = has_middleware() or app.router.default is not unmatched
+        is_more = _has_middleware(app) or app.router.default is not unmatched
         return not is_more and (len(app.routes), len(app.exception_handlers)) == before
 
-    app.state.serving = Binding(service, is_bare)
+    added = AddedToFastAPI(app, endpoint)
+    app.router.middleware_stack = added.guard
+    service.added_paths = added.paths
+    app.state.serving = Binding(service, is_bare, added)
     app.openapi = lambda: document_of(service)  # type: ignore[method-assign]
     return app
+
+
+def _make_fastapi(endpoint: ASGIEndpoint) -> fastapi.FastAPI:
+    """Return a FastAPI without routes that answers hot operations before its router, which takes longer."""
+    import fastapi
+
+    service = endpoint.service
+
+    class App(fastapi.FastAPI):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http":
+                await super().__call__(scope, receive, send)
+                return
+            request = asgi_request(scope, receive, endpoint.batcher)
+            if scope["method"] in service.hot.get(scope["path"], ()) and not _has_middleware(self):
+                await endpoint.respond(request, receive, send)
+            else:
+                receive = functools.partial(receive_unless_cut, scope, receive)
+                await visit_asgi(Visit(service, request), super().__call__, scope, receive, send)
+
+    app = App(title=service.settings.model.name, openapi_url=None, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False
+    return app
+
+
+def _has_middleware(app: fastapi.FastAPI) -> bool:
+    """Return whether a user has put something around a FastAPI's routes."""
+    return bool(app.user_middleware) or "build_middleware_stack" in vars(app)
 
 
 FRAMEWORKS: dict[str, Callable[[Service[Any]], Any]] = {"flask": build_flask, "fastapi": build_fastapi}

@@ -19,7 +19,7 @@ FLOORS = [
     "serving.predictor.artifact serving.predictor.golden",
     "serving.predictor.model serving.predictor.calls serving.predictor.batcher serving.predictor.proof",
     "serving.web.messages serving.web.service serving.web.openapi serving.web.wsgi serving.web.asgi",
-    "serving.web.bridges",
+    "serving.web.added serving.web.bridges",
     "app",
     "processes.early processes.tls processes.handshake processes.listeners processes.sending processes.presence",
     "processes.refusals processes.worker processes.options processes.trial processes.loading processes.transport",

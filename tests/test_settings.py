@@ -55,6 +55,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("logging", "access"): ("false", False),
     ("auth", "api_keys"): ('["key"]', ["key"]),
     ("auth", "open_docs"): ("true", True),
+    ("auth", "open_paths"): ('["/hello"]', ["/hello"]),
 }
 
 

@@ -8,7 +8,7 @@ import string
 import urllib.parse
 from typing import Any
 
-from serving.errors import BodyCutShort
+from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import LoopBatcher
 from serving.web.messages import LINGER_S, Request
 from serving.web.service import Service
@@ -41,8 +41,8 @@ class ASGIEndpoint:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self.respond(asgi_request(scope, receive, self.batcher), receive, send)
 
-    async def respond(self, request: Request, receive: Any, send: Any) -> None:
-        response = await self.service.respond(request)
+    async def respond(self, request: Request, receive: Any, send: Any, refused: Unauthorized | None = None) -> None:
+        response = await self.service.respond(request, refused)
         *pieces, last = [b""] if request.method == "HEAD" else response.pieces
         await send(response.start_message)
         for piece in pieces:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from serving.errors import InternalError, ServingError
+from serving.web.added import AddedToFastAPI, AddedToFlask
 from serving.web.asgi import CLIENT_HAS_LEFT, ASGIEndpoint, asgi_request, linger
-from serving.web.messages import make_request_id, write_detail
+from serving.web.messages import Request, make_request_id, write_detail
 from serving.web.service import Service
 from serving.web.wsgi import WSGIEndpoint, find_client_has_left, run_now, wsgi_request
 
@@ -36,6 +37,11 @@ class Binding:
 
     service: Service[Any]
     is_bare: Callable[[], bool]
+    added: AddedToFlask | AddedToFastAPI
+
+    def lacks_key(self, request: Request) -> bool:
+        """Return whether a request to what a user has added brings a body, which is not to be read without a key."""
+        return request.announces_body and self.service.refusal(request) is not None and self.added.has(request)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ class FlaskOverASGI:
         if self.binding.answers_alone(request.path, request.method):
             await self.endpoint.respond(request, receive, send)
             return
-        if self.binding.is_ours(request.path, request.method) and self.service.lacks_key(request):
+        is_ours = self.binding.is_ours(request.path, request.method)
+        if (is_ours and self.service.lacks_key(request)) or self.binding.lacks_key(request):
             request.body, send = b"", send_and_close(receive, send)
         body = await request.read_body(self.service.settings.limits.max_body_bytes, keeps=not self.binding.is_bare())
         if isinstance(body, ServingError):
@@ -141,7 +148,7 @@ class FastAPIOverWSGI:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         self.start()
         request = wsgi_request(environ, self._endpoint.batcher)
-        if self.service.lacks_key(request):
+        if self.service.lacks_key(request) or self.binding.lacks_key(request):
             request.body, start_response = b"", start_and_close(start_response)
         keeps = not self.binding.is_bare() or self.service.takes_body(request)
         body = run_now(request.read_body(self.service.settings.limits.max_body_bytes, keeps))

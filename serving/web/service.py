@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import hmac
 import re
@@ -59,6 +60,13 @@ def _check_key(key: SecretStr) -> SecretStr:
     return key
 
 
+def _check_open_path(path: str) -> str:
+    if not re.fullmatch(r"/[^\s?#%*]*|/(?:[^\s?#%*]*/)?\*", path):
+        rule = "a path should begin with '/', have no '?', '#' or '%', and '*' only in '/*' at its end"
+        raise ValueError(f"{rule}, unlike {shorten(path)!r}")
+    return path
+
+
 class AuthSettings(SettingsTable):
     """The keys of those who may ask."""
 
@@ -67,6 +75,7 @@ class AuthSettings(SettingsTable):
 
     api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = Field(default_factory=list)
     open_docs: bool = False
+    open_paths: list[Annotated[str, AfterValidator(_check_open_path)]] = Field(default_factory=list)
 
 
 class ServiceSettings(Protocol):
@@ -171,6 +180,44 @@ class AccessLog:
         )
 
 
+class Visit:
+    """A request that what a user has added may answer: it has one id all the way, and observers are shown it once."""
+
+    def __init__(self, service: Service[Any], request: Request) -> None:
+        self.service, self.request = service, request
+        self.began = time.perf_counter()
+        self.request_id = request_id_of(request)
+        self.is_shown = False
+
+    def __enter__(self) -> Visit:
+        self._tokens = VISIT.set(self), REQUEST_ID.set(self.request_id)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        visit, request_id = self._tokens
+        VISIT.reset(visit)
+        REQUEST_ID.reset(request_id)
+
+    def note(self, status: int) -> bool:
+        """Show an answer that begins to the observers, unless the service itself gave it. Return whether it did not."""
+        if self.is_shown:
+            return False
+        self.is_shown = True
+        response = Response([], status, request_id=self.request_id)
+        took_s = time.perf_counter() - self.began
+        self.service.show(Exchange(self.request, response, None, self.began, took_s))
+        return True
+
+
+VISIT: contextvars.ContextVar[Visit] = contextvars.ContextVar("visit")
+
+
+def request_id_of(request: Request) -> str:
+    """Return the id that the caller has given, if it is sane, or else a new one."""
+    given = request.header("x-request-id")
+    return given if given and SANE_REQUEST_ID.fullmatch(given) else make_request_id()
+
+
 class Service(Generic[S]):
     """What the two frameworks share: a proven model behind a table of operations. Observers see each exchange."""
 
@@ -187,6 +234,7 @@ class Service(Generic[S]):
         self.operations = [*operations]
         self.observers = [*observers]
         self.made_once: dict[str, Any] = {}  # what operations make of it for the first request
+        self.added_paths: Callable[[], Iterable[str]] = tuple  # those of a user's routes, for the hints of a 404
         self.routes: dict[str, dict[str, Operation]] = {}
         self.names: dict[str, str] = {}  # of routes, by path
         self.hot: dict[str, set[str]] = {}  # methods that are answered in front of the router, by path
@@ -198,6 +246,8 @@ class Service(Generic[S]):
                 self.hot.setdefault(operation.path, set()).update(methods)
         self._secured = {operation for operation in self.operations if operation.needs_key(settings.auth)}
         self._keys = [key.get_secret_value().encode() for key in settings.auth.api_keys]
+        self._open_paths = {*settings.auth.open_paths}
+        self._open_folders = tuple(path[:-1] for path in settings.auth.open_paths if path.endswith("/*"))
         limits, batching = settings.limits, settings.batching
         self.queue = BatchQueue(
             self.model.predict_rows,
@@ -216,24 +266,28 @@ class Service(Generic[S]):
         hashes = {"model_sha256": self.model.sha256, "settings_sha256": self.settings.sha256}
         return {"model": self.settings.model.name, **hashes}
 
-    async def respond(self, request: Request) -> Response:
-        """Answer one request, good or bad, and show it to the observers."""
+    async def respond(self, request: Request, refused: Unauthorized | None = None) -> Response:
+        """Answer one request, good or bad or `refused` already, and show it to the observers."""
         began = time.perf_counter()
-        given = request.header("x-request-id")
-        request_id = given if given and SANE_REQUEST_ID.fullmatch(given) else make_request_id()
+        visit = VISIT.get(None)
+        if visit is None:
+            request_id = request_id_of(request)
+        else:
+            visit.is_shown, request_id = True, visit.request_id
         token = REQUEST_ID.set(request_id)
         try:
-            found = self.judge_head(request)
+            found = refused or self.judge_head(request)
             response = await self._answer(request, found)
             response.request_id = request_id
             if self.observers:
                 operation = self._operation_of(request)
-                self._show(Exchange(request, response, operation, began, time.perf_counter() - began))
+                self.show(Exchange(request, response, operation, began, time.perf_counter() - began))
             return response
         finally:
             REQUEST_ID.reset(token)
 
-    def _show(self, exchange: Exchange) -> None:
+    def show(self, exchange: Exchange) -> None:
+        """Show an exchange to the observers."""
         for observe in self.observers:
             try:
                 observe(exchange)
@@ -292,6 +346,22 @@ class Service(Generic[S]):
         """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
         return request.announces_body and isinstance(self.judge_head(request), Unauthorized)
 
+    def refusal(self, request: Request) -> Unauthorized | None:
+        """Return why a request to what a user has added is refused: its path is not open, and it has no key."""
+        if not self._is_closed(request.path):
+            return None
+        try:
+            self._authorize(request)
+        except Unauthorized as error:
+            return error
+        return None
+
+    def _is_closed(self, path: str) -> bool:
+        """Return whether a path that a user has added needs a key."""
+        if not self._keys or path in self._open_paths:
+            return False
+        return not path.startswith(self._open_folders) or ".." in path.split("/")
+
     def _find(self, request: Request) -> Operation:
         operation = self._operation_of(request)
         if operation is None:
@@ -304,7 +374,8 @@ class Service(Generic[S]):
         """Return the methods of a path, or those of all for `*` (RFC 9110, section 9.3.7). Raises `NotFound`."""
         methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*"))
         if not methods:
-            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, self.routes)}")
+            open_paths = [added for added in self.added_paths() if not self._is_closed(added)]
+            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, [*self.routes, *open_paths])}")
         return ", ".join([*methods, "OPTIONS"]).replace("GET", "GET, HEAD")
 
     def _operation_of(self, request: Request) -> Operation | None:

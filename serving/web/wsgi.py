@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from serving.errors import BodyCutShort
+from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import ThreadBatcher
 from serving.web.messages import Request
 from serving.web.service import Service
@@ -24,8 +24,8 @@ class WSGIEndpoint:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         return self.respond(wsgi_request(environ, self.batcher), start_response)
 
-    def respond(self, request: Request, start_response: Any) -> list[bytes]:
-        response = run_now(self.service.respond(request))
+    def respond(self, request: Request, start_response: Any, refused: Unauthorized | None = None) -> list[bytes]:
+        response = run_now(self.service.respond(request, refused))
         start_response(response.status_line, response.headers)
         return [] if request.method == "HEAD" else response.pieces
 
