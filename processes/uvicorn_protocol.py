@@ -48,9 +48,14 @@ class Connections:
         self._behind.append(protocol)
 
     def _let_go_on(self) -> None:
+        left = TURN_REQUESTS
         try:
-            for _ in range(min(TURN_REQUESTS, len(self._behind))):
-                self._behind.popleft().go_on()
+            for _ in range(len(self._behind)):
+                protocol = self._behind.popleft()
+                left -= bool(protocol.held)  # those that have been reset meanwhile hold nothing, and nobody up
+                protocol.go_on()
+                if left == 0:
+                    break
         finally:
             if self._behind:
                 self.loop.call_soon(self._let_go_on)
