@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import app
-from serving.errors import ModelError, ServingError, SettingsError, Unprocessable, errors_about, exit_on_startup_error
+from serving.errors import (
+    ModelError,
+    ServingError,
+    SettingsError,
+    Unprocessable,
+    errors_about,
+    exit_on_startup_error,
+    listed,
+)
 from serving.logs import configure_logging
 from serving.predictor.artifact import SAFE_FORMATS, ModelSettings, find_untrusted_types, load_estimator, read_artifact
 from serving.predictor.bodies import parse_json
@@ -27,6 +35,7 @@ from serving.predictor.golden import golden_path, load_golden, running_versions
 from serving.predictor.inputs import Column, Inputs, read_inputs, type_of
 from serving.predictor.model import Model, make_model
 from serving.predictor.proof import prove_answers
+from serving.predictor.skops_file import sort_types
 from serving.settings import toml_key, toml_value
 
 
@@ -50,7 +59,10 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     trusted = trust or (suffix in SAFE_FORMATS and not untrusted)
     if golden and not trusted:
         raise ModelError("can answer golden rows only with --trust")
-    print_model(path, data, untrusted, settings)
+    offered, others = sort_types(untrusted, may_import=trust)
+    print_model(path, data, offered, settings)
+    if others:
+        print(f"# and {listed(others)}, only if you know what it does")
     if not trusted:
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
@@ -136,13 +148,13 @@ def write_golden(model: Model, rows: list[dict[str, Any]]) -> None:
     golden_path(model.path).write_text(text, encoding="utf-8")
 
 
-def print_model(path: Path, data: bytes, untrusted: set[str], settings: app.Settings) -> None:
+def print_model(path: Path, data: bytes, trusted_types: list[str], settings: app.Settings) -> None:
     """Print the [model] table of an artifact, none of which needs it to be loaded."""
     print("[model]")
     print_key("path", Path(os.path.relpath(path, settings.folder)).as_posix())
     print_key("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:64])
     print_key("sha256", hashlib.sha256(data).hexdigest())
-    print_key("trusted_types", sorted(untrusted))
+    print_key("trusted_types", trusted_types)
 
 
 def print_features(

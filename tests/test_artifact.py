@@ -7,8 +7,12 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import tomllib
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,18 @@ import numpy as np
 import pytest
 import sklearn
 import skops.io
+from lightgbm import LGBMClassifier
 from sklearn.datasets import load_iris
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.feature_selection import SelectKBest, f_classif
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer, StandardScaler
 
 import app
-from serving.errors import ModelError, StartupError
+import model.describe
+from serving.errors import ModelError, SettingsError, StartupError
 from serving.predictor.artifact import FORMATS, refuse_old_sklearn
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, save
@@ -262,3 +271,112 @@ def test_old_scikit_learn_is_refused(version: str) -> None:
 def test_newer_scikit_learn_is_not_refused(version: str) -> None:
     """Versions are compared as numbers."""
     refuse_old_sklearn(version)
+
+
+def craft(path: Path, node: dict[str, Any], **options: Any) -> Path:
+    """Write a .skops file by hand, of a node of its schema."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("schema.json", json.dumps(node | {"protocol": 2, "_skops_version": "0.16.0"}))
+    return path
+
+
+def function_node(name: str) -> dict[str, Any]:
+    module, _, function = name.rpartition(".")
+    return {"__class__": function, "__module__": module, "__loader__": "FunctionNode", "__id__": 1}
+
+
+@pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "builtins.eval", "numpy.load"])
+def test_type_that_runs_code_is_never_offered(tmp_path: Path, name: str) -> None:
+    """Neither the line of a refusal nor `model.describe` has it ready to be pasted, and a setting cannot trust it."""
+    path = craft(tmp_path / "model.skops", function_node(name))
+    message = refusal_of(path, "")
+    assert f"names '{name}', which runs code or opens files for whoever made it; do not load it" in message
+    assert "trusted_types" not in message
+    with pytest.raises(ModelError, match="do not load it"):
+        model.describe.describe(path, True, None)
+    file = tmp_path / "settings.toml"
+    file.write_text(f'[model]\ntrusted_types = ["{name}"]\n')
+    with pytest.raises(SettingsError, match=f"model.trusted_types is .* it should be without '{name}', which runs"):
+        app.load_settings(file)
+
+
+@pytest.mark.parametrize("name", ["numpy.fromfile", "sklearn.utils._testing.check_output", "somebody.Step"])
+def test_type_of_which_nothing_is_known_is_named_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A function of numpy's, or what scikit-learn imports, may read files: whoever adds it should know it."""
+    path = craft(tmp_path / "model.skops", function_node(name))
+    assert f"not trusted; add '{name}' to model.trusted_types only if you know what it does" in refusal_of(path, "")
+    model.describe.describe(path, False, None)
+    printed = capsys.readouterr().out
+    assert tomllib.loads(printed)["model"]["trusted_types"] == []
+    assert f"# and '{name}', only if you know what it does" in printed
+
+
+def test_types_of_an_estimator_can_be_pasted(tmp_path: Path) -> None:
+    """What scikit-learn and LightGBM keep in estimators is offered, functions of scikit-learn's own too."""
+    for estimator in (
+        make_pipeline(SelectKBest(f_classif, k=2), HistGradientBoostingClassifier(max_iter=2)),
+        LGBMClassifier(n_estimators=2, n_jobs=1, verbosity=-1),
+        make_pipeline(SplineTransformer(), KNeighborsClassifier(algorithm="kd_tree")),
+    ):
+        path = tmp_path / "model.skops"
+        save(estimator.fit(X, y), path)
+        types = json.loads(refusal_of(path, "").partition("set model.trusted_types = ")[2])
+        native = serve_estimator(path, estimator, model={"trusted_types": types})
+        assert call(native, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
+
+
+def test_trusted_type_that_does_not_occur_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be there for an older artifact, so it is a warning."""
+    types = ["sklearn.tree._tree.Tree", "sklearn.tree._tree.Trees"]
+    forest = RandomForestClassifier(n_estimators=2).fit(X, y)
+    serve_estimator(tmp_path / "model.skops", forest, model={"trusted_types": types}, logging={"format": "json"})
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (line["event"], line["level"]) == ("trusted_types_unused", "warning")
+    assert line["types"] == ["sklearn.tree._tree.Trees"]
+
+
+def make_bomb(path: Path, claimed: int) -> None:
+    """Write a .skops file of a gigabyte of blanks, whose directory claims another size."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("schema.json", "w") as part:
+        for _ in range(1024):
+            part.write(b" " * (1 << 20))
+    data = bytearray(path.read_bytes())
+    directory = data.rindex(b"PK\1\2")
+    struct.pack_into("<I", data, directory + 24, claimed)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "message"),
+    [
+        (1 << 30, f"unpacks to {1 << 30} bytes, more than {100 * 1_043_760}, which is 100 times its size or 64 MB"),
+        (1 << 20, "cannot be loaded as skops, and may be cut short or damaged: BadZipFile: Bad CRC-32"),
+    ],
+    ids=["honest", "lying"],
+)
+def test_bomb_is_refused_before_it_unpacks(tmp_path: Path, claimed: int, message: str) -> None:
+    """A megabyte that is a gigabyte when it is unpacked takes neither its memory nor its time."""
+    path = tmp_path / "model.skops"
+    make_bomb(path, claimed)
+    tracemalloc.start()
+    try:
+        assert message in refusal_of(path, "")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("compression", "is_served"), [(zipfile.ZIP_DEFLATED, True), (zipfile.ZIP_BZIP2, False), (zipfile.ZIP_LZMA, False)]
+)
+def test_compressed_skops(tmp_path: Path, compression: int, is_served: bool) -> None:
+    """What skops compressed as zip does is served; of what others compress, nobody can say how far it unpacks."""
+    path = tmp_path / "model.skops"
+    skops.io.dump(LogisticRegression(max_iter=1000).fit(X, y), path, compression=compression)
+    if is_served:
+        native = app.create_app(make_settings(model={"path": str(path)}, features={}))
+        assert call(native, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
+    else:
+        assert "is compressed by bzip2 or LZMA; save it with compression=zipfile.ZIP_DEFLATED" in refusal_of(path, "")

@@ -17,11 +17,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import joblib
 import sklearn.utils
+import structlog
 from pydantic import AfterValidator, Field
 
 from serving.errors import ModelError, StartupError, listed, nearest, reason_of
 from serving.predictor.predictor import GraphFile, refuse_no_predictor
+from serving.predictor.skops_file import runs_code, sort_types, unpack
 from serving.settings import OtherNames, PathText, SettingsTable, check_each_once, explain_relative
+
+log = structlog.get_logger()
 
 
 class ModelSettings(SettingsTable):
@@ -34,7 +38,7 @@ class ModelSettings(SettingsTable):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
     runtime: Literal["sklearn", "onnx"] = "sklearn"
     sha256: Annotated[str, AfterValidator(_check_hash)] = ""
-    trusted_types: list[str] = Field(default_factory=list)
+    trusted_types: Annotated[list[str], AfterValidator(_check_types)] = Field(default_factory=list)
     outputs: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(check_each_once)] = Field(
         default_factory=list
     )
@@ -46,6 +50,12 @@ def _check_hash(text: str) -> str:
     if not re.fullmatch(r"([0-9a-fA-F]{64})?", text):
         raise ValueError("a hash should be 64 hexadecimal digits, or empty")
     return text
+
+
+def _check_types(names: list[str]) -> list[str]:
+    for name in filter(runs_code, names):
+        raise ValueError(f"trusted types should be without {name!r}, which runs code or opens files for whoever asks")
+    return names
 
 
 def load_artifact(settings: ModelSettings, path: Path) -> tuple[Any, str]:
@@ -137,12 +147,23 @@ def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
     """Load a skops file in which all types are trusted, by skops or by the list. Raises `ModelError`."""
     import skops.io  # here, for it imports all of scikit-learn: a second that other formats can do without
 
-    untrusted = find_untrusted_types(data) - set(trusted_types)
-    if untrusted:
-        types = json.dumps(sorted({*untrusted, *trusted_types}))
-        raise ModelError(f"holds types that are not trusted; if you trust them, set model.trusted_types = {types}")
+    with _loading("skops"):
+        data = unpack(data)
+    named = find_untrusted_types(data)
+    offered, others = sort_types(named, known=trusted_types)
+    if offered or others:
+        raise ModelError(f"holds types that are not trusted; {_how_to_trust(offered, others, trusted_types)}")
+    if unused := sorted({*trusted_types} - named):
+        log.warning("trusted_types_unused", types=unused)
     with _loading("skops"):
         return skops.io.loads(data, trusted=trusted_types)
+
+
+def _how_to_trust(offered: list[str], others: list[str], trusted_types: list[str]) -> str:
+    types = json.dumps(sorted({*offered, *trusted_types}))
+    setting = f"if you trust them, set model.trusted_types = {types}" if offered else ""
+    more = f"add {listed(others)} to model.trusted_types only if you know what it does" if others else ""
+    return ", and ".join(filter(None, (setting, more)))
 
 
 def find_untrusted_types(data: bytes) -> set[str]:
@@ -150,7 +171,7 @@ def find_untrusted_types(data: bytes) -> set[str]:
     import skops.io
 
     with _loading("skops"):
-        return set(skops.io.get_untrusted_types(data=data))
+        return set(skops.io.get_untrusted_types(data=unpack(data)))
 
 
 def _load_joblib(data: bytes, trusted_types: list[str]) -> Any:
