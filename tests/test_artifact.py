@@ -1,6 +1,7 @@
 """Which artifacts are loaded, and why others are not."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -24,10 +25,11 @@ import skops.io
 from lightgbm import LGBMClassifier
 from sklearn.datasets import load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.feature_selection import SelectKBest, f_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 
 import app
@@ -380,3 +382,18 @@ def test_compressed_skops(tmp_path: Path, compression: int, is_served: bool) -> 
         assert call(native, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
     else:
         assert "is compressed by bzip2 or LZMA; save it with compression=zipfile.ZIP_DEFLATED" in refusal_of(path, "")
+
+
+@pytest.mark.parametrize("suffix", [".skops", ".joblib"])
+@pytest.mark.parametrize("given", ["filename", "file"])
+def test_vectorizer_of_files_is_refused(tmp_path: Path, suffix: str, given: str) -> None:
+    """Its texts would be names of files that the service opens for clients."""
+    (tmp_path / "a.txt").write_text("a fox")
+    names = [io.StringIO("a fox") if given == "file" else str(tmp_path / "a.txt") for _ in "ab"]
+    union = make_union(TfidfVectorizer(), CountVectorizer(input=given))
+    union.transformer_list[1][1].fit(names)
+    union.transformer_list[0][1].fit(["a fox"])
+    estimator = make_pipeline(union, LogisticRegression().fit([[0, 1], [1, 0]], [0, 1]))
+    message = f"has a CountVectorizer with input='{given}', for which clients would name files to open; make it with"
+    with pytest.raises(ModelError, match=message):
+        serve_estimator(tmp_path / f"model{suffix}", estimator)

@@ -21,6 +21,7 @@ import structlog
 from pydantic import AfterValidator, Field
 
 from serving.errors import ModelError, StartupError, listed, nearest, reason_of
+from serving.predictor.inputs import find_parts
 from serving.predictor.predictor import GraphFile, refuse_no_predictor
 from serving.predictor.skops_file import runs_code, sort_types, unpack
 from serving.settings import OtherNames, PathText, SettingsTable, check_each_once, explain_relative
@@ -140,7 +141,16 @@ def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
     estimator = load(data, trusted_types)
     if not isinstance(estimator, GraphFile):
         refuse_no_predictor(estimator)
+        _refuse_file_readers(estimator)
     return estimator
+
+
+def _refuse_file_readers(estimator: Any) -> None:
+    """Raise `ModelError` for a text vectorizer that takes names of files, which clients would choose."""
+    for part in find_parts(estimator):
+        if hasattr(part, "build_analyzer") and (given := getattr(part, "input", "content")) != "content":
+            what = f"has a {type(part).__name__} with input={given!r}, for which clients would name files to open"
+            raise ModelError(f"{what}; make it with input='content'")
 
 
 def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
