@@ -5,6 +5,8 @@ and a .skops file of which skops trusts every type, is read without. `--golden R
 rows of a JSON array and writes them, with its answers, beside the artifact, which must reproduce them whenever it is
 served; such rows also say what the estimator does not, as the types that code of the user's takes. For the artifact
 that the settings in force are about, their `[features]` count too.
+
+Where a module of one's own is named `model`, in the folder of the project, run `python model/describe.py PATH`.
 """
 
 import argparse
@@ -12,9 +14,14 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path: the project's folder takes the place of this one
+    FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(FOLDER.parent), *(path for path in sys.path if path != str(FOLDER))]
 
 import app
 from serving.errors import (
@@ -34,6 +41,7 @@ from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import golden_path, load_golden, running_versions
 from serving.predictor.inputs import Column, Inputs, read_inputs, type_of
 from serving.predictor.model import Model, make_model
+from serving.predictor.modules import add_module_folder
 from serving.predictor.proof import prove_answers
 from serving.predictor.skops_file import sort_types
 from serving.settings import toml_key, toml_value
@@ -59,6 +67,7 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     trusted = trust or (suffix in SAFE_FORMATS and not untrusted)
     if golden and not trusted:
         raise ModelError("can answer golden rows only with --trust")
+    add_module_folder(settings.folder)
     offered, others = sort_types(untrusted, may_import=trust)
     print_model(path, data, offered, settings)
     if others:
@@ -67,7 +76,7 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
         print("\n# Its features can be read only by loading it, which may run code that is inside.")
         print("# If you trust it, add --trust.")
         return
-    estimator = load_estimator(path, data, sorted(untrusted))
+    estimator = load_estimator(path, data, sorted(untrusted), settings.folder)
     known = load_golden(path) if golden is None else None
     rows = read_rows(golden) if golden else known.rows if known else []
     inputs = read_inputs(estimator, [*settings.features, *(rows[0] if rows else ())])

@@ -250,8 +250,8 @@ def test_trust_never_comes_from_beside_the_artifact(tmp_path: Path) -> None:
     [
         (Trap(sys.exit, 0), "cannot be loaded as pickle, and may be cut short or damaged: SystemExit: 0"),
         (Trap(int, "x"), "ValueError: invalid literal for int"),
-        (b"\x80\x04csys\nThing\n.", "needs what is not there: Can't get attribute 'Thing' on"),
-        (b"\x80\x04cno_such_module\nThing\n.", "needs the module 'no_such_module', which is not installed"),
+        (b"\x80\x04csys\nThing\n.", "needs 'Thing' of the module 'sys', but 'sys' is part of Python here"),
+        (b"\x80\x04cno_such_module\nThing\n.", "needs the module 'no_such_module', which is neither installed, nor in"),
     ],
     ids=["exit", "error", "class", "module"],
 )

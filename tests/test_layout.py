@@ -16,7 +16,7 @@ FLOORS = [
     "serving.predictor.contract serving.predictor.predictions serving.predictor.failures",
     "serving.predictor.arrays serving.predictor.bodies serving.predictor.samples serving.predictor.predictor",
     "serving.predictor.onnx_runtime serving.predictor.onnx_graph serving.predictor.onnx_file",
-    "serving.predictor.skops_file serving.predictor.artifact serving.predictor.golden",
+    "serving.predictor.skops_file serving.predictor.modules serving.predictor.artifact serving.predictor.golden",
     "serving.predictor.model serving.predictor.calls serving.predictor.batcher serving.predictor.proof",
     "serving.web.messages serving.web.service serving.web.openapi serving.web.wsgi serving.web.asgi",
     "serving.web.added serving.web.bridges",

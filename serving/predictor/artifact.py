@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field
 
 from serving.errors import ModelError, StartupError, listed, nearest, reason_of
 from serving.predictor.inputs import find_parts
+from serving.predictor.modules import add_module_folder, explain
 from serving.predictor.predictor import GraphFile, refuse_no_predictor
 from serving.predictor.skops_file import runs_code, sort_types, unpack
 from serving.settings import OtherNames, PathText, SettingsTable, check_each_once, explain_relative
@@ -59,15 +60,15 @@ def _check_types(names: list[str]) -> list[str]:
     return names
 
 
-def load_artifact(settings: ModelSettings, path: Path) -> tuple[Any, str]:
+def load_artifact(settings: ModelSettings, path: Path, folder: Path) -> tuple[Any, str]:
     """Load what an artifact holds by the suffix of its name, and return it with the artifact's hash.
 
-    Raises `ModelError`.
+    Modules that it needs may be in a folder. Raises `ModelError`.
     """
     data = read_artifact(path, explain_relative(settings.path))
     sha256 = hashlib.sha256(data).hexdigest()
     _refuse_untrusted(path, sha256, settings.sha256.lower())
-    return load_estimator(path, data, settings.trusted_types), sha256
+    return load_estimator(path, data, settings.trusted_types, folder), sha256
 
 
 def read_artifact(path: Path, cure: str = "") -> bytes:
@@ -131,14 +132,16 @@ def refuse_old_sklearn(version: str) -> None:
         raise StartupError(f"scikit-learn is {version}, but {oldest} is the oldest that is supported; {hint}")
 
 
-def load_estimator(path: Path, data: bytes, trusted_types: list[str]) -> Any:
-    """Load what an artifact's bytes hold, which may run code that is inside.
+def load_estimator(path: Path, data: bytes, trusted_types: list[str], folder: Path) -> Any:
+    """Load what an artifact's bytes hold, which may run code that is inside, and modules in a folder.
 
     Raises `StartupError`, also where it is not a fitted predictor.
     """
     refuse_old_sklearn(sklearn.__version__)
-    load, _ = FORMATS[path.suffix.lower()]
-    estimator = load(data, trusted_types)
+    load, (kind, *_) = FORMATS[path.suffix.lower()]
+    add_module_folder(folder)
+    with _loading(kind, data, folder):
+        estimator = load(data, trusted_types)
     if not isinstance(estimator, GraphFile):
         refuse_no_predictor(estimator)
         _refuse_file_readers(estimator)
@@ -157,16 +160,14 @@ def _load_skops(data: bytes, trusted_types: list[str]) -> Any:
     """Load a skops file in which all types are trusted, by skops or by the list. Raises `ModelError`."""
     import skops.io  # here, for it imports all of scikit-learn: a second that other formats can do without
 
-    with _loading("skops"):
-        data = unpack(data)
+    data = unpack(data)
     named = find_untrusted_types(data)
     offered, others = sort_types(named, known=trusted_types)
     if offered or others:
         raise ModelError(f"holds types that are not trusted; {_how_to_trust(offered, others, trusted_types)}")
     if unused := sorted({*trusted_types} - named):
         log.warning("trusted_types_unused", types=unused)
-    with _loading("skops"):
-        return skops.io.loads(data, trusted=trusted_types)
+    return skops.io.loads(data, trusted=trusted_types)
 
 
 def _how_to_trust(offered: list[str], others: list[str], trusted_types: list[str]) -> str:
@@ -180,40 +181,34 @@ def find_untrusted_types(data: bytes) -> set[str]:
     """Return the types in a skops file that skops does not trust by itself, without loading it. Raises `ModelError`."""
     import skops.io
 
-    with _loading("skops"):
+    with _loading("skops", data):
         return set(skops.io.get_untrusted_types(data=unpack(data)))
 
 
 def _load_joblib(data: bytes, trusted_types: list[str]) -> Any:
-    with _loading("joblib"):
-        return joblib.load(io.BytesIO(data))
+    return joblib.load(io.BytesIO(data))
 
 
 def _load_pickle(data: bytes, trusted_types: list[str]) -> Any:
-    with _loading("pickle"):
-        return pickle.loads(data)
+    return pickle.loads(data)
 
 
 def _load_onnx(data: bytes, trusted_types: list[str]) -> Any:
     """Load an ONNX graph, which runs no code: custom operators are in libraries that only settings could name."""
     from serving.predictor.onnx_file import open_artifact
 
-    with _loading("onnx"):
-        return open_artifact(data)
+    return open_artifact(data)
 
 
 @contextlib.contextmanager
-def _loading(kind: str) -> Iterator[None]:
+def _loading(kind: str, data: bytes, folder: Path = Path()) -> Iterator[None]:
     try:
         yield
     except ModelError:
         raise
-    except ModuleNotFoundError as error:
-        raise ModelError(f"needs the module {error.name!r}, which is not installed") from error
-    except AttributeError as error:  # pickle names classes and functions by module; those of a script are in __main__
-        raise ModelError(f"needs what is not there: {error}; have it in a module that can be imported") from error
     except (Exception, SystemExit) as error:  # what a damaged or foreign artifact raises has no bounds
-        raise ModelError(f"cannot be loaded as {kind}, and may be cut short or damaged: {reason_of(error)}") from error
+        damaged = f"cannot be loaded as {kind}, and may be cut short or damaged: {reason_of(error)}"
+        raise ModelError((kind != "onnx" and explain(error, data, folder)) or damaged) from error
 
 
 FORMATS: dict[str, tuple[Callable[[bytes, list[str]], Any], tuple[str, ...]]] = {  # with what the bytes may be

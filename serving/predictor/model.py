@@ -21,6 +21,7 @@ from serving.predictor.failures import is_fault_of_code, tell
 from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import Golden, golden_path, load_golden, running_versions
 from serving.predictor.inputs import find_parts, read_inputs
+from serving.predictor.modules import find_misfit
 from serving.predictor.predictions import Predictions
 from serving.predictor.predictor import Predictor, limit_threads, prepare
 
@@ -104,8 +105,13 @@ class Model:
             raise
         except Exception as error:  # what an estimator raises has no bounds
             if is_fault_of_code(error, rows):
-                raise EstimatorError(f"has code that fails on {what}: {tell(error)}{self._guesses}") from error
-            raise EstimatorError(f"fails on {what}{hint}: {tell(error)}") from error
+                problem = f"has code that fails on {what}: {tell(error)}{self._misfit}{self._guesses}"
+                raise EstimatorError(problem) from error
+            raise EstimatorError(f"fails on {what}{hint}: {tell(error)}{self._misfit}") from error
+
+    @functools.cached_property
+    def _misfit(self) -> str:
+        return find_misfit(self.path)
 
     @property
     def _guesses(self) -> str:
@@ -182,7 +188,7 @@ def load_model(
     """
     report("loading it")
     path = folder / settings.path
-    estimator, sha256 = load_artifact(settings, path)
+    estimator, sha256 = load_artifact(settings, path, folder)
     model = make_model(estimator, path, features, load_golden(path, settings.strict_versions), settings.outputs)
     graphs: Sequence[Predictor] = ()
     if settings.runtime == "onnx" and model.predictor.graph is None:
