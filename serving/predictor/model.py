@@ -192,7 +192,7 @@ def load_model(
     model = make_model(estimator, path, features, load_golden(path, settings.strict_versions), settings.outputs)
     graphs: Sequence[Predictor] = ()
     if settings.runtime == "onnx" and model.predictor.graph is None:
-        from serving.predictor.onnx_runtime import convert_to_onnx
+        from serving.predictor.onnx_convert import convert_to_onnx
 
         report("converting it to ONNX")
         graphs = convert_to_onnx(model.predictor, model.arrays)
