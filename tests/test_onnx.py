@@ -306,6 +306,29 @@ def test_disagreement_is_found_where_it_is_rare(tmp_path: Path, estimator: Any) 
         serve_estimator(tmp_path / "model.joblib", estimator, features=features, **ONNX)
 
 
+@pytest.mark.parametrize("row", [None, {"x0": 0.0, "x1": 0.0}], ids=["example", "golden"])
+@pytest.mark.parametrize("kind", ["outliers", "regressor", "decision"])
+def test_number_near_zero_is_no_disagreement(tmp_path: Path, kind: str, row: Any) -> None:
+    """Rounding is relative to the numbers of all rows, so one row near 0 does not end the start."""
+    points = np.random.default_rng(1).normal(size=(200, 2))
+    if kind == "outliers":
+        estimator = OneClassSVM(gamma=0.5).fit(points)
+        shift = -estimator.decision_function([[0.0, 0.0]]) - 3.8e-5
+        estimator.intercept_ = estimator._intercept_ = estimator.intercept_ + shift
+        estimator.offset_ = -estimator.intercept_
+    elif kind == "regressor":
+        estimator = SVR(gamma=0.5).fit(points, points @ [20, 50])
+        shift = -estimator.predict([[0.0, 0.0]]) - 3.8e-5
+        estimator.intercept_ = estimator._intercept_ = estimator.intercept_ + shift
+    else:
+        estimator = SVC(gamma=0.5).fit(points, points[:, 0] > 0)
+        shift = -estimator.decision_function([[0.0, 0.0]]) - 3.8e-5
+        estimator.intercept_ = estimator.intercept_ + shift
+        estimator._intercept_ = -estimator.intercept_
+    service = proven(tmp_path / "model.joblib", estimator, row=row)
+    assert agree(service, points)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "skl2onnx"])
 def test_missing_package_is_named(quick_model: dict[str, str], package: str) -> None:
     """Without its packages nothing fails but what asks for them, and then the message names the file to install."""

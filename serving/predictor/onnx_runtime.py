@@ -154,10 +154,11 @@ def choose_graph(graphs: Sequence[Predictor], predictor: Predictor, arrays: Arra
         rows = [*known, *keep_answered(made_up, predictor, arrays)]
         inputs = [arrays.of_rows(some) for some in (rows, rows[:1])]  # one row goes its own way in some operators
         cases = [(X, predictor.ask(X)) for X in inputs]
+        scales = scales_of(predictor, *cases[0][1])  # of all rows, for one alone may have numbers near 0
         for position, graph in enumerate(graphs):
             way = graph.graph.how if graph.graph else ""
             try:
-                found = next(filter(None, (find_disagreement(graph, *case) for case in cases)), None)
+                found = next(filter(None, (find_disagreement(graph, *case, scales) for case in cases)), None)
             except Exception as error:  # what ONNX Runtime raises has no bounds
                 reasons.append(f"with {way} it fails: {reason_of(error)}")
                 continue
@@ -178,20 +179,36 @@ def keep_answered(rows: list[dict[str, Any]], predictor: Predictor, arrays: Arra
     return rows
 
 
-def find_disagreement(predictor: Predictor, X: Any, expected: tuple[Any, Any]) -> tuple[int, str] | None:
+def scales_of(predictor: Predictor, y: Any, scores: Any) -> tuple[float, float]:
+    """Return the sizes of predictions and of scores, to which the tolerance of each is relative."""
+    y = as_array(y)
+    is_share = scores is None or predictor.score == "probabilities"
+    return scale_of(y) if y.dtype.kind == "f" else 1.0, 1.0 if is_share else scale_of(scores)
+
+
+def scale_of(values: Any) -> float:
+    """Return the size of the largest number."""
+    if isinstance(values, list):
+        return max(map(scale_of, values))
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+
+
+def find_disagreement(
+    predictor: Predictor, X: Any, expected: tuple[Any, Any], scales: tuple[float, float] | None = None
+) -> tuple[int, str] | None:
     """Return the first row of X that is not answered as expected, classes exactly and numbers to 1e-5, and how.
 
     A row to which the estimator itself gives two classes alike may get either: rounding decides between them, which in
     scikit-learn too depends on the order of its sums. Golden rows are held to their class all the same, by `is_close`.
     """
     y, scores = as_array(expected[0]), expected[1]
+    y_scale, score_scale = scales or scales_of(predictor, y, scores)
     given, given_scores = predictor.ask(X)
     if given.shape != y.shape:
         return 0, f"in the shape {given.shape}, scikit-learn in {y.shape}"
-    differ = differs(given, y, None)
+    differ = differs(given, y, y_scale)
     if scores is not None:
-        scale = 1.0 if predictor.score == "probabilities" else None
-        differ = (differ & ~_are_tied(scores)) | differs(given_scores, scores, scale)
+        differ = (differ & ~_are_tied(scores, max(1.0, score_scale))) | differs(given_scores, scores, score_scale)
     if not differ.any():
         return None
     index = int(differ.argmax())
@@ -209,19 +226,19 @@ def differs(given: Any, expected: Any, scale: float | None) -> Any:
     differ = np.asarray(given != expected)
     if expected.dtype.kind == "f":
         if scale is None:
-            scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+            scale = scale_of(expected)
         differ = ~np.isclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
     return differ.reshape(len(expected), -1).any(axis=1)
 
 
-def _are_tied(scores: Any) -> Any:
+def _are_tied(scores: Any, scale: float) -> Any:
     """Return in which rows the two highest scores, or the only one and 0, are alike."""
     if isinstance(scores, list):
-        return np.logical_or.reduce([_are_tied(output) for output in scores])
+        return np.logical_or.reduce([_are_tied(output, scale) for output in scores])
     if scores.ndim == 1 or scores.shape[1] == 1:
-        return np.abs(scores).reshape(-1) <= TOLERANCE
+        return np.abs(scores).reshape(-1) <= TOLERANCE * scale
     highest = np.sort(scores, axis=1)
-    return highest[:, -1] - highest[:, -2] <= TOLERANCE
+    return highest[:, -1] - highest[:, -2] <= TOLERANCE * scale
 
 
 def _show(y: Any, scores: Any, index: int) -> str:
