@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +15,7 @@ from serving.errors import ModelError, reason_of
 from serving.predictor.arrays import Arrays
 from serving.predictor.features import FeatureSettings
 from serving.predictor.inputs import find_parts
+from serving.predictor.onnx_boosting import register_converters
 from serving.predictor.onnx_runtime import USE_SKLEARN, OnnxModel, import_onnx, open_session, refuse_trees
 from serving.predictor.predictor import Predictor
 
@@ -28,17 +31,42 @@ def convert_to_onnx(predictor: Predictor, arrays: Arrays) -> list[Predictor]:
         raise ModelError(f"takes texts, which are not run in ONNX Runtime; {USE_SKLEARN}")
     for name in ("onnx", "onnxruntime", "skl2onnx"):
         import_onnx(name)
-    graphs, reasons = [], []
+    register_converters(predictor.estimator)
+    graphs: list[Predictor] = []
+    reasons: dict[str, str] = {}
     for how, float_type, estimator in _ways_to_convert(predictor.estimator):
         try:
-            with warnings.catch_warnings(action="ignore"):  # of what scikit-learn deprecates and skl2onnx reads
+            with warnings.catch_warnings(action="ignore"), _votes_apart(predictor.estimator):  # deprecations
                 graph = _convert(estimator, predictor, arrays, float_type)
             graphs.append(predictor.with_graph(functools.partial(OnnxModel, open_session(graph), how=how)))
         except (Exception, SystemExit) as error:  # what converters and ONNX Runtime raise has no bounds
-            reasons.append(f"with {how}, {reason_of(error)}")
+            reasons[how] = _why_not(error)
     if not graphs:
-        raise ModelError(f"cannot be converted to ONNX: {'; '.join(reasons)}; {USE_SKLEARN}")
+        several = "; ".join(f"with {how}, {reason}" for how, reason in reasons.items())
+        reason = several if len({*reasons.values()}) > 1 else next(iter(reasons.values()))
+        raise ModelError(f"cannot be converted to ONNX: {reason}; {USE_SKLEARN}")
     return graphs
+
+
+def _why_not(error: BaseException) -> str:
+    """Return why a conversion fails, in one line."""
+    if type(error).__name__ not in ("MissingShapeCalculator", "MissingConverter"):
+        return reason_of(error)
+    kind = re.search(r"type '<class '([\w.]+)'>'", str(error))
+    return f"skl2onnx has no converter for {kind[1].rpartition('.')[2] if kind else 'a part of it'}"
+
+
+@contextlib.contextmanager
+def _votes_apart(estimator: Any) -> Iterator[None]:
+    """Have voting classifiers flatten nothing meanwhile, which skl2onnx cannot, and which only `transform` does."""
+    voting = [part for part in find_parts(estimator) if getattr(part, "flatten_transform", False)]
+    for part in voting:
+        part.flatten_transform = False
+    try:
+        yield
+    finally:
+        for part in voting:
+            part.flatten_transform = True
 
 
 def _ways_to_convert(estimator: Any) -> Iterator[tuple[str, str, Any]]:

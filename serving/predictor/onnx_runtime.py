@@ -30,7 +30,7 @@ SHARES_TOLERANCE = 1e-3  # distance from 1 of a sum of float32 probabilities of 
 TOLERANCE = 1e-5  # distance of numbers that agree, and of scores of tied classes
 
 
-def import_onnx(name: str) -> Any:
+def import_onnx(name: str, requirements: str = "requirements-onnx.txt") -> Any:
     """Import one of the packages that only ONNX needs. Raises `ModelError`.
 
     From 1.29 on ONNX Runtime starts a thread when it is imported, which reports to its makers, and for which a worker
@@ -41,8 +41,8 @@ def import_onnx(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        hint = "pip install -r requirements-onnx.txt"
-        raise ModelError(f"needs {package} to run in ONNX Runtime, which fails to import ({error}); {hint}") from None
+        what = f"needs {package} to run in ONNX Runtime, which fails to import ({error})"
+        raise ModelError(f"{what}; pip install -r {requirements}") from None
 
 
 def open_session(graph: bytes) -> Any:
@@ -75,7 +75,11 @@ class OnnxModel:
         self._is_file = isinstance(predictor.estimator, GraphFile)
         classes = None if self._is_file else getattr(predictor.estimator, "classes_", None)
         self._by_output = [len(labels) for labels in predictor.classes_by_output]
-        self._labels = None if classes is None else np.asarray(classes[0] if self._by_output else classes).dtype
+        self._labels = (
+            None
+            if classes is None or len(classes) == 0
+            else np.asarray(classes[0] if self._by_output else classes).dtype
+        )
         self._is_pair = predictor.score == "decision" and len(predictor.classes or ()) == 2
         self._is_share = predictor.score == "probabilities"
 
