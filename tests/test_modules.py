@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.lib.recfunctions
 import pytest
+import sklearn
 import skops.io
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
-from sklearn.tree._tree import Tree
 
 import app
 from serving.errors import ModelError
 from serving.predictor.artifact import load_estimator, read_artifact
 from tests.lib.apps import call, make_settings
-from tests.lib.artifacts import copy_project, deploy
+from tests.lib.artifacts import copy_project, deploy, pickle_old, without_missing
 from tests.lib.clients import post_case
 from tests.lib.servers import PROJECT, Starter, gunicorn_environment, run
 from tests.lib.sizes import each_worker
@@ -36,6 +35,7 @@ from tests.lib.sizes import each_worker
 X = np.random.default_rng(0).normal(size=(60, 3))
 y = np.where(X[:, 0] > 0, "high", "low")
 ROW = {"x0": 9.0, "x1": 0.0, "x2": 0.0}
+HERE = sklearn.__version__.encode()
 FEATURES = "x0 = {}\nx1 = {}\nx2 = {}\n"
 STEP = """
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -212,29 +212,12 @@ def test_module_of_another_version_is_told(tmp_path: Path, module: str, message:
     assert refusal_of(tmp_path / "m.joblib", naming(module)).startswith(expected)
 
 
-class OldPickler(pickle.Pickler):
-    """Writes the nodes of trees as scikit-learn before 1.3 did."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Tree):
-            return NotImplemented
-        make, arguments, state = value.__reduce__()
-        return make, arguments, state | {"nodes": without_missing(state["nodes"])}
+FOREST = RandomForestClassifier(2, random_state=0).fit(X, y)
 
 
-def without_missing(nodes: Any) -> Any:
-    kept = [name for name in nodes.dtype.names if name != "missing_go_to_left"]
-    return numpy.lib.recfunctions.repack_fields(nodes[kept])
-
-
-def pickle_old(protocol: int = 4, version: str = "1.2.2") -> bytes:
-    stream = io.BytesIO()
-    OldPickler(stream, protocol).dump(RandomForestClassifier(2, random_state=0).fit(X, y))
-    return stream.getvalue().replace(sklearn_version(), version.encode())
-
-
-def sklearn_version() -> bytes:
-    return str(sys.modules["sklearn"].__version__).encode()
+def pickle_older(protocol: int = 4) -> bytes:
+    """Pickle a forest as scikit-learn 1.2.2 did."""
+    return pickle_old(FOREST, protocol).replace(HERE, b"1.2.2")
 
 
 @pytest.mark.filterwarnings("ignore:Trying to unpickle")
@@ -242,14 +225,14 @@ def sklearn_version() -> bytes:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_old_tree_names_both_versions(tmp_path: Path, protocol: int, compress: Any) -> None:
     """The nodes of trees have another type since; the version is found without running the pickle."""
-    message = refusal_of(tmp_path / "m.joblib", compress(pickle_old(protocol)))
-    expected = f"was made with another scikit-learn (1.2.2), here {sklearn_version().decode()}; save it anew"
+    message = refusal_of(tmp_path / "m.joblib", compress(pickle_older(protocol)))
+    expected = f"was made with another scikit-learn (1.2.2), here {HERE.decode()}; save it anew"
     assert message == f"{expected} (ValueError: node array from the pickle has an incompatible dtype)"
 
 
 def test_old_tree_of_no_version_is_told(tmp_path: Path) -> None:
     """Where a file does not say with which scikit-learn it was made, only that it was another one is known."""
-    message = refusal_of(tmp_path / "m.pkl", pickle_old(version=sklearn_version().decode()))
+    message = refusal_of(tmp_path / "m.pkl", pickle_old(FOREST))
     assert message.startswith("was made with another scikit-learn (of an unknown version), here ")
 
 
@@ -259,7 +242,7 @@ def test_old_skops_names_both_versions(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as target:
         for name in source.namelist():
-            part = source.read(name).replace(sklearn_version(), b"1.2.2")
+            part = source.read(name).replace(HERE, b"1.2.2")
             array = np.load(io.BytesIO(part)) if name.endswith(".npy") else None
             with target.open(name, "w") as file:
                 if array is not None and array.dtype.names:
@@ -273,7 +256,7 @@ def test_old_skops_names_both_versions(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Trying to unpickle")
 def test_cut_file_of_another_version_is_damaged(tmp_path: Path) -> None:
     """A file that ends early is called cut short, whichever version made it."""
-    data = pickle_old()
+    data = pickle_older()
     for size in range(100, len(data), len(data) // 20):
         assert "may be cut short or damaged" in refusal_of(tmp_path / "m.pkl", data[:size])
 
@@ -283,7 +266,7 @@ def test_failure_of_an_old_estimator_names_both_versions(tmp_path: Path) -> None
     """What loads, but lacks what this version reads when it predicts, fails with the versions."""
     estimator = LogisticRegression().fit(X, y)
     del estimator.intercept_
-    data = pickle.dumps(estimator).replace(sklearn_version(), b"1.2.2")
+    data = pickle.dumps(estimator).replace(HERE, b"1.2.2")
     (tmp_path / "model.pkl").write_bytes(data)
     trust = {"path": str(tmp_path / "model.pkl"), "sha256": hashlib.sha256(data).hexdigest()}
     message = (

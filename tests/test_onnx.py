@@ -84,6 +84,10 @@ NUMBERS, TARGET = load_diabetes(return_X_y=True)
 ROWS = [{f"x{column}": value for column, value in enumerate(row)} for row in X.tolist()]
 ONNX = {"model": {"runtime": "onnx"}}
 
+LGBM = {"n_estimators": 8, "n_jobs": 1, "verbosity": -1}
+XGB = {"n_estimators": 8, "n_jobs": 1}
+CAT = {"iterations": 8, "thread_count": 1, "verbose": 0, "allow_writing_files": False}
+
 
 def proven(path: Path, estimator: Any, features: Any = None, row: Any = None) -> Service[Any]:
     """Return the service of an estimator in ONNX Runtime, proven with a golden row if there is one."""
@@ -283,9 +287,13 @@ GOLDEN = json.loads((PROJECT / "model/iris.golden.json").read_text())["rows"]
             TransformedTargetRegressor(LinearRegression(), func=np.log1p, inverse_func=np.expm1).fit(NUMBERS, TARGET),
             "converted to ONNX: skl2onnx has no converter for TransformedTargetRegressor; set",
         ),
+        (
+            CatBoostClassifier(**CAT, cat_features=[0]).fit([["a", 1.0], ["b", 2.0]] * 9, [0, 1] * 9),
+            "converted to ONNX: it takes categories as text, which trees do not in ONNX Runtime; set",
+        ),
         (make_pipeline(TfidfVectorizer(), GaussianNB()), "takes texts, which are not run in ONNX Runtime"),
     ],
-    ids=["unknown", "target", "texts"],
+    ids=["unknown", "target", "categories", "texts"],
 )
 def test_what_cannot_be_converted_is_refused(tmp_path: Path, estimator: Any, message: str) -> None:
     """An estimator that skl2onnx does not know ends the start, with its reason and what to do."""
@@ -330,11 +338,6 @@ def test_votes_are_counted_as_in_sklearn(tmp_path: Path, voting: Any) -> None:
     service = proven(tmp_path / "model.joblib", estimator, row=ROWS[0])
     assert agree(service, X)
     assert service.model.predictor.estimator.steps[-1][1].flatten_transform is True
-
-
-LGBM = {"n_estimators": 8, "n_jobs": 1, "verbosity": -1}
-XGB = {"n_estimators": 8, "n_jobs": 1}
-CAT = {"iterations": 8, "thread_count": 1, "verbose": 0, "allow_writing_files": False}
 
 
 @pytest.mark.parametrize("labels", [NAMES, y == 1], ids=["str", "bool"])

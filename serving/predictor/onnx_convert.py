@@ -50,6 +50,8 @@ def convert_to_onnx(predictor: Predictor, arrays: Arrays) -> list[Predictor]:
 
 def _why_not(error: BaseException) -> str:
     """Return why a conversion fails, in one line."""
+    if isinstance(error, ModelError):
+        return f"it {error}"
     if type(error).__name__ not in ("MissingShapeCalculator", "MissingConverter"):
         return reason_of(error)
     kind = re.search(r"type '<class '([\w.]+)'>'", str(error))

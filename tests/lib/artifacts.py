@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import pickle
 import re
 import shutil
@@ -10,8 +11,10 @@ from typing import Any
 
 import joblib
 import skops.io
+from numpy.lib.recfunctions import repack_fields
 from skl2onnx import to_onnx
 from skl2onnx.common.data_types import DoubleTensorType
+from sklearn.tree._tree import Tree
 
 from tests.lib.servers import PROJECT
 
@@ -110,3 +113,26 @@ class Trap:
 
     def __reduce__(self) -> Any:
         return self.call
+
+
+class OldPickler(pickle.Pickler):
+    """Writes the nodes of trees as scikit-learn before 1.3 did."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tree):
+            return NotImplemented
+        make, arguments, state = value.__reduce__()
+        return make, arguments, state | {"nodes": without_missing(state["nodes"])}
+
+
+def without_missing(nodes: Any) -> Any:
+    """Return nodes of trees that do not say where missing values go."""
+    kept = [name for name in nodes.dtype.names if name != "missing_go_to_left"]
+    return repack_fields(nodes[kept])
+
+
+def pickle_old(estimator: Any, protocol: int = 4) -> bytes:
+    """Pickle an estimator with trees as before scikit-learn 1.3, though with the version that runs."""
+    stream = io.BytesIO()
+    OldPickler(stream, protocol).dump(estimator)
+    return stream.getvalue()

@@ -1,5 +1,6 @@
 """What people hit in the field, a row each: what was tried, and what should come of it. The next one is a row."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,17 +11,25 @@ import sklearn
 from catboost import CatBoostClassifier, CatBoostRegressor
 from lightgbm import LGBMClassifier
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.compose import ColumnTransformer, make_column_selector, make_column_transformer
-from sklearn.ensemble import StackingClassifier, VotingClassifier
+from sklearn.compose import (
+    ColumnTransformer,
+    TransformedTargetRegressor,
+    make_column_selector,
+    make_column_transformer,
+)
+from sklearn.ensemble import RandomForestClassifier, StackingClassifier, VotingClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from xgboost import XGBClassifier
 
 from tests.lib import steps
+from tests.lib.artifacts import Trap, pickle_old
 
 RNG = np.random.default_rng(0)
 
@@ -112,6 +121,54 @@ def step(X: Any, *parts: Any, output: str = "default") -> Any:
         return make_pipeline(*parts, DecisionTreeRegressor()).fit(X, made.sum(axis=1))
     finally:
         sklearn.set_config(transform_output=before)
+
+
+NUMBERS = RNG.normal(size=(60, 2))
+WORDS = np.where(NUMBERS[:, 0] > 0, "high", "low")
+FAR = [{"x0": 9.0, "x1": 0.0}, {"x0": -9.0, "x1": 0.0}]
+ONNX = {"model": {"runtime": "onnx"}}
+
+
+def fit_votes(voting: Any) -> Any:
+    voters = [("t", DecisionTreeClassifier()), ("n", GaussianNB()), ("l", LogisticRegression())]
+    return VotingClassifier(voters, voting=voting).fit(NUMBERS, WORDS)
+
+
+def fit_catboost() -> Any:
+    return CatBoostClassifier(iterations=5, verbose=0, allow_writing_files=False).fit(NUMBERS, WORDS)
+
+
+def fit_target() -> Any:
+    target = TransformedTargetRegressor(LinearRegression(), func=np.log, inverse_func=np.exp)
+    return target.fit(NUMBERS, np.exp(NUMBERS[:, 0]))
+
+
+def fit_forest() -> Any:
+    return RandomForestClassifier(2).fit(NUMBERS, WORDS)
+
+
+def fit_file_names() -> Any:
+    vectorizer = CountVectorizer(input="filename")
+    vectorizer.vocabulary_ = {"fox": 0}
+    return make_pipeline(vectorizer, LogisticRegression().fit([[0], [1]], [0, 1]))
+
+
+def pickle_of(module: str) -> Any:
+    """Return what loads a pickle that names a class of a module."""
+    return Trap(pickle.loads, f"c{module}\nStep\n.".encode())
+
+
+def fit_old_tree() -> Any:
+    """Return what loads a tree of an older version."""
+    return Trap(pickle.loads, pickle_old(DecisionTreeClassifier(max_depth=2).fit(NUMBERS, WORDS)))
+
+
+def in_onnx(name: str, make: Callable[[], Any], expected: Any) -> ModelCase:
+    return ModelCase(f"onnx-{name}", make, FAR, expected, settings=ONNX)
+
+
+def refused(name: str, make: Callable[[], Any], line: str, **more: Any) -> ModelCase:
+    return ModelCase(name, make, refused=line, **more)
 
 
 MODELS = [
@@ -416,4 +473,17 @@ MODELS = [
         refused="given a DataFrame instead: KeyError: 'weight' (in ByName.transform, ",
         settings={"features": {"size": {}, "mass": {}}},
     ),
+    in_onnx("lightgbm", lambda: LGBMClassifier(verbosity=-1, n_jobs=1).fit(NUMBERS, WORDS), ["high", "low"]),
+    in_onnx("xgboost", lambda: XGBClassifier(n_jobs=1).fit(NUMBERS, NUMBERS[:, 0] > 0), [1, 0]),
+    in_onnx("catboost", fit_catboost, ["high", "low"]),
+    in_onnx("soft-votes", lambda: fit_votes("soft"), ["high", "low"]),
+    in_onnx("hard-votes", lambda: fit_votes("hard"), ["high", "low"]),
+    refused("onnx-target", fit_target, "no converter for TransformedTargetRegressor; set", settings=ONNX),
+    refused("names-of-files", fit_file_names, "has a CountVectorizer with input='filename', for which"),
+    refused("untrusted-forest", fit_forest, 'set model.trusted_types = ["sklearn.tree._tree.Tree"]', suffix=".skops"),
+    refused("old-tree", fit_old_tree, "was made with another scikit-learn (of an unknown version), here"),
+    refused("old-module", lambda: pickle_of("sklearn.ensemble.forest"), "was made with another scikit-learn"),
+    refused("notebook", lambda: pickle_of("__main__"), "needs 'Step', which a notebook or a script has defined"),
+    refused("no-module", lambda: pickle_of("mine"), "needs the module 'mine', which is neither installed, nor"),
+    refused("own-module", lambda: pickle_of("serving"), "'serving' is the service's own here; give yours another"),
 ]
