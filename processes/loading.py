@@ -20,6 +20,7 @@ import structlog
 
 import app
 from processes import options
+from processes.patches import check_ssl, patch_as_worker, patch_ssl
 from processes.tls import check_tls
 from processes.trial import try_out
 from serving.errors import STARTUP_STATUS, ModelError, StartupError, errors_about, listed, print_error, reason_of
@@ -35,6 +36,12 @@ Loaded = tuple[app.Settings, Model]
 PROGRESS_S = 10.0  # seconds between lines about what takes long
 WATCH_MARGIN_S = 2.0  # seconds in which a process that starts ends by itself
 WATCH_POLL_S = 0.1
+UVICORN = "server.worker_class = 'uvicorn'"
+PATCHED = (
+    "without gevent it does not: gevent patches Python's standard library when the model's code has taken names from "
+    f"it; set {UVICORN}, or import in the function that needs it"
+)
+PERHAPS_PATCHED = f"gevent, which patches Python's standard library, may be why; see whether it starts with {UVICORN}"
 
 
 class Deadline:
@@ -78,11 +85,15 @@ class Deadline:
     def took_s(self) -> float:
         return time.monotonic() - self._started
 
+    @property
+    def is_over(self) -> bool:
+        return self.took_s > self.limit_s
+
     def check(self) -> None:
         """Log what takes long. Raises `ModelError` when it takes too long."""
-        took_s, limit_s = self.took_s, self.limit_s
-        if took_s > limit_s:
+        if self.is_over:
             raise self.error()
+        took_s, limit_s = self.took_s, self.limit_s
         if took_s > self._next_line_s:
             self._next_line_s += PROGRESS_S
             doing = self._read(self.DOING)
@@ -105,8 +116,8 @@ class Loading:
     that is forked later lacks them and waits for them, unless they have ended with the thread that called.
     """
 
-    def __init__(self, deadline: Deadline, wakeup: Callable[[], None] = lambda: None) -> None:
-        self._deadline, self._wakeup = deadline, wakeup
+    def __init__(self, settings: app.Settings, deadline: Deadline, wakeup: Callable[[], None] = lambda: None) -> None:
+        self._settings, self._deadline, self._wakeup = settings, deadline, wakeup
         self._threads_before = count_native_threads()
         self._results: list[Loaded | BaseException] = []
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
@@ -114,7 +125,7 @@ class Loading:
 
     def _run(self) -> None:
         try:
-            self._results.append(load(self._deadline))
+            self._results.append(load(self._settings, self._deadline))
         except BaseException as error:  # what an artifact raises has no bounds
             self._results.append(error)
         self._wakeup()
@@ -142,19 +153,29 @@ def count_native_threads() -> int:
     return 0
 
 
-def load(deadline: Deadline) -> Loaded:
-    """Load what the settings say, for workers to be forked, unless gunicorn's options do not fit them.
+def read_settings(deadline: Deadline) -> app.Settings:
+    """Return the settings, unless gunicorn's options do not fit them; what they say of the model can be loaded next.
 
-    Raises `StartupError`.
+    Call it in the main thread. Raises `StartupError`.
     """
     given = options.read_options()
     options.check_options(given, given)
     settings = app.load_settings(options=given)
     options.check_app(given["wsgi_app"] or options.APPS[settings.worker_class], given, given, settings)
     deadline.set(settings.artifact_subject, settings.model.load_timeout_s)
-    if app.current_service() is None:
+    is_start = app.current_service() is None
+    if is_start:
         configure_logging(settings.logging)
     check_tls(settings)
+    if options.is_gevents(settings):
+        if not is_start:
+            check_ssl()
+        patch_ssl()
+    return settings
+
+
+def load(settings: app.Settings, deadline: Deadline) -> Loaded:
+    """Load the model that the settings describe, for workers to be forked. Raises `StartupError`."""
     model = app.load(settings, deadline.report)
     ours = (threading.main_thread(), threading.current_thread())
     if others := [thread.name for thread in threading.enumerate() if thread not in ours]:
@@ -165,14 +186,31 @@ def load(deadline: Deadline) -> Loaded:
 
 
 def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, Service[app.Settings]]:
-    """Yield until a child has proven a model, and return the service of it. Raises `StartupError`."""
+    """Yield until a child, patched as a worker will be, has proven a model, and return the service of it.
+
+    Raises `StartupError`, which blames gevent's patches if the model can be proven without them.
+    """
     settings, model = loaded
     prove = functools.partial(_prove, settings, model)
-    proof = yield from try_out(prove, settings.artifact_subject, deadline.check)
+    is_patched = options.is_gevents(settings)
+    try:
+        proof = yield from try_out(functools.partial(prove, is_patched), settings.artifact_subject, deadline.check)
+    except ModelError as error:
+        if not is_patched:
+            raise
+        if deadline.is_over:
+            raise ModelError(f"{error}; {PERHAPS_PATCHED}") from None
+        try:
+            yield from try_out(functools.partial(prove, False), settings.artifact_subject, deadline.check)
+        except StartupError:
+            raise error from None
+        raise ModelError(f"{error}; {PATCHED}") from None
     return app.make_service(settings, model, Proof(**json.loads(proof)))
 
 
-def _prove(settings: app.Settings, model: Model) -> str:
+def _prove(settings: app.Settings, model: Model, is_patched: bool) -> str:
+    if is_patched:
+        patch_as_worker()
     return json.dumps(dataclasses.asdict(app.prove_here(settings, model)))
 
 

@@ -105,9 +105,19 @@ def _check_folder(problem: str, folder: str | None) -> None:
         raise StartupError(f"{problem} can be made: {error.strerror or error}; {rule}") from None
 
 
+def interface_of(options: Mapping[str, Any], settings: app.Settings) -> str:
+    """Return the one of `APPS` that the worker serves which gunicorn's options name, or else the settings."""
+    return KNOWN_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
+
+
+def is_gevents(settings: app.Settings) -> bool:
+    """Return whether the worker that will serve is gevent's, or gunicorn's own of that name."""
+    return interface_of(read_options(), settings) == APPS["gevent"]
+
+
 def check_app(uri: str, options: Mapping[str, Any], given: Mapping[str, Any], settings: app.Settings) -> None:
     """Raise `StartupError` if the worker cannot work with the app, which may be of the other interface, or options."""
-    called = KNOWN_WORKERS.get(options.get("worker_class", ""), APPS[settings.worker_class])
+    called = interface_of(options, settings)
     in_force = {**given, "proxy_protocol": options.get("proxy_protocol")}
     in_vain = next((name for name in GEVENTS.split() if in_force.get(name) not in (None, False, "off")), None)
     if called == APPS["uvicorn"] and in_vain:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import trustme
 from catboost import CatBoostClassifier
 from lightgbm import LGBMClassifier, LGBMRegressor
 from sklearn.compose import make_column_transformer
@@ -28,6 +30,7 @@ from serving.errors import STARTUP_STATUS
 from tests.lib.artifacts import choose, deploy, edit, lay_out, save
 from tests.lib.clients import ROW
 from tests.lib.estimators import Deadly, Endless, Table, Waiting
+from tests.lib.outward import Pooling, Secured, Starting
 from tests.lib.proc import is_alive
 from tests.lib.servers import (
     BIN,
@@ -217,6 +220,69 @@ def test_model_with_threads_of_polars_is_served(serve: Starter, tmp_path: Path) 
     assert server.post({"x0": 1.0}).json == {"prediction": 600.0}
     assert server.reload()["event"] == "reloaded"
     assert server.post({"x0": 1.0}).json == {"prediction": 600.0}
+    server.stop()
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "flask"])
+def test_tls_client_is_served_under_gevent(serve: Starter, tmp_path: Path, framework: str) -> None:
+    """An estimator that makes a context for TLS now and then is served, though gevent patches a worker after the load.
+
+    So it is after a HUP to uvicorn, and back, and clients come by TLS all the while.
+    """
+    authority, context = trustme.CA(), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    authority.configure_trust(context)
+    file = lay_out(tmp_path, framework, "gevent")
+    edit(file, ("workers = 2\n", 'workers = 2\ncertfile = "both.pem"\n'))
+    choose(file, save(Secured(), tmp_path / "model.joblib"))
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT), tls=context)
+    assert server.post({"x0": 9.0}).json == {"prediction": 9.0}
+    for old, new in (("gevent", "uvicorn"), ("uvicorn", "gevent")):
+        edit(file, (f'"{old}"', f'"{new}"'))
+        before = server.worker_pids
+        assert server.reload()["event"] == "reloaded"
+        wait_until(lambda before=before: not {*before} & {*server.worker_pids}, "the old workers to end")
+        assert server.post({"x0": 9.0}).json == {"prediction": 9.0}
+    assert server.stop() == 0
+
+
+def test_hup_comes_too_late_for_gevent(serve: Starter, tmp_path: Path) -> None:
+    """A HUP to gevent is refused where the model served so far has taken names from `ssl`; other models may have it."""
+    file = lay_out(tmp_path, "fastapi", "uvicorn")
+    iris = file.read_text()
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
+    edit(file, ('"uvicorn"', '"gevent"'))
+    assert server.reload()["event"] == "reloaded"
+    file.write_text(iris)
+    assert server.reload()["event"] == "reloaded"
+    server.stop()
+
+    choose(file, save(Secured(), tmp_path / "model.joblib"))
+    server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
+    edit(file, ('"uvicorn"', '"gevent"'))
+    reason = server.reload()["reason"]
+    assert re.match("'urllib3.*' took names from Python's ssl, which gevent has to patch before; restart, or", reason)
+    assert server.post({"x0": 9.0}).json == {"prediction": 9.0}
+    server.stop()
+
+
+PATCHED = {
+    "fails": (Starting(), r"TypeError: .*; without gevent it does not: gevent patches .*worker_class = 'uvicorn', or "),
+    "waits": (Pooling(), rf"{LATE} answering its example row; gevent, which patches .* may be why; see whether it "),
+}
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_estimator_that_gevent_breaks_is_refused(serve: Starter, tmp_path: Path, name: str) -> None:
+    """The proof runs patched as the worker does: what breaks there ends the start, and the line says what to choose."""
+    estimator, message = PATCHED[name]
+    environment = gunicorn_environment("flask", "gevent", SERVING_SETTINGS=deploy(tmp_path, estimator), **LIMIT)
+    done = run_gunicorn(**environment)
+    assert done.returncode == STARTUP_STATUS
+    assert re.fullmatch(r"ModelError: settings.toml: model.path is '.*model.joblib', which [^\n]+\n", done.stderr)
+    assert re.search(message, done.stderr)
+    server = serve(**environment | {"SERVING_SERVER__WORKER_CLASS": "uvicorn"})
+    assert server.post({"x0": 1.0}).json == {"prediction": 1}
     server.stop()
 
 

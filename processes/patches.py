@@ -1,0 +1,45 @@
+"""gevent's patches of Python's standard library: those that have to come early, and all that a worker has."""
+
+from __future__ import annotations
+
+import ssl
+import sys
+
+from serving.errors import StartupError, listed
+
+MODULES = ("ssl", "gevent.ssl")  # those that the names are of
+
+
+def patch_ssl() -> None:
+    """Let code that is loaded from now on take gevent's names from `ssl`, which do their work unpatched as well.
+
+    A worker is patched when it has been forked. Contexts of the class that `ssl` had before call themselves without end
+    from then on (gevent's issue 1016). Call it in the main thread: gevent takes the one that imports it for that.
+    """
+    from gevent import monkey
+
+    if not monkey.is_module_patched("ssl"):
+        monkey.patch_ssl()
+
+
+def check_ssl() -> None:
+    """Raise `StartupError` if it is too late for `patch_ssl`, which would harm what has taken names from `ssl`."""
+    kind = ssl.SSLContext
+    if kind.__module__ == "ssl" and (
+        late := [name for name in sys.modules if name != "ssl" and _has_taken(kind, name)]
+    ):
+        rule = "restart, or leave server.worker_class 'uvicorn'"
+        raise StartupError(f"{listed(late)} took names from Python's ssl, which gevent has to patch before; {rule}")
+
+
+def _has_taken(kind: type, name: str) -> bool:
+    values = [*getattr(sys.modules[name], "__dict__", {}).values()]
+    return any(value is kind or type(value) is kind for value in values)
+
+
+def patch_as_worker() -> None:
+    """Patch this process as gunicorn does a worker (`gunicorn.workers.ggevent.GeventWorker.init_process`)."""
+    from gevent import hub, monkey
+
+    monkey.patch_all()
+    hub.reinit()
