@@ -32,6 +32,7 @@ from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers import ggevent
 
+from processes.patches import patch_fork
 from processes.presence import has_left
 from processes.refusals import JUDGED, judge_head, origin_form, refuse
 from processes.sending import LOOK_S, Progress, count_acknowledged, count_unacknowledged, forget_unsent, note_cut_off
@@ -199,6 +200,10 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
 
     wsgi: Any
     inner: Any
+
+    def patch(self) -> None:
+        super().patch()
+        patch_fork()
 
     def run(self) -> None:
         """Serve until told to end, then drain."""

@@ -20,7 +20,7 @@ import structlog
 
 import app
 from processes import options
-from processes.patches import check_ssl, patch_as_worker, patch_ssl
+from processes.patches import call_natively, check_ssl, patch_as_worker, patch_ssl
 from processes.tls import check_tls
 from processes.trial import try_out
 from serving.errors import STARTUP_STATUS, ModelError, StartupError, errors_about, listed, print_error, reason_of
@@ -38,8 +38,8 @@ WATCH_MARGIN_S = 2.0  # seconds in which a process that starts ends by itself
 WATCH_POLL_S = 0.1
 UVICORN = "server.worker_class = 'uvicorn'"
 PATCHED = (
-    "without gevent it does not: gevent patches Python's standard library when the model's code has taken names from "
-    f"it; set {UVICORN}, or import in the function that needs it"
+    "without gevent it does not: gevent patches Python's standard library after the model's code was loaded, and "
+    f"starts no program in a thread; set {UVICORN}, or import what it needs in the function that needs it"
 )
 PERHAPS_PATCHED = f"gevent, which patches Python's standard library, may be why; see whether it starts with {UVICORN}"
 
@@ -211,7 +211,12 @@ def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, 
 def _prove(settings: app.Settings, model: Model, is_patched: bool) -> str:
     if is_patched:
         patch_as_worker()
-    return json.dumps(dataclasses.asdict(app.prove_here(settings, model)))
+    proof = app.prove_here(settings, model)
+    if is_patched:
+        proven = proof.applied_to(model)
+        with errors_about(settings.artifact_subject):
+            call_natively(functools.partial(proven.answer, proven.known_rows[:1], "a known row in a thread"))
+    return json.dumps(dataclasses.asdict(proof))
 
 
 def end_when_late(pid: int, deadline: Deadline) -> str:

@@ -1,9 +1,15 @@
-"""gevent's patches of Python's standard library: those that have to come early, and all that a worker has."""
+"""gevent's patches of Python's standard library: those that have to come early, and all that a worker has.
+
+gevent is imported where it is used, so that uvicorn does without it.
+"""
 
 from __future__ import annotations
 
+import os
 import ssl
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from serving.errors import StartupError, listed
 
@@ -38,8 +44,34 @@ def _has_taken(kind: type, name: str) -> bool:
 
 
 def patch_as_worker() -> None:
-    """Patch this process as gunicorn does a worker (`gunicorn.workers.ggevent.GeventWorker.init_process`)."""
+    """Patch this process as a worker is (`gunicorn.workers.ggevent.GeventWorker.init_process`)."""
     from gevent import hub, monkey
 
     monkey.patch_all()
+    patch_fork()
     hub.reinit()
+
+
+def patch_fork() -> None:
+    """Let a native thread fork, for whose child gevent has no watcher: it raises TypeError there."""
+    import gevent
+    from gevent.os import fork, fork_gevent
+
+    os.fork = lambda: (fork if gevent.get_hub().loop.default else fork_gevent)()
+
+
+def call_natively(call: Callable[[], Any]) -> None:
+    """Make a call in a native thread of a patched process, as a worker does those that take long. Raises its error."""
+    from gevent.threadpool import ThreadPool
+
+    errors: list[Exception] = []  # which gevent would print
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # raised again below
+            errors.append(error)
+
+    ThreadPool(1).apply(run)
+    if errors:
+        raise errors[0]

@@ -266,8 +266,10 @@ def test_hup_comes_too_late_for_gevent(serve: Starter, tmp_path: Path) -> None:
     server.stop()
 
 
+BLAME = "; without gevent it does not: gevent patches .* server.worker_class = 'uvicorn', or import what "
 PATCHED = {
-    "fails": (Starting(), r"TypeError: .*; without gevent it does not: gevent patches .*worker_class = 'uvicorn', or "),
+    "fails": (Starting(True), rf"TypeError: .*{BLAME}"),
+    "fails in a thread": (Starting(False), rf"fails on a known row in a thread: TypeError: .*{BLAME}"),
     "waits": (Pooling(), rf"{LATE} answering its example row; gevent, which patches .* may be why; see whether it "),
 }
 
@@ -276,7 +278,8 @@ PATCHED = {
 def test_estimator_that_gevent_breaks_is_refused(serve: Starter, tmp_path: Path, name: str) -> None:
     """The proof runs patched as the worker does: what breaks there ends the start, and the line says what to choose."""
     estimator, message = PATCHED[name]
-    environment = gunicorn_environment("flask", "gevent", SERVING_SETTINGS=deploy(tmp_path, estimator), **LIMIT)
+    limit = LIMIT if name == "waits" else {"PYTHONPATH": str(PROJECT)}
+    environment = gunicorn_environment("flask", "gevent", SERVING_SETTINGS=deploy(tmp_path, estimator), **limit)
     done = run_gunicorn(**environment)
     assert done.returncode == STARTUP_STATUS
     assert re.fullmatch(r"ModelError: settings.toml: model.path is '.*model.joblib', which [^\n]+\n", done.stderr)

@@ -25,12 +25,15 @@ class Secured(Duck):
 
 
 class Starting(Duck):
-    """One that starts a program."""
+    """One that starts a program, by a name that was taken early or that it looks up."""
 
     n_features_in_ = 1
 
+    def __init__(self, is_early: bool) -> None:
+        self.is_early = is_early
+
     def predict(self, X: Any) -> Any:
-        with Popen(["echo", "1"], stdout=subprocess.PIPE) as program:
+        with (Popen if self.is_early else subprocess.Popen)(["echo", "1"], stdout=subprocess.PIPE) as program:
             return [int(program.communicate()[0])] * len(X)
 
 
