@@ -1,5 +1,6 @@
 """What ends a worker, or all of them, and what each request gets meanwhile."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from tests.lib.artifacts import copy_project, deploy
 from tests.lib.cases import Case
 from tests.lib.clients import ROW, post_case, read_answer
-from tests.lib.estimators import Hanging
+from tests.lib.estimators import Forking, Hanging
 from tests.lib.load import Load, keeping_and_closing, pause_s
 from tests.lib.proc import children_of, is_alive, private_mb
 from tests.lib.servers import PROJECT, WAIT_S, Server, Starter, gunicorn_environment, gunicorn_with, wait_until
@@ -218,6 +219,26 @@ def test_hanging_prediction_costs_a_worker(
         wait_until(lambda: not is_alive(worker), "the worker to end")
     assert server.post({"x0": 1.0}).json == {"prediction": 0.0}
     assert server.stop() == 0
+
+
+@each_worker()
+def test_predict_that_forks_gives_one_answer(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """A process that predict forks, and that comes back from it, does not go on as a second worker.
+
+    Nor does it prove the model once more. It is the same for a long body, whose call runs in a thread.
+    """
+    file = deploy(tmp_path, Forking())
+    server = serve(**gunicorn_environment(*combination, SERVING_SETTINGS=file, PYTHONPATH=str(PROJECT)))
+    for x0 in (0.0, 1.0, 2.0):
+        short = post_case({"x0": x0}, Connection="close")
+        for case in (short, dataclasses.replace(short, body=short.body.rjust(300_000))):
+            with server.connect() as client:
+                client.sendall(case.raw())
+                received = b"".join(iter(lambda client=client: client.recv(65_536), b""))
+            assert received.count(b"HTTP/1.1") == 1
+            assert received.startswith(b"HTTP/1.1 200")
+    assert server.stop() == 0
+    assert server.text.count('"event":"request"') == 7  # one is the first /ping
 
 
 @each_worker()

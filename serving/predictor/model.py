@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,16 @@ from serving.predictor.predictor import Predictor, limit_threads, prepare
 
 log = structlog.get_logger()
 Report = Callable[[str], None]  # told what is done now and may take long
+
+_n_forks = 0  # by which this process came from the first one
+
+
+def _count_fork() -> None:
+    global _n_forks
+    _n_forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,17 @@ class Model:
         return replace(self, arrays=Arrays(self.contract, form, words), predictor=predictor)
 
     def predict(self, X: Any) -> Predictions:
-        """Return the answers to X, as `arrays` makes it. Raises what the estimator raises."""
+        """Return the answers to X, as `arrays` makes it. Raises what the estimator raises.
+
+        A process that the estimator forks, and that comes back here, ends: it would answer a second time.
+        """
         limit_threads(self.n_threads)
-        return self.predictor.predict(X)
+        n_forks = _n_forks
+        try:
+            return self.predictor.predict(X)
+        finally:
+            if _n_forks != n_forks:
+                os._exit(0)
 
     def predict_rows(self, rows: Rows) -> Predictions:
         """Return the answers to checked rows. Raises what the estimator raises."""

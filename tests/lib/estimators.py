@@ -147,6 +147,20 @@ class Centring(RegressorMixin, BaseEstimator):
         return np.ravel(X) - np.mean(X)
 
 
+class Forking(Duck):
+    """One that forks at each call; what it forks returns, raises or exits, as x0 says."""
+
+    n_features_in_ = 1
+
+    def predict(self, X: Any) -> Any:
+        if os.fork() == 0:
+            if 1 in X:
+                raise RuntimeError("of the child")
+            if 2 in X:
+                sys.exit()
+        return [0] * len(X)
+
+
 class Slow(RegressorMixin, BaseEstimator):
     """Fitted, and busy for some seconds, in Python, at each call."""
 
