@@ -9,7 +9,8 @@ test test-full test-short test-oldest: export OMP_WAIT_POLICY = passive
 # Compiled code is kept, whatever the machine's owner prefers: hundreds of processes import the same.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve test test-full test-short test-oldest lint bench bench-short soak
+.PHONY: help serve test test-full test-short test-oldest lint soak bench bench-short
+.DEFAULT_GOAL := help
 
 # An environment that has another Python than the one that is asked for is made anew.
 ifneq ($(origin PYTHON),file)
@@ -19,37 +20,40 @@ CLEAR := --clear
 endif
 endif
 
-serve: $(VENV)/serve
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.* ## /\1 /p' $(MAKEFILE_LIST) | while read -r target what; do printf '%-12s %s\n' "$$target" "$$what"; done
+
+serve: $(VENV)/serve ## serve what settings.toml says
 	$(BIN)/gunicorn -c gunicorn.conf.py
 
-test: $(VENV)/test
+test: $(VENV)/test ## run the tests
 	$(BIN)/pytest $(TOGETHER)
 	$(BIN)/pytest $(ALONE)
 
-test-full: $(VENV)/test
+test-full: $(VENV)/test ## run the tests in full size, as CI does
 	$(BIN)/pytest --full $(TOGETHER)
 	$(BIN)/pytest --full $(ALONE)
 
-test-short: $(VENV)/test
+test-short: $(VENV)/test ## run a selection of them, as CI does on further Pythons
 	$(BIN)/pytest $(TOGETHER) $(patsubst %,tests/test_%.py,artifact contract development golden parity predictor)
 
 # The sweep over scikit-learn's estimators, without iris, which a newer version has saved.
-test-oldest:
+test-oldest: ## serve the estimators of the oldest scikit-learn that is supported
 	$(MAKE) VENV=.venv-oldest .venv-oldest/oldest
 	.venv-oldest/bin/pytest $(TOGETHER) tests/test_estimators.py tests/test_inputs.py -k "not iris"
 
-lint: $(VENV)/test
+lint: $(VENV)/test ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy app.py gunicorn.conf.py serving processes model bench tests/lib
 
-soak: $(VENV)/test
+soak: $(VENV)/test ## look for lost requests and for growth, in 4 minutes
 	$(BIN)/python -m tests.soak
 
-bench: $(VENV)/bench
+bench: $(VENV)/bench ## measure, and write bench/results.md and its plot, in 12 minutes
 	$(BIN)/python -m bench.run
 
-bench-short: $(VENV)/bench
+bench-short: $(VENV)/bench ## take a look at the figures, in a minute
 	$(BIN)/python -m bench.run --short
 
 $(VENV)/serve: requirements.txt

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
+from serving import VERSION
 from serving.cores import count_cores
 from serving.errors import (
     Key,
@@ -617,4 +618,6 @@ def __getattr__(name: str) -> Any:
 
 if __name__ == "__main__":
     with exit_on_startup_error():
-        print_settings(load_settings(options=read_gunicorn_options()))
+        settings = load_settings(options=read_gunicorn_options())
+        print(f"# version {VERSION}")
+        print_settings(settings)

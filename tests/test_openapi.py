@@ -8,6 +8,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 import app
+from serving import VERSION
 from serving.predictor.model import make_model
 from serving.web import openapi
 from tests.lib.apps import call, make_settings
@@ -32,8 +33,9 @@ def document(native: Any) -> dict[str, Any]:
 
 
 def test_document_is_valid(document: dict[str, Any]) -> None:
-    """The document is OpenAPI 3.1."""
+    """The document is OpenAPI 3.1, of the model by its name and the service by its version."""
     validate(document)
+    assert document["info"] == {"title": "iris", "version": VERSION}
 
 
 def test_document_lists_the_table(document: dict[str, Any]) -> None:

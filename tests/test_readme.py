@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import app
+from serving import VERSION
 from serving.predictor.artifact import OLDEST_SKLEARN
 from serving.predictor.features import FeatureSettings
 from tests.lib.artifacts import copy_project
-from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment
+from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment, run
 from tests.lib.sizes import each_combination, each_worker
 
 README = (PROJECT / "README.md").read_text()
@@ -70,7 +71,7 @@ def test_readme_is_short() -> None:
         assert f"(docs/{name})" in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in PAGES)])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}" for name in PAGES)])
 def test_links_lead_somewhere(page: str) -> None:
     """Each link between the pages is to a file that is there."""
     file = PROJECT / page
@@ -95,6 +96,28 @@ def test_status_table_lists_every_error() -> None:
     rows = re.findall(r"^\| ([\d, ]+) \|", PAGES["http.md"], re.MULTILINE)
     listed = {int(status) for row in rows for status in row.split(",")}
     assert {status for operation in [*app.operations()] for status in operation.errors} <= listed
+
+
+def test_version_is_the_newest_of_the_changelog() -> None:
+    """CHANGELOG.md has what is not released yet first, then the version that the service shows, then older ones."""
+    text = (PROJECT / "CHANGELOG.md").read_text()
+    unreleased, *releases = re.findall(r"^## \[(.*?)\](?: - (\d{4}-\d\d-\d\d))?$", text, re.MULTILINE)
+    assert unreleased == ("Unreleased", "")
+    assert releases[0][0] == VERSION
+    numbers = [tuple(map(int, number.split("."))) for number, _ in releases]
+    assert numbers == sorted(numbers, reverse=True)
+    assert all(date for _, date in releases)
+    shown = run("python app.py")
+    assert shown.stdout.splitlines()[0] == f"# version {VERSION}"
+
+
+def test_make_lists_its_targets() -> None:
+    """`make` alone does nothing but print each target with what it does."""
+    done = subprocess.run(["make", "--no-print-directory"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    listed = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    (targets,) = re.findall(r"^\.PHONY: (help .*)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    assert [target for target, _ in listed] == targets.split()
+    assert all(what for _, what in listed)
 
 
 def test_speed_is_what_the_bench_wrote() -> None:
@@ -134,9 +157,9 @@ def test_development_commands_are_tested() -> None:
         .partition("```")[0]
     )
     commands = {plain(line.removeprefix("$ ")) for line in block.splitlines()}
-    run = {plain(command) for command, _ in SERVE_COMMANDS}
-    run |= {"flask --app app run --debug", "uvicorn app:app --reload"}
-    assert {" ".join(command.split()) for command in commands} <= {" ".join(command.split()) for command in run}
+    tested = {plain(command) for command, _ in SERVE_COMMANDS}
+    tested |= {"flask --app app run --debug", "uvicorn app:app --reload"}
+    assert {" ".join(command.split()) for command in commands} <= {" ".join(command.split()) for command in tested}
 
 
 def test_make_serve_serves(serve: Starter) -> None:

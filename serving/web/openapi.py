@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import to_json
 
+from serving import VERSION
 from serving.predictor.contract import Contract
 from serving.predictor.features import describe_cell
 from serving.predictor.predictor import Predictor
@@ -69,7 +70,7 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": service.settings.model.name, "version": "1"},
+        "info": {"title": service.settings.model.name, "version": VERSION},
         "paths": paths,
         "components": {"schemas": schemas},
     }
