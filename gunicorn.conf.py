@@ -12,7 +12,7 @@ sys.path[:] = dict.fromkeys([str(Path(__file__).resolve().parent), *sys.path])  
 
 from processes import early
 
-early.keep_hups()  # before the rest is imported
+early.handle_signals()  # before the rest is imported
 
 from processes import boot, hooks
 from processes.options import WORKERS
@@ -46,4 +46,5 @@ on_starting = hooks.on_starting  # the arbiter becomes a `Master`, whose reload 
 when_ready = hooks.when_ready
 post_fork = hooks.post_fork
 post_worker_init = hooks.post_worker_init
+child_exit = hooks.child_exit
 worker_exit = hooks.worker_exit

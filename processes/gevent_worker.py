@@ -205,6 +205,10 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
         super().patch()
         patch_fork()
 
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """End by a drain: gunicorn's own exit, which is made in a greenlet, is a traceback."""
+        self.alive = False
+
     def run(self) -> None:
         """Serve until told to end, then drain."""
         self.waiting: set[Any] = set()  # greenlets whose connections have no whole request

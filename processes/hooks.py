@@ -7,8 +7,9 @@ import logging
 import os
 import resource
 import signal
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import structlog
 from gunicorn.glogging import Logger
 
 import app
@@ -20,17 +21,42 @@ from serving.errors import StartupError, errors_about, exit_on_startup_error
 from serving.output import finish_output, reopen_output
 from serving.web.service import Service
 
+log = structlog.get_logger()
+
 MAX_FILES = 65_536  # open files of a worker, where the hard limit allows as many
 GC_THRESHOLD = 10_000  # new objects before garbage is looked for: more than requests in flight have
 
 
 class GunicornLogger(Logger):
-    """Gunicorn's logger without its handlers: `configure_logging` has put ours in their place."""
+    """Gunicorn's logger without its handlers: `configure_logging` has put ours in their place.
+
+    What it informs of is routine, and told shorter by our own events, so it goes to `debug`.
+    """
+
+    signals: ClassVar[dict[int, str]] = {}  # by which workers were ended, until `child_exit` tells it
 
     def setup(self, cfg: Any) -> None:
         self.cfg = cfg
         self.loglevel = logging.root.level
         self._access_log_enabled = False
+
+    def info(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        self.debug(msg, *args, **kwargs)
+
+    def warning(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if not self._is_noted(msg, args):
+            super().warning(msg, *args, **kwargs)
+
+    def error(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if not self._is_noted(msg, args):
+            super().error(msg, *args, **kwargs)
+
+    def _is_noted(self, msg: str, args: tuple[Any, ...]) -> bool:
+        """Note what ended a worker, if that is what `Arbiter.reap_workers` says."""
+        is_end = msg.startswith("Worker (pid:%s) was sent %s!")
+        if is_end:
+            self.signals[args[0]] = args[1]
+        return is_end
 
 
 def on_starting(server: Any) -> None:
@@ -77,11 +103,24 @@ def allow_files() -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Answer the first rows in a worker, and keep the garbage collector from what it has loaded."""
+    """Answer the first rows in a worker, and keep the garbage collector from what it has loaded.
+
+    Ctrl-C, which a terminal sends to each process, is left to the master: it tells the workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with exit_on_startup_error(), errors_about(worker.service.settings.artifact_subject):
         worker.service.model.warm_up()
     boot.freeze()
     gc.set_threshold(GC_THRESHOLD)
+
+
+def child_exit(server: Master, worker: Any) -> None:
+    """Log in the master that a signal ended a worker which should have gone on, or took too long to end."""
+    name = GunicornLogger.signals.pop(worker.pid, None)
+    is_replaced = not (server.is_stopping or worker.pid in server.retired)
+    if name is not None and (is_replaced or name not in ("SIGTERM", "SIGINT", "SIGQUIT")):
+        hint = {"hint": "perhaps out of memory"} if name == "SIGKILL" and is_replaced else {}
+        log.error("worker_replaced" if is_replaced else "worker_killed", worker=worker.pid, signal=name, **hint)
 
 
 def worker_exit(server: Master, worker: Any) -> None:

@@ -18,6 +18,7 @@ from processes.listeners import close, listen_at_all
 from processes.reload import MAX_WAIT_S, Reload, start_timeout_s
 from processes.trial import Trial
 from processes.worker import SupervisedWorker
+from serving import VERSION
 from serving.errors import STARTUP_STATUS, listed, reason_of
 from serving.output import flush_output
 from serving.web.service import Service
@@ -75,7 +76,7 @@ class Master(Arbiter):
         are more than the cores."""
         settings = self.service.settings
         named = {"framework": settings.framework, "worker_class": settings.worker_class}
-        log.info("serving", **named, **self.service.identity)
+        log.info("serving", version=VERSION, bind=[*map(str, self.LISTENERS)], **named, **self.service.identity)
         log.info("core_budget", cores=settings.cores, workers=settings.workers, threads=settings.threads)
         if settings.workers > MANY_WORKERS * settings.cores:
             log.warning("many_workers", cores=settings.cores, workers=settings.workers)
@@ -84,6 +85,10 @@ class Master(Arbiter):
     def handle_hup(self) -> None:
         """Ask for a reload. One under way is given up for it: at once, or after its load, which cannot be stopped."""
         self.reload_.is_asked = True
+
+    def handle_int(self) -> None:
+        """Stop as at TERM. At a second Ctrl-C gunicorn hurries."""
+        raise StopIteration
 
     def manage_workers(self) -> None:
         """Go on with a reload; replace workers that ended, retire those that are too many, kill those that linger."""
@@ -163,12 +168,22 @@ class Master(Arbiter):
         if failed and self.reload_.previous is None and not self.is_stopping:
             self._hold_off(f"{listed(failed)} ended before it was ready")
 
+    def halt(self, reason: Any = None, exit_status: int = 0) -> None:
+        """End the service, and this process."""
+        try:
+            super().halt(reason, exit_status)
+        finally:
+            if exit_status == 0:
+                log.info("stopped")
+
     def stop(self, graceful: bool = True) -> None:
         """End the workers.
 
         Tell them through shared memory that the service stops, and whether another process keeps the listeners open: an
         old or new master after USR2, or systemd.
         """
+        if not self.is_stopping:
+            log.info("stopping", workers=len(self.WORKERS))
         self.is_stopping = True
         self.reload_.stop()
         are_shared = self.systemd or self.reexec_pid or self.master_pid

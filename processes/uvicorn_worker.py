@@ -34,6 +34,11 @@ class DrainingServer(Server):
         self.sockets = sockets
         await super().startup(sockets)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """End by a drain. Ctrl-C at a terminal is left to the master."""
+        if sig != signal.SIGINT:
+            super().handle_exit(sig, frame)
+
     def accept_more(self, since: float) -> None:
         """Accept as many as a loop would have that is not busy.
 

@@ -20,6 +20,7 @@ import structlog
 from pydantic import BeforeValidator
 from pydantic_core import to_json
 
+from serving.console import ConsoleRenderer, add_local_time, has_colours
 from serving.output import LossyOutput
 from serving.settings import OtherNames, SettingsTable
 
@@ -28,6 +29,7 @@ ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[+-]?\.?\d[\w.+-]*")  # what may be a feature's in the text of a warning
 PREDICTOR = "serving.predictor.predictor"  # the module that calls estimators
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
+UVICORNS_ROUTINE = re.compile("(Started|Finished) server process|(Waiting for a|A)pplication|Shutting down")
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
 
 
@@ -69,17 +71,13 @@ def configure_logging(settings: LoggingSettings) -> None:
     """Send every event of the process, ours, the servers' and Python's warnings, to stderr as one line each."""
     level = logging.getLevelNamesMapping()[settings.level.upper()]
     console = settings.format == "console" or (settings.format == "auto" and sys.stderr.isatty())
-    renderer = (
-        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-        if console
-        else structlog.processors.JSONRenderer(_write_event)
-    )
+    renderer = ConsoleRenderer(has_colours()) if console else structlog.processors.JSONRenderer(_write_event)
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         _add_process_and_request,
-        _add_time,
+        add_local_time if console else _add_time,
     ]
-    rendering = [_escape_controls if console else structlog.processors.format_exc_info, renderer]
+    rendering = [structlog.processors.format_exc_info, renderer]
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -98,6 +96,7 @@ def configure_logging(settings: LoggingSettings) -> None:
     logging.root.setLevel(level)
     for name in SERVER_LOGGERS:
         _take_over(name, [handler]).setLevel(level)
+    logging.getLogger("uvicorn.error").filters = [_lower_routine]
     for name in SERVER_ACCESS_LOGGERS:
         _take_over(name, [])
     logging.getLogger("werkzeug").filters = [_is_no_access_line]
@@ -150,6 +149,13 @@ def _is_no_access_line(record: logging.LogRecord) -> bool:
     return record.levelno != logging.INFO or " - - [" not in str(record.msg)
 
 
+def _lower_routine(record: logging.LogRecord) -> bool:
+    """Make what uvicorn says of each start and end of a process a line for `debug`: ours are shorter."""
+    if record.levelno == logging.INFO and UVICORNS_ROUTINE.match(str(record.msg)):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return record.levelno >= logging.root.level
+
+
 def _take_over(name: str, handlers: list[logging.Handler]) -> logging.Logger:
     """Replace a logger's handlers. Without any it is silent: access lines are `AccessLog`'s alone."""
     logger = logging.getLogger(name)
@@ -180,14 +186,6 @@ def _add_time(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappin
 @functools.lru_cache(maxsize=1)
 def _write_second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-def _escape_controls(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Keep a client's control characters from the terminal; in JSON they are escaped anyway."""
-    for key, value in event.items():
-        if isinstance(value, str) and not value.isprintable():
-            event[key] = value.encode("unicode_escape").decode()
-    return event
 
 
 def _fold_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -11,7 +11,7 @@ from tests.lib.servers import PROJECT
 
 # Each line may import what stands before it, and within `serving` a file only those in front of it.
 FLOORS = [
-    "serving.errors serving.cores serving.settings serving.output serving.logs serving.watch",
+    "serving.errors serving.cores serving.settings serving.output serving.console serving.logs serving.watch",
     "serving.predictor.boosters serving.predictor.inputs serving.predictor.features",
     "serving.predictor.contract serving.predictor.predictions serving.predictor.failures",
     "serving.predictor.arrays serving.predictor.bodies serving.predictor.samples serving.predictor.predictor",
@@ -91,6 +91,6 @@ def test_configuration_only_assigns() -> None:
     others = [
         ast.unparse(node) for node in statements if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)
     ]
-    assert others == ["early.keep_hups()"]
+    assert others == ["early.handle_signals()"]
     values = [node.value for node in statements if isinstance(node, ast.Assign)]
     assert not [value for value in values if isinstance(value, ast.List | ast.Dict | ast.Set | ast.Lambda)]

@@ -1,17 +1,24 @@
 """One line per event, from every part of the process tree, and nothing that should stay out of it."""
 
+import contextlib
 import json
 import logging
+import os
+import pty
 import random
 import re
+import signal
+import subprocess
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import app
+from serving import VERSION
 from serving.logs import LoggingSettings, _write_event, configure_logging
 from serving.web.messages import make_request_id
 from tests.lib import estimators
@@ -19,8 +26,20 @@ from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import deploy
 from tests.lib.cases import BAD, JSON, QUERY, Case
 from tests.lib.clients import ROW, post_case
-from tests.lib.servers import COMBINATIONS, PROJECT, Server, Starter, gunicorn_environment, run, wait_until
-from tests.lib.sizes import each_combination
+from tests.lib.proc import children_of
+from tests.lib.servers import (
+    BIN,
+    COMBINATIONS,
+    GUNICORN,
+    PROJECT,
+    WAIT_S,
+    Server,
+    Starter,
+    gunicorn_environment,
+    run,
+    wait_until,
+)
+from tests.lib.sizes import each_combination, each_worker
 
 
 def artifact(tmp_path: Path, estimator: Any) -> dict[str, str]:
@@ -48,7 +67,10 @@ def test_every_line_is_one_json_object(serve: Starter, combination: tuple[str, s
     server.stop()
     assert all({"timestamp", "level", "pid", "event"} <= line.keys() for line in server.lines)
     events = [line["event"] for line in server.lines]
-    assert {"Starting gunicorn 27.0.1", "request", "request_refused", "Shutting down: Master"} <= set(events)
+    assert {"serving", "request", "request_refused", "stopping", "draining", "stopped"} <= set(events)
+    assert not [line for line in server.lines if "logger" in line]  # what servers say of start and end is for debug
+    (serving,) = [line for line in server.lines if line["event"] == "serving"]
+    assert (serving["version"], serving["bind"]) == (VERSION, [f"http://127.0.0.1:{server.port}"])
     assert len({line["pid"] for line in server.lines}) == 2
     assert all(events.count(event) == 1 for event in set(events) - {"request"})
 
@@ -160,15 +182,74 @@ def test_access_lines_can_be_off(serve: Starter, free_port: int, name: str, valu
 
 
 def test_console_format_is_readable(serve: Starter, tmp_path: Path) -> None:
-    """`logging.format = "console"` writes lines for people, a crash with its traceback below."""
+    """`logging.format = "console"` writes lines for people: time, level, event, values; a traceback stands below."""
     environment = artifact(tmp_path, estimators.Failing()) | {"SERVING_LOGGING__FORMAT": "console"}
     server = serve(**gunicorn_environment("flask", "gevent", **environment))
     server.post({"x0": 1.5}, **{"X_Request_ID": "console"})
     server.stop()
-    text = re.sub(r"\x1b\[[0-9;]*m", "", server.text)
-    assert re.search(r"\[info +\] request +duration_ms=[\d.]+ method=POST path=/predictions .*request_id=console", text)
-    assert text.count("RuntimeError: the estimator is broken") == 1
-    assert "Listening at: http://127.0.0.1" in text
+    first, *_, last = server.text.splitlines()
+    moment = r"\d\d:\d\d:\d\d\.\d{3}"
+    assert re.match(rf"{moment} info    serving version={VERSION} bind=http://127.0.0.1:{server.port} framework", first)
+    assert re.search(r" model_sha256=[0-9a-f]{8}… ", first)
+    request = rf"^{moment} info    request method=POST path=/predictions .*request_id=console pid=\d+$"
+    assert re.search(request, server.text, re.MULTILINE)
+    assert server.text.count("\nRuntimeError: the estimator is broken\n") == 1
+    assert re.fullmatch(rf"{moment} info    stopped pid=\d+", last)
+    assert "\x1b" not in server.text  # colours are for terminals
+
+
+@each_worker()
+def test_terminal_sees_a_calm_stop(combination: tuple[str, str], quick_model: dict[str, str]) -> None:
+    """On a terminal, Ctrl-C ends the service without an alarm, and a worker that is killed is one line.
+
+    Colours are for terminals, unless NO_COLOR is set.
+    """
+    colours = {} if combination[1] == "uvicorn" else {"NO_COLOR": "1"}
+    text, status = kill_and_press_ctrl_c(gunicorn_environment(*combination, **quick_model, **colours))
+    assert status == 0
+    lines = [line.split()[1:3] for line in re.sub(r"\x1b\[[0-9;]*m|\^C", "", text).splitlines() if line]
+    assert lines[0] == ["info", "serving"]
+    assert [line for line in lines if line[0] != "info"] == [["error", "worker_replaced"]]
+    assert [event for _, event in lines[-3:]] == ["stopping", "draining", "stopped"]
+    assert ("\x1b[31merror" in text, "\x1b" in text) == (not colours, not colours)
+
+
+def kill_and_press_ctrl_c(environment: dict[str, str]) -> tuple[str, int]:
+    """Serve on a terminal, kill the worker, press Ctrl-C, and return what was shown and the status."""
+    ours, theirs = pty.openpty()
+    command = ["setsid", "--ctty", str(BIN / "gunicorn"), *GUNICORN.split()[1:]]  # with its terminal and session
+    env = os.environ | {"TERM": "xterm"} | environment
+    process = subprocess.Popen(command, cwd=PROJECT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+
+    def read_until(words: str) -> re.Match[bytes]:
+        nonlocal shown
+        while not (match := re.search(words.encode(), shown)):
+            shown += os.read(ours, 65_536)
+        return match
+
+    try:
+        port = int(read_until(r"bind=http://127.0.0.1:(\d+) ")[1])
+        ping(port)
+        (worker,) = children_of(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        read_until("worker_replaced")
+        ping(port)
+        os.write(ours, b"\x03")
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while piece := os.read(ours, 65_536):
+                shown += piece
+        return shown.decode(), process.wait(WAIT_S)
+    finally:
+        os.close(ours)
+        process.kill()
+
+
+def ping(port: int) -> None:
+    """Wait for an answer, which the only worker gives as soon as it is ready."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=WAIT_S) as answer:
+        assert answer.status == 200
 
 
 def test_console_keeps_control_characters_from_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ from tests.lib.proc import children_of, is_alive, private_mb
 from tests.lib.servers import PROJECT, WAIT_S, Server, Starter, gunicorn_environment, gunicorn_with, wait_until
 from tests.lib.sizes import TWINS, each_worker, scale
 
+DEBUG = {"SERVING_LOGGING__LEVEL": "debug"}  # gunicorn's own lines: which workers boot
+
 
 @each_worker()
 def test_end_loses_nothing(serve: Starter, combination: tuple[str, str]) -> None:
@@ -98,7 +100,7 @@ def test_other_master_keeps_the_address(serve: Starter, combination: tuple[str, 
     server = serve(**gunicorn_environment(*combination, SERVING_LOGGING__ACCESS="false"))
     workers = server.worker_pids
     server.process.send_signal(signal.SIGUSR2)
-    wait_until(lambda: server.text.count("Listening at") == 2, "the second master")
+    wait_until(lambda: server.text.count('"event":"serving"') == 2, "the second master")
     (second,) = {*server.worker_pids} - {*workers}
     wait_until(lambda: children_of(second), "its worker")
     with Load(server, post_case(ROW), clients=8, keep_alive=False, pause_s=pause_s()) as load:
@@ -178,7 +180,7 @@ def test_worker_is_ended_at_its_first_step(serve: Starter, tmp_path: Path, combi
     copy_project(tmp_path)
     with (tmp_path / "gunicorn.conf.py").open("a") as configuration:
         configuration.write(HASTY)
-    server = serve(cwd=tmp_path, **gunicorn_environment(*combination, SERVING_SERVER__WORKERS="4"))
+    server = serve(cwd=tmp_path, **gunicorn_environment(*combination, **DEBUG, SERVING_SERVER__WORKERS="4"))
     wait_until(lambda: server.text.count('"Booting worker') == 8, "the workers to be replaced")
     server.wait_for_workers(4)
     assert server.stop() == 0
@@ -186,7 +188,7 @@ def test_worker_is_ended_at_its_first_step(serve: Starter, tmp_path: Path, combi
 
 def test_worker_that_hangs_while_it_starts_is_replaced(serve: Starter) -> None:
     """One that gives no sign of life at all is ended: after `server.timeout`, and the time that a start may take."""
-    server = serve(**gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__TIMEOUT="2"))
+    server = serve(**gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__TIMEOUT="2", **DEBUG))
     os.kill(server.worker_pids[0], signal.SIGKILL)
     booting = wait_until(lambda: server.text.count("Booting worker") == 2 and server.worker_pids, "a new worker")[0]
     os.kill(booting, signal.SIGSTOP)
@@ -250,7 +252,7 @@ def test_recycled_workers_lose_nothing(serve: Starter, combination: tuple[str, s
         "SERVING_SERVER__MAX_REQUESTS_JITTER": str(requests // 50),
     }
     environment = gunicorn_environment(
-        *combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false", **recycling
+        *combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false", **recycling, **DEBUG
     )
     server = serve(**environment)
     kept, closed = keeping_and_closing(server, post_case(ROW), clients=8, pause_s=pause_s())

@@ -401,7 +401,8 @@ def test_folder_that_vanishes_harms_nobody(serve: Starter, tmp_path: Path) -> No
     folder = tmp_path / "folder"
     folder.mkdir()
     command = f"{GUNICORN} --worker-tmp-dir {folder}"
-    server = serve(command, **gunicorn_environment("fastapi", "uvicorn", SERVING_SERVER__WORKERS="2"))
+    workers = {"SERVING_SERVER__WORKERS": "2", "SERVING_LOGGING__LEVEL": "debug"}
+    server = serve(command, **gunicorn_environment("fastapi", "uvicorn", **workers))
     killed, _ = server.wait_for_workers(2)
     wait_until(lambda: server.text.count('"event":"Application startup complete."') == 2, "both workers to serve")
     shutil.rmtree(folder)
