@@ -11,6 +11,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 LONG_HEX = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b")  # hashes, and ids that are made here
+PLAIN = re.compile(r"[^\s\"'=]+")  # a value that needs no quotes
 STYLES = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}  # of ECMA-48, by level
 
 
@@ -56,8 +57,8 @@ def _show(value: Any) -> str:
         return "{" + " ".join(f"{key}={_show(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return ",".join(map(_show, value))
-    text = _escape(LONG_HEX.sub(r"\1…", str(value)))
-    return repr(text) if re.search(r"[\s\"']", text) or not text else text
+    text = LONG_HEX.sub(r"\1…", str(value))
+    return text if PLAIN.fullmatch(text) and text.isprintable() else repr(text)
 
 
 def _escape(text: str) -> str:
