@@ -30,9 +30,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from serving import VERSION
 from serving.cores import count_cores
@@ -55,7 +55,8 @@ from serving.predictor.golden import golden_path
 from serving.predictor.model import Model, Report, load_model
 from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
-from serving.settings import OtherNames, PathText, SettingsFile, SettingsTable, print_settings, read_settings
+from serving.server import MAX_WORKERS, ServerSettings
+from serving.settings import OtherNames, SettingsFile, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
@@ -83,47 +84,9 @@ __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 PROJECT = Path(__file__).resolve().parent
 CONCURRENCY = "WEB_CONCURRENCY"  # the variable with a platform's number of workers
 OPTIONS = "gunicorn's options"  # the source of a value
-MAX_WORKERS = 1000  # each is a process
 RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
-
-ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+", re.ASCII)
-
-
-def _check_address(address: str) -> str:
-    match = ADDRESS.fullmatch(address)
-    if match is None or int(match[1] or 0) > 65_535:
-        raise ValueError("an address should be 'host:port' or 'unix:path'")
-    return address
-
-
-Address = Annotated[str, AfterValidator(_check_address)]
-
-
-class ServerSettings(SettingsTable):
-    """Gunicorn's own names and units, which `gunicorn.conf.py` hands on, and two for connections."""
-
-    other_names: ClassVar[OtherNames] = {
-        "bind": ("host", "port", "address", "listen"),
-        "workers": ("worker", "num_workers", "processes"),
-        "certfile": ("cert", "ssl_certfile"),
-        "keyfile": ("key", "ssl_keyfile"),
-    }
-
-    worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
-    workers: Annotated[PositiveInt, Field(le=MAX_WORKERS)] | Literal["auto"] = "auto"
-    bind: Address | Annotated[list[Address], Field(min_length=1)] = "127.0.0.1:8000"
-    backlog: Annotated[PositiveInt, Field(lt=2**31)] = 2048
-    timeout: NonNegativeInt = 30
-    graceful_timeout: PositiveInt = 30
-    keepalive: PositiveInt = 5
-    send_timeout: PositiveInt = 10
-    max_requests_per_connection: NonNegativeInt = 1000
-    max_requests: NonNegativeInt = 0
-    max_requests_jitter: NonNegativeInt = 0
-    certfile: PathText = ""
-    keyfile: PathText = ""
 
 
 class Settings(SettingsFile):

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 import app
 from serving.errors import SettingsError, StartupError
 from serving.predictor.features import FeatureSettings
+from serving.server import ServerSettings
 from serving.settings import SettingsTable, setting_keys
 from tests.lib.artifacts import save
 from tests.lib.servers import GUNICORN, PROJECT, run, run_gunicorn
@@ -133,7 +134,7 @@ def test_serving_settings_names_the_file(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_worker_class_follows_framework(framework: Any, worker_class: Any, expected: str) -> None:
     """By default each framework gets the worker of its own interface."""
-    settings = app.Settings(framework=framework, server=app.ServerSettings(worker_class=worker_class))
+    settings = app.Settings(framework=framework, server=ServerSettings(worker_class=worker_class))
     assert settings.worker_class == expected
 
 
