@@ -207,7 +207,7 @@ def _keeps_values(step: Any) -> bool:
 
 
 def _read_branches(transformer: Any, width: int | None) -> Columns:
-    """Read a ColumnTransformer, of which each branch gets some of the columns."""
+    """Read a ColumnTransformer, of which each branch gets some of the columns. One that gets none is not fitted."""
     positions = transformer._transformer_to_input_indices
     return _join(
         {
@@ -215,6 +215,7 @@ def _read_branches(transformer: Any, width: int | None) -> Columns:
             for inner, column in read_columns(part, len(positions[name])).items()
         }
         for name, part, _ in transformer.transformers_
+        if len(positions[name])
     )
 
 

@@ -163,6 +163,12 @@ def fit_old_tree() -> Any:
     return Trap(pickle.loads, pickle_old(DecisionTreeClassifier(max_depth=2).fit(NUMBERS, WORDS)))
 
 
+def fit_no_texts() -> Any:
+    texts = make_column_selector(dtype_include=object)
+    columns = make_column_transformer((OneHotEncoder(), texts), remainder="passthrough")
+    return make_pipeline(columns, DecisionTreeClassifier()).fit(SIZES, SIZES["size"])
+
+
 def in_onnx(name: str, make: Callable[[], Any], expected: Any) -> ModelCase:
     return ModelCase(f"onnx-{name}", make, FAR, expected, settings=ONNX)
 
@@ -473,6 +479,7 @@ MODELS = [
         refused="given a DataFrame instead: KeyError: 'weight' (in ByName.transform, ",
         settings={"features": {"size": {}, "mass": {}}},
     ),
+    ModelCase("selector-that-selects-nothing", fit_no_texts, {"size": 2, "weight": 1}, 2),
     in_onnx("lightgbm", lambda: LGBMClassifier(verbosity=-1, n_jobs=1).fit(NUMBERS, WORDS), ["high", "low"]),
     in_onnx("xgboost", lambda: XGBClassifier(n_jobs=1).fit(NUMBERS, NUMBERS[:, 0] > 0), [1, 0]),
     in_onnx("catboost", fit_catboost, ["high", "low"]),
