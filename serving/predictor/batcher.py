@@ -42,7 +42,12 @@ class LoopBatcher:
 
     async def predict(self, job: Job) -> Any:
         """Return the result of a job. Raises what its call raised."""
-        self._admit(job)
+        try:
+            self.queue.admit(job)
+        except TooManyRequests:
+            if time.monotonic() - self._looked_at < LOOK_S or not self._drop_lost():
+                raise
+            self.queue.admit(job)
         job.waiter = self.loop.create_future()
         if job.decode is None:
             self._put(job)
@@ -54,14 +59,6 @@ class LoopBatcher:
             self.queue.give_up(job)
             raise
         return job.result()
-
-    def _admit(self, job: Job) -> None:
-        try:
-            self.queue.admit(job)
-        except TooManyRequests:
-            if time.monotonic() - self._looked_at < LOOK_S or not self._drop_lost():
-                raise
-            self.queue.admit(job)
 
     def _read(self, job: Job) -> None:
         """Decode a job beside the loop, and then let it wait for its call."""

@@ -111,7 +111,8 @@ class Line:
         self.alone: collections.deque[Job] = collections.deque()
 
     def append(self, job: Job) -> None:
-        (self.alone if job.is_alone else self.together).append(job)
+        waiting = self.alone if job.is_alone else self.together
+        waiting.append(job)
 
     def __len__(self) -> int:
         return len(self.together) + len(self.alone)
@@ -199,9 +200,10 @@ class BatchQueue:
         """
         size = job.n_rows.bit_length()
         with self._lock:
-            n_ahead = sum(self._rows_by_size[: size + 1])
-            if n_ahead >= self.max_queued_rows:
-                raise TooManyRequests(f"{n_ahead} rows wait already", self.seconds_left())
+            if self.queued_rows >= self.max_queued_rows:
+                n_ahead = sum(self._rows_by_size[: size + 1])
+                if n_ahead >= self.max_queued_rows:
+                    raise TooManyRequests(f"{n_ahead} rows wait already", self.seconds_left())
             self.queued_jobs += 1
             self.queued_rows += job.n_rows
             self._rows_by_size[size] += job.n_rows

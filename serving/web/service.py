@@ -363,7 +363,8 @@ class Service(Generic[S]):
         return not path.startswith(self._open_folders) or ".." in path.split("/")
 
     def _find(self, request: Request) -> Operation:
-        operation = self._operation_of(request)
+        methods = self.routes.get(request.path, {})
+        operation = methods.get("GET" if request.method == "HEAD" else request.method)
         if operation is None:
             allowed = self._allowed(request.path)
             detail = f"{shorten(request.method)} is not allowed on {request.path}; use one of {allowed}"
