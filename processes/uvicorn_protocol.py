@@ -275,6 +275,8 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_body_timer()
         self._unset_keepalive_if_required()  # which uvicorn does only where there was no error
+        if self.scope is not None:
+            cast(Any, self.scope).pop(CLIENT_HAS_LEFT, None)  # or both would wait for the garbage collector
         self.held = b""
         self.shared.sending.forget(self.transport)
         super().connection_lost(exc)

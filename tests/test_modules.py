@@ -270,7 +270,8 @@ def test_failure_of_an_old_estimator_names_both_versions(tmp_path: Path) -> None
     (tmp_path / "model.pkl").write_bytes(data)
     trust = {"path": str(tmp_path / "model.pkl"), "sha256": hashlib.sha256(data).hexdigest()}
     message = (
-        r"fails on its example row.* has no attribute 'intercept_'; it was made with another scikit-learn \(1.2.2\)"
+        r"fails on its example row.* has no attribute 'intercept_' \(in LogisticRegression\);"
+        r" it was made with another scikit-learn \(1.2.2\)"
     )
     with pytest.raises(ModelError, match=message):
         app.create_app(make_settings(model=trust, features={}))

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 
 import app
 from serving.errors import ModelError, Unprocessable
-from serving.predictor.batcher import MANY_ROWS
+from serving.predictor.calls import MANY_ROWS
 from serving.predictor.model import Model, make_model
 from serving.predictor.proof import Proof, prove
 from serving.web import openapi

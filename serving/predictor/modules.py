@@ -24,7 +24,7 @@ import sklearn
 
 from serving.errors import reason_of
 
-OWN_SCRIPTS = "model"  # the project's folder of scripts, which no artifact means
+OWN_SCRIPTS = ("model", "bench")  # the project's folders of scripts, which no artifact means
 OWN_MODULES = ("app", "serving", "processes")
 PASSING_ON = {*OWN_MODULES, "joblib", "skops", "cloudpickle"}  # what calls the code in which a load fails
 DAMAGES = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
@@ -48,9 +48,10 @@ def add_module_folder(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     importlib.invalidate_caches()
-    ours, spec = sys.modules.get(OWN_SCRIPTS), PathFinder.find_spec(OWN_SCRIPTS)
-    if ours is not None and getattr(ours, "__file__", None) is None and spec is not None and spec.origin is not None:
-        del sys.modules[OWN_SCRIPTS]  # a folder without `__init__.py` gives way to a module, once it is looked for
+    for name in filter(_is_folder, OWN_SCRIPTS):
+        spec = PathFinder.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            del sys.modules[name]  # a folder without `__init__.py` gives way to a module, once it is looked for
 
 
 def find_sklearn_version(data: bytes) -> str | None:
