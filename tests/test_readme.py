@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,25 +15,17 @@ from serving import VERSION
 from serving.predictor.artifact import OLDEST_SKLEARN
 from serving.predictor.features import FeatureSettings
 from tests.lib.artifacts import copy_project
+from tests.lib.pages import HASH, console_steps, paste, rounded
 from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment, run
 from tests.lib.sizes import each_combination, each_worker
 
 README = (PROJECT / "README.md").read_text()
 PAGES = {
     name: (PROJECT / "docs" / name).read_text()
-    for name in ("http.md", "operate.md", "models.md", "speed.md", "design.md")
+    for name in ("examples.md", "http.md", "operate.md", "models.md", "speed.md", "design.md")
 }
 SHIPPED = README.partition("## Serve your own model")[0] + PAGES["http.md"]
 EXAMPLES = re.findall(r"^\$ (curl [^\n]+)\n([^\n]+)$", SHIPPED, re.MULTILINE)
-
-
-def rounded(value: Any) -> Any:
-    """Round the floats in a JSON value: their last digits are the processor's."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 @each_combination()
@@ -180,25 +171,6 @@ def test_shown_hash_of_settings_is_that_of_the_shipped_file() -> None:
 
 
 OWN = README.partition("## Serve your own model")[2].partition("\n## ")[0]
-HASH = re.compile(r"\b[0-9a-f]{64}\b")
-
-
-def console_steps(text: str) -> list[tuple[str, str]]:
-    """Return the commands of a console block, each with what stands below it."""
-    block = text.partition("```console\n")[2].partition("```")[0]
-    return [
-        (command, shown.strip()) for command, shown in re.findall(r"^\$ (.*)\n((?:[^$\n].*\n|\n(?!\$))*)", block, re.M)
-    ]
-
-
-def paste(tables: str, file: Path) -> None:
-    """Replace the tables of a settings file by those of the same names, as one does by hand."""
-    text = file.read_text()
-    for name in ("model", "features"):
-        table = re.compile(rf"^\[{name}\]\n(?:(?!\[).*\n)*", re.M)
-        (new,) = table.findall(tables)
-        text = table.sub(lambda _, new=new: new + "\n", text)
-    file.write_text(text)
 
 
 @pytest.fixture(scope="module")
