@@ -27,7 +27,7 @@ def test_command_serves(serve: Starter, command: str, framework: str) -> None:
 @pytest.mark.parametrize(
     ("command", "framework"),
     [
-        ("flask --app app run --debug --host 0.0.0.0 --port {port}", "flask"),
+        ("flask --app app run --debug --port {port}", "flask"),
         ("uvicorn app:app --reload --port {port}", "fastapi"),
         ("uvicorn app:asgi --reload --port {port}", "flask"),
     ],
@@ -103,3 +103,10 @@ def test_command_of_the_other_framework_says_so(command: str, framework: str, cu
     assert f"SettingsError: environment: SERVING_FRAMEWORK is {framework!r}, but" in done.stderr
     assert cure in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_commands_listen_to_this_machine_alone() -> None:
+    """No command that is shown, or run here, listens at all interfaces: a debugger there is a hole."""
+    shown = (PROJECT / "CONTRIBUTING.md").read_text()
+    for text in (shown, *(command for command, _ in SERVE_COMMANDS)):
+        assert not re.search(r"0\.0\.0\.0|\[::\]|--host", text)

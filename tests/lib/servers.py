@@ -26,7 +26,7 @@ from tests.lib.proc import children_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMBINATIONS = [(framework, worker) for framework in ("fastapi", "flask") for worker in ("uvicorn", "gevent")]
-LISTENING = re.compile(r"https?://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)")
+LISTENING = re.compile(r"https?://127\.0\.0\.1:(\d+)")
 WAIT_S = 90.0
 END_S = 25.0  # less than server.graceful_timeout, so that an end that is cut short by it fails
 CHOICES = (  # variables by which whoever runs the tests, or the bench, may have chosen something for servers
@@ -42,7 +42,7 @@ SERVE_COMMANDS = [
     ("uvicorn app:app --port 0", "fastapi"),
     ("uvicorn app:asgi --port 0", "fastapi"),
     ("uvicorn app:asgi --port 0", "flask"),
-    ("flask --app app run --host 0.0.0.0 --port 0", "flask"),
+    ("flask --app app run --port 0", "flask"),
     ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "flask"),
     ("gunicorn app:wsgi --bind 127.0.0.1:0 --workers 2 --worker-class gevent", "fastapi"),
     ("gunicorn app:asgi --bind 127.0.0.1:0 --workers 2 --worker-class uvicorn_worker.UvicornWorker", "fastapi"),
