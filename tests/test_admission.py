@@ -1,5 +1,7 @@
 """Who may wait, and for how long: full queues, late answers, slow senders."""
 
+import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import select
@@ -7,15 +9,22 @@ import socket
 import statistics
 import threading
 import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LinearRegression
 
 from serving.errors import TooManyRequests, Unavailable
+from serving.predictor.arrays import Arrays
+from serving.predictor.batcher import LoopBatcher
+from serving.predictor.bodies import LongBody
 from serving.predictor.calls import BatchQueue, CallCost, Job, Line
+from serving.predictor.contract import Contract
+from serving.predictor.inputs import read_inputs
 from serving.predictor.predictions import Predictions
 from tests.lib.artifacts import deploy
 from tests.lib.cases import QUERY, Case
@@ -94,16 +103,84 @@ def test_rows_that_may_wait_are_bounded() -> None:
     assert queue.queued_rows < 10 * (1000 + 1000)
 
 
-def test_short_and_long_ones_get_half_of_the_time_each() -> None:
-    """While arrays that are alone wait, and single rows, each kind has calls for about as many seconds."""
+@pytest.mark.parametrize("n_clients", [1, 2, 3])
+def test_short_and_long_ones_get_half_of_the_time_each(n_clients: int) -> None:
+    """While clients send an array each as soon as they have their answer, and others single rows, each kind has calls
+    for about as many seconds; where one array at a time waits, all single rows go between two."""
     queue = BatchQueue(predict, predict, 10, 0.0, cost=CallCost(0.0, 0.001))
-    long = [Job(500, X=[0] * 500, is_alone=True) for _ in range(4)]
-    short = [Job(1, [{}]) for _ in range(2000)]
-    line = line_of([*long, *short])
-    sizes = []
-    while len(line.alone) > 1:
-        sizes.append(sum(job.n_rows for job in queue.take(line)))
-    assert sizes == [500, *[10] * 50, 500, *[10] * 50, 500]
+    line = line_of([Job(500, X=[0] * 500, is_alone=True) for _ in range(n_clients)])
+    n_rows = {True: 0, False: 0}
+    for _ in range(500):
+        for _ in range(100 - len(line.together)):
+            line.append(Job(1, [{}]))
+        jobs = queue.take(line)
+        is_alone = jobs[0].is_alone
+        n_rows[is_alone] += sum(job.n_rows for job in jobs)
+        if is_alone:  # its client is back when the call has ended
+            line.append(Job(500, X=[0] * 500, is_alone=True))
+    assert abs(n_rows[True] - n_rows[False]) <= 500
+
+
+def test_jobs_that_were_given_up_are_not_predicted() -> None:
+    """Nor are they in the halves of a call that failed; each keeps the error that it was given up with."""
+    calls: list[Any] = []
+
+    def predict(rows: list[Any]) -> Predictions:
+        calls.append([row["x0"] for row in rows])
+        for job in jobs[2:] if len(calls) == 1 else ():
+            queue.give_up(job)
+            job.error = Unavailable("late", 1.0)
+        if len(rows) > 1:
+            raise ValueError
+        return Predictions(b"%b", [np.arange(len(rows))])
+
+    queue = BatchQueue(predict, predict, 8, 0.0)
+    jobs = [Job(1, [{"x0": number}]) for number in range(4)]
+    groups = [jobs]
+    while groups:
+        groups += queue.call(groups.pop())
+    assert calls == [[0, 1, 2, 3], [0, 1], [1], [0]]
+    assert [job.answer is not None for job in jobs] == [True, True, False, False]
+    for job in jobs[2:]:
+        with pytest.raises(Unavailable):
+            job.result()
+
+
+def test_body_of_a_request_that_is_given_up_is_let_go_of() -> None:
+    """Nothing of a job that nobody waits for refers to its body."""
+    queue = BatchQueue(predict, predict, 8, 0.0)
+    body = LongBody(Arrays(Contract(read_inputs(LinearRegression().fit([[1.0]], [1.0])), {})), b"[]" * 100_000, 10)
+    held = weakref.ref(body)
+    job = Job(10, encode=body.encode, decode=body.decode, is_alone=True)
+    queue.admit(job)
+    del body
+    queue.give_up(job)
+    assert held() is None
+
+
+@pytest.mark.parametrize("long", [True, False], ids=["decode", "predict"])
+def test_process_without_a_thread_more_answers_errors(long: bool) -> None:
+    """Where no thread can be started, requests that need one fail, are counted no more, and the next one is as good
+    as ever."""
+
+    class Threadless(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("can't start new thread")
+
+    async def ask() -> list[Any]:
+        queue = BatchQueue(predict, predict, 8, 0.0, cost=CallCost(0.0 if long else 1.0))
+        batcher = LoopBatcher(queue, asyncio.get_running_loop())
+        threads = batcher._predicting, batcher._decoding
+        batcher._predicting = batcher._decoding = Threadless(1)
+        jobs = [Job(1, decode=lambda: [1.0], is_alone=True) if long else Job(1, [{}]) for _ in range(3)]
+        failed = await asyncio.gather(*map(batcher.predict, jobs), return_exceptions=True)
+        assert (queue.queued_jobs, queue.queued_rows) == (0, 0)
+        batcher._predicting, batcher._decoding = threads
+        return [*failed, await batcher.predict(Job(1, decode=lambda: [1.0], is_alone=True) if long else Job(1, [{}]))]
+
+    *failed, answered = asyncio.run(ask())
+    assert [type(error) for error in failed] == [RuntimeError] * 3
+    assert isinstance(answered, Predictions)
 
 
 def test_empty_queue_takes_any_request() -> None:

@@ -196,7 +196,9 @@ def test_what_is_not_the_same_in_json_is_refused(
     native = serve_estimator(tmp_path / "model.joblib", houses, framework=framework, features=HOUSE_FEATURES)
     for payload in (sent, [HOUSE, sent], [HOUSE] * 5000 + [sent]):
         answer = call(native, post_case(payload))
-        assert (answer.status, answer.json["detail"][0]["msg"]) == (422, message)
+        problem = answer.json["detail"][0]
+        assert (answer.status, problem["msg"]) == (422, message)
+        assert problem["input"] in (None, *sent.values())
     assert not schema_of(native).is_valid(sent)
 
 

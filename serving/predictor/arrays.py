@@ -15,7 +15,7 @@ import numpy as np
 
 from serving.errors import ModelError
 from serving.predictor.contract import Contract, Rows
-from serving.predictor.features import NUMBER_RANGES, FeatureSettings
+from serving.predictor.features import FeatureSettings, bounds_of
 from serving.predictor.inputs import Array, Column, is_nan
 
 Form = Literal["array", "frame", "texts"]
@@ -196,9 +196,8 @@ def _find_bounds(features: Sequence[FeatureSettings]) -> tuple[Array, Array] | N
     """Return the bounds of features, (n_features,) each, if all are floats between bounds."""
     if any(feature.type != "float" or feature.choices is not None for feature in features):
         return None
-    limit = NUMBER_RANGES["float"]
-    low = [-limit if feature.ge is None else feature.ge for feature in features]
-    return np.array(low), np.array([limit if feature.le is None else feature.le for feature in features])
+    bounds = np.array([*map(bounds_of, features)]).reshape(len(features), 2)
+    return bounds[:, 0], bounds[:, 1]
 
 
 def _import_pandas() -> Any:

@@ -62,8 +62,12 @@ class LoopBatcher:
 
     def _read(self, job: Job) -> None:
         """Decode a job beside the loop, and then let it wait for its call."""
+        try:
+            done = self.loop.run_in_executor(self._decoding, _natively(job.read, "decode"))
+        except RuntimeError:  # no thread more
+            self.queue.give_up(job)
+            raise
         self._reading.append(job)
-        done = self.loop.run_in_executor(self._decoding, _natively(job.read, "decode"))
         done.add_done_callback(lambda _: self._has_read(job))
         self._look_soon()
 
@@ -101,13 +105,24 @@ class LoopBatcher:
         if self.queue.is_in_vain(jobs):
             self._hand_out(jobs, [])
         elif self.queue.needs_thread(jobs):
-            self._called = jobs
-            call = _natively(functools.partial(self.queue.call, jobs), "predict")
-            done = self.loop.run_in_executor(self._predicting, call)
-            done.add_done_callback(lambda done: self._hand_out(jobs, done.result()))
-            self._look_soon()
+            self._call_beside(jobs)
         else:
             self._hand_out(jobs, self.queue.call(jobs))
+
+    def _call_beside(self, jobs: list[Job]) -> None:
+        """Make a call in a thread; if there can be none, its jobs fail."""
+        call = _natively(functools.partial(self.queue.call, jobs), "predict")
+        try:
+            done = self.loop.run_in_executor(self._predicting, call)
+        except RuntimeError as error:
+            for job in jobs:
+                self.queue.give_up(job)
+                job.error = error
+            self._hand_out(jobs, [])
+            return
+        self._called = jobs
+        done.add_done_callback(lambda done: self._hand_out(jobs, done.result()))
+        self._look_soon()
 
     def _look_soon(self) -> None:
         """Look each `LOOK_S` at what waits, as long as something runs beside the loop."""
@@ -158,10 +173,10 @@ class ThreadBatcher:
     async def predict(self, job: Job) -> Any:
         """Return the result of a job; it blocks. Raises what its call raised."""
         self.queue.admit(job)
-        if job.decode is not None and not self._read(job):
-            self.queue.leave(job)
-            return job.result()
         try:
+            if job.decode is not None and not self._read(job):
+                self.queue.leave(job)
+                return job.result()
             self._start()
         except RuntimeError:  # no thread more
             self.queue.give_up(job)

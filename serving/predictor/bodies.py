@@ -19,7 +19,7 @@ from serving.predictor.predictions import Predictions
 
 PART_BYTES = 65_536  # size of a part, which ends with a whole row
 QUICK_BYTES = 2 * PART_BYTES  # longest part that is cut without a look at what is a string
-LONG_BYTES = 262_144  # smallest body that is decoded beside the event loop
+LONG_BYTES = 262_144  # largest body that is decoded when it comes; longer ones are decoded beside the event loop
 MAX_VALUES = 65_536  # values of a row besides one for each feature: more are not decoded, for it would take long
 ARRAY = re.compile(rb"[ \t\r\n]*\[")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
@@ -106,7 +106,7 @@ class LongBody:
         contract = self._arrays.contract
         for _, _, n_values in cut_array(body, 0):
             if n_values > len(contract.names) + MAX_VALUES:
-                raise contract.refusal([contract.too_long(["body"], n_values)])
+                raise contract.refusal([contract.too_large(["body"], n_values)])
         return self._arrays.of_rows(contract.parse_payload(parse_json(body)))
 
     def encode(self, predictions: Predictions | None) -> list[bytes]:
@@ -119,8 +119,8 @@ class LongBody:
 class LongArray:
     """The rows of a long array, which are decoded and checked in parts.
 
-    What is wrong is said as of a short one: that it is no JSON comes first, wherever that is; then that it has too many
-    rows; then what is wrong with these.
+    What is wrong is said as of a short one: that it is no JSON comes first, wherever that is, but for a value that is
+    too large to be decoded; then that it has too many rows; then what is wrong with these.
     """
 
     def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
@@ -183,7 +183,7 @@ class LongArray:
         """Read parts that end where a value of the array does, and note what is wrong with them."""
         for begin, end, n_values in cut_array(self._body, start):
             if n_values > len(self._contract.names) + MAX_VALUES:
-                self._note([self._contract.too_long(["body", self._n_rows], n_values)])
+                self._note([self._contract.too_large(["body", self._n_rows], n_values)])
                 self._n_rows += 1
             elif self._problems or not self._take(self._body[begin:end] + (b"" if end == len(self._body) else b"]")):
                 self._explain(begin, end)

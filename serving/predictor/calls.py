@@ -213,7 +213,7 @@ class BatchQueue:
     def give_up(self, job: Job) -> None:
         """Predict a job no more: its client has left, or waited too long."""
         job.is_given_up = True
-        job.decode = None  # which holds the body
+        job.decode = job.encode = None  # which hold the body
         self.leave(job)
 
     def leave(self, job: Job) -> None:
@@ -271,8 +271,14 @@ class BatchQueue:
         return not self.can_share or count_rows(waiting) >= self.max_rows
 
     def take(self, line: Line) -> list[Job]:
-        """Take the jobs of the next call from those that wait; none if nobody waits for them any more."""
-        waiting = self._choose(line)
+        """Take the jobs of the next call from those that wait; none if nobody waits for them any more.
+
+        Where both kinds wait, each gets half of the time.
+        """
+        are_both = bool(line.alone and line.together)
+        if not are_both:
+            self._lead_s = 0.0
+        waiting = line.together if self._lead_s > 0 or not line.alone else line.alone
         jobs: list[Job] = []
         n_rows = 0
         while waiting and (not jobs or self._can_join(waiting[0], jobs[0], n_rows)):
@@ -281,16 +287,9 @@ class BatchQueue:
             if not job.is_given_up:
                 jobs.append(job)
                 n_rows += job.n_rows
-        if line.alone and line.together:
+        if are_both:
             self._lead_s += self.cost.seconds_for(n_rows) * (1 if waiting is line.alone else -1)
         return jobs
-
-    def _choose(self, line: Line) -> collections.deque[Job]:
-        """Return the jobs whose turn it is: where both kinds wait, each gets half of the time."""
-        if not line.alone or not line.together:
-            self._lead_s = 0.0
-            return line.alone or line.together
-        return line.together if self._lead_s > 0 else line.alone
 
     def _can_join(self, job: Job, first: Job, n_rows: int) -> bool:
         are_alone = not self.can_share or first.is_alone or job.is_alone
@@ -301,6 +300,7 @@ class BatchQueue:
 
         A job that would be answered too late gets an error instead.
         """
+        jobs = [job for job in jobs if not job.is_given_up]
         called = self._refuse_late(jobs)
         try:
             if called:
@@ -323,7 +323,8 @@ class BatchQueue:
             for job in jobs:
                 if is_shared:
                     part = all_of_them.part(start, start := start + job.n_rows)
-                job.answer = part if job.encode is None else job.encode(part)
+                encode = job.encode
+                job.answer = part if encode is None else encode(part)
                 job.call = call
         finally:
             self.called_at = None
@@ -348,5 +349,6 @@ class BatchQueue:
         if not jobs or jobs[0].deadline >= end:  # which came first
             return jobs
         for job in jobs:
-            job.error = self.too_late() if job.deadline < end else None
+            if job.deadline < end:
+                job.error = self.too_late()
         return [job for job in jobs if job.deadline >= end]

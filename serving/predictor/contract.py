@@ -130,16 +130,17 @@ class Contract:
         for index, row in rows:
             place = ["body"] if index is None else ["body", index]
             if isinstance(row, dict) and self._has_long_row([row]):
-                yield self.too_long(place, len(row))
+                message = f"Object should have at most {len(self.names)} features, not {len(row)}"
+                yield _problem("too_long", place, message, None)
                 continue
             try:
                 self.row.validate_python(row, strict=True)
             except ValidationError as error:
                 yield from self._problems(place, error, hints)
 
-    def too_long(self, place: list[Any], n_values: int) -> dict[str, Any]:
-        """Return the problem of a row with too many values."""
-        message = f"Object should have at most {len(self.names)} features, not {n_values}"
+    def too_large(self, place: list[Any], n_values: int) -> dict[str, Any]:
+        """Return the problem of a value that has too many others in it to be decoded."""
+        message = f"Input should be an object with at most {len(self.names)} features; it has {n_values} values inside"
         return _problem("too_long", place, message, None)
 
     def find_shape(self, payload: Any, is_whole: bool = True) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, SchemaValidator, core_schema
 
 from serving.errors import MisfitError, listed
 from serving.predictor.inputs import FEATURE_TYPES, Cell, Column
@@ -160,7 +160,14 @@ def _kind_schema(feature: FeatureSettings) -> CoreSchema:
 
 def _as_whole(value: Any) -> Any:
     """Return a float without a fraction as an integer, which it is in JSON Schema, and all else as it is."""
-    return int(value) if type(value) is float and value.is_integer() else value
+    if type(value) is not float or not value.is_integer():
+        return value
+    limit = int(NUMBER_RANGES["int"])
+    if value > limit:
+        raise PydanticKnownError("less_than_equal", {"le": limit})
+    if value < -limit:
+        raise PydanticKnownError("greater_than_equal", {"ge": -limit})
+    return int(value)
 
 
 def _as_truth(value: Any) -> Any:
