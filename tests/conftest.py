@@ -22,9 +22,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     sizes.is_full = config.getoption("--full")
-    prefork.is_on = not sizes.is_full
     for name in [name for name in os.environ if name.startswith(CHOICES)]:
         del os.environ[name]
+
+
+# Files whose servers are programs of their own with `--full`: their subject is the start, or what a program inherits.
+PROGRAMS = {"test_development", "test_examples", "test_processes", "test_readme", "test_reload", "test_start"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before the servers of a session are started
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    prefork.is_on = not (sizes.is_full and item.path.stem in PROGRAMS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which then reads the groups

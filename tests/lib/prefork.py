@@ -2,7 +2,7 @@
 
 Each has a session, an environment, a folder and an output of its own, and ends as a program does. Limits of resources
 and the seed of hashes are those of the process that forks it. What a shell has to start (`2>&-`) is started by one, and
-with `--full` each command is a program of its own.
+with `--full` each command of tests about the start is a program of its own.
 """
 
 import atexit
@@ -28,7 +28,7 @@ LIBRARIES = """
 PROGRAMS = {"flask", "gunicorn", "python", "uvicorn"}
 REPLACED = {"--daemon", "--debug", "--reload"}  # with these others are started in place of the first
 BIN = Path(sys.executable).parent
-is_on = False  # set before tests are collected, unless with --full
+is_on = True  # set before each test
 
 
 def takes(command: list[str]) -> bool:
