@@ -94,7 +94,8 @@ def _listen_at_file(address: str, cfg: Any, logger: Any) -> Any:
     if os.path.exists(address) and not stat.S_ISSOCK(os.stat(address).st_mode):
         raise OSError(errno.EEXIST, "there is another file")
     with socket.socket(socket.AF_UNIX) as sock:
-        if sock.connect_ex(address) == 0:
+        sock.setblocking(False)  # or it would wait while the other's queue is full, which is EAGAIN
+        if sock.connect_ex(address) in (0, errno.EAGAIN):
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     with contextlib.suppress(FileNotFoundError):
         os.remove(address)

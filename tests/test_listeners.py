@@ -85,17 +85,34 @@ def taken() -> Iterator[int]:
         yield port
 
 
-def test_address_that_cannot_be_listened_at_is_one_line(tmp_path: Path, taken: int, free_port: int) -> None:
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[Path]:
+    """A unix socket of another program, which accepts nothing, and whose queue is full."""
+    place = tmp_path / "busy"
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(socket.socket(socket.AF_UNIX))
+        other.bind(str(place))
+        other.listen(0)
+        status = 0
+        while status == 0:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            status = client.connect_ex(str(place))
+        yield place
+
+
+def test_address_that_cannot_be_listened_at_is_one_line(tmp_path: Path, taken: int, busy: Path, free_port: int) -> None:
     """The line has the place, the address and the reason; what was opened before it is closed again."""
     (tmp_path / "file").write_text("")
     reasons = {
         f"127.0.0.1:{taken}": "Address already in use",
         "[2001:db8::1]:0": "Cannot assign requested address",
-        "nowhere.invalid:80": "",  # by the resolver's words
+        f"{'x' * 64}:80": "",  # in the words of the system, which asks no resolver: no label has 64 letters
         f"0.0.0.0:{free_port}": "it is in the list already",
         f"unix:{tmp_path}/none/x.sock": "No such file or directory",
         f"unix:{tmp_path}/file": "there is another file",
         f"unix:{tmp_path}/taken": "Address already in use",
+        f"unix:{busy}": "Address already in use",
         f"unix:{tmp_path}/{'x' * 200}": "AF_UNIX path too long",
         "fd://0": "a file descriptor is no address",
     }
