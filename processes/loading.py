@@ -20,12 +20,13 @@ import structlog
 
 import app
 from processes import options
-from processes.patches import call_natively, check_ssl, patch_as_worker, patch_ssl
+from processes.patches import check_ssl, patch_as_worker, patch_ssl
 from processes.tls import check_tls
 from processes.trial import try_out
 from serving.errors import STARTUP_STATUS, ModelError, StartupError, errors_about, listed, print_error, reason_of
 from serving.logs import configure_logging
 from serving.output import finish_output
+from serving.predictor.batcher import natively
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
 from serving.web.service import Service
@@ -213,10 +214,24 @@ def _prove(settings: app.Settings, model: Model, is_patched: bool) -> str:
         patch_as_worker()
     proof = app.prove_here(settings, model)
     if is_patched:
-        proven = proof.applied_to(model)
         with errors_about(settings.artifact_subject):
-            call_natively(functools.partial(proven.answer, proven.known_rows[:1], "a known row in a thread"))
+            _answer_natively(proof.applied_to(model))
     return json.dumps(dataclasses.asdict(proof))
+
+
+def _answer_natively(model: Model) -> None:
+    """Make a model answer a row in the thread in which a patched worker makes calls that take long."""
+    errors: list[ModelError] = []  # which gevent would print
+
+    def answer() -> None:
+        try:
+            model.answer(model.known_rows[:1], "a known row in a thread")
+        except ModelError as error:
+            errors.append(error)
+
+    natively(answer, "predict")()
+    if errors:
+        raise errors[0]
 
 
 def end_when_late(pid: int, deadline: Deadline) -> str:

@@ -8,12 +8,8 @@ from __future__ import annotations
 import os
 import ssl
 import sys
-from collections.abc import Callable
-from typing import Any
 
 from serving.errors import StartupError, listed
-
-MODULES = ("ssl", "gevent.ssl")  # those that the names are of
 
 
 def patch_ssl() -> None:
@@ -58,20 +54,3 @@ def patch_fork() -> None:
     from gevent.os import fork, fork_gevent
 
     os.fork = lambda: (fork if gevent.get_hub().loop.default else fork_gevent)()
-
-
-def call_natively(call: Callable[[], Any]) -> None:
-    """Make a call in a native thread of a patched process, as a worker does those that take long. Raises its error."""
-    from gevent.threadpool import ThreadPool
-
-    errors: list[Exception] = []  # which gevent would print
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:  # raised again below
-            errors.append(error)
-
-    ThreadPool(1).apply(run)
-    if errors:
-        raise errors[0]

@@ -63,7 +63,7 @@ class LoopBatcher:
     def _read(self, job: Job) -> None:
         """Decode a job beside the loop, and then let it wait for its call."""
         try:
-            done = self.loop.run_in_executor(self._decoding, _natively(job.read, "decode"))
+            done = self.loop.run_in_executor(self._decoding, natively(job.read, "decode"))
         except RuntimeError:  # no thread more
             self.queue.give_up(job)
             raise
@@ -111,7 +111,7 @@ class LoopBatcher:
 
     def _call_beside(self, jobs: list[Job]) -> None:
         """Make a call in a thread; if there can be none, its jobs fail."""
-        call = _natively(functools.partial(self.queue.call, jobs), "predict")
+        call = natively(functools.partial(self.queue.call, jobs), "predict")
         try:
             done = self.loop.run_in_executor(self._predicting, call)
         except RuntimeError as error:
@@ -189,7 +189,7 @@ class ThreadBatcher:
             if self.queue.give_up_lost(job):
                 return False
         try:
-            _natively(job.read, "decode")()
+            natively(job.read, "decode")()
         finally:
             self._decoding.release()
         return bool(job.n_rows)
@@ -236,13 +236,13 @@ class ThreadBatcher:
         halves: list[list[Job]] = []
         if not self.queue.is_in_vain(jobs):
             call = functools.partial(self.queue.call, jobs)
-            halves = (_natively(call, "predict") if self.queue.needs_thread(jobs) else call)()
+            halves = (natively(call, "predict") if self.queue.needs_thread(jobs) else call)()
         for job in jobs if not halves else ():
             job.waiter.release()
         return halves
 
 
-def _natively(call: Callable[[], T], name: str) -> Callable[[], T]:
+def natively(call: Callable[[], T], name: str) -> Callable[[], T]:
     """Return a call that runs in a thread of the system where gevent has patched Python's own to be greenlets: in the
     one of that name.
 
