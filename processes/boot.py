@@ -8,7 +8,7 @@ import os
 import time
 
 import app
-from processes.loading import Deadline, Loading, end_when_late, prove_in_child, read_settings, refuse_start
+from processes.loading import Deadline, Loading, end_when_late, prepare_settings, prove_in_child, refuse_start
 from processes.trial import Trial, finish, wait_for
 from serving.errors import StartupError
 from serving.output import protect_output
@@ -40,7 +40,7 @@ def _start() -> tuple[Service[app.Settings], float]:
     """Load and prove what is served, and return it with the seconds that the proof took. Raises `StartupError`."""
     deadline = Deadline(ModelSettings().load_timeout_s)
     watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
-    loaded = finish(wait_for(Loading(read_settings(deadline), deadline), deadline.check))
+    loaded = finish(wait_for(Loading(prepare_settings(deadline), deadline), deadline.check))
     started = time.monotonic()
     service: Service[app.Settings] = finish(prove_in_child(loaded, deadline))
     took_s = time.monotonic() - started

@@ -107,7 +107,7 @@ def post_worker_init(worker: Any) -> None:
 
     Ctrl-C, which a terminal sends to each process, is left to the master: it tells the workers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # uvicorn's server sets a handler later: `DrainingServer.handle_exit`
     with exit_on_startup_error(), errors_about(worker.service.settings.artifact_subject):
         worker.service.model.warm_up()
     boot.freeze()

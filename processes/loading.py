@@ -154,8 +154,8 @@ def count_native_threads() -> int:
     return 0
 
 
-def read_settings(deadline: Deadline) -> app.Settings:
-    """Return the settings, unless gunicorn's options do not fit them; what they say of the model can be loaded next.
+def prepare_settings(deadline: Deadline) -> app.Settings:
+    """Return the settings, unless gunicorn's options do not fit them, and prepare this process for loading their model.
 
     Call it in the main thread. Raises `StartupError`.
     """

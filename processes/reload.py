@@ -31,7 +31,7 @@ import app
 from processes import options
 from processes.handshake import BOOTING, Handshake
 from processes.listeners import close, has_file, listen_at_all
-from processes.loading import Deadline, Loaded, Loading, load, prove_in_child, read_settings
+from processes.loading import Deadline, Loaded, Loading, load, prepare_settings, prove_in_child
 from processes.trial import try_out, wait_for
 from serving.errors import SettingsError, StartupError
 from serving.web.service import Service
@@ -120,7 +120,7 @@ class Reload:
 
     def _rehearse(self, deadline: Deadline) -> str:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
-        settings, model = load(read_settings(deadline), deadline)
+        settings, model = load(prepare_settings(deadline), deadline)
         service = app.make_service(settings, model)
         self.master.use(service)
         self._configure()
@@ -135,7 +135,7 @@ class Reload:
         A start does the same, so no reload takes what the next start would refuse.
         """
         deadline = Deadline(self.master.service.settings.model.load_timeout_s)
-        self.is_loading, self._loading = True, Loading(read_settings(deadline), deadline, self.master.wakeup)
+        self.is_loading, self._loading = True, Loading(prepare_settings(deadline), deadline, self.master.wakeup)
         try:
             loaded: Loaded = yield from wait_for(self._loading, deadline.check)
         finally:

@@ -35,7 +35,8 @@ class DrainingServer(Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """End by a drain. Ctrl-C at a terminal is left to the master."""
+        """End by a drain. Ctrl-C at a terminal is left to the master, as `hooks.post_worker_init` has it until uvicorn
+        puts its own handler there."""
         if sig != signal.SIGINT:
             super().handle_exit(sig, frame)
 
