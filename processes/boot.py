@@ -42,7 +42,7 @@ def _start() -> tuple[Service[app.Settings], float]:
     watch = Trial(functools.partial(end_when_late, os.getpid(), deadline), "")
     loaded = finish(wait_for(Loading(prepare_settings(deadline), deadline), deadline.check))
     started = time.monotonic()
-    service: Service[app.Settings] = finish(prove_in_child(loaded, deadline))
+    service: Service[app.Settings] = finish(prove_in_child(loaded, deadline, deadline.check))
     took_s = time.monotonic() - started
     watch.stop()
     app.set_current_service(service)

@@ -22,7 +22,7 @@ import app
 from processes import options
 from processes.patches import check_ssl, patch_as_worker, patch_ssl
 from processes.tls import check_tls
-from processes.trial import try_out
+from processes.trial import try_out, wait_for
 from serving.errors import STARTUP_STATUS, ModelError, StartupError, errors_about, listed, print_error, reason_of
 from serving.logs import configure_logging
 from serving.output import finish_output
@@ -52,6 +52,7 @@ class Deadline:
     """
 
     LIMIT, ARTIFACT, DOING = slice(0, 8), slice(8, 1608), slice(1608, 3208)  # seconds, and two texts
+    THREADS, HINT = slice(3208, 3408), slice(3408, 4096)  # texts of what may be why it takes too long
 
     def __init__(self, limit_s: float) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -69,6 +70,17 @@ class Deadline:
     def report(self, doing: str) -> None:
         """Note what is done now."""
         self._note(self.DOING, doing)
+
+    def suspect(self, hint: str) -> None:
+        """Note what may be why it takes too long, from now on."""
+        self._note(self.HINT, hint)
+
+    def look(self) -> None:
+        """Note how many native threads loading has left behind, if it was in this process."""
+        if self.threads_before is not None:
+            left = count_native_threads() - self.threads_before
+            problem = f"loading it left {left} native threads behind, for which a forked process may wait"
+            self._note(self.THREADS, problem if left > 0 else "")
 
     def _note(self, place: slice, text: str) -> None:
         size = place.stop - place.start
@@ -92,6 +104,7 @@ class Deadline:
 
     def check(self) -> None:
         """Log what takes long. Raises `ModelError` when it takes too long."""
+        self.look()
         if self.is_over:
             raise self.error()
         took_s, limit_s = self.took_s, self.limit_s
@@ -103,11 +116,8 @@ class Deadline:
     def error(self) -> ModelError:
         """Return what to raise when it takes too long."""
         what = f"{self._read(self.ARTIFACT)} takes longer than model.load_timeout_s = {self.limit_s:g} s"
-        left = 0 if self.threads_before is None else count_native_threads() - self.threads_before
-        hint = (
-            f"; loading it left {left} native threads behind, for which a forked process may wait" if left > 0 else ""
-        )
-        return ModelError(f"{what} while {self._read(self.DOING)}{hint}")
+        hints = [hint for hint in map(self._read, (self.THREADS, self.HINT)) if hint]
+        return ModelError("; ".join([f"{what} while {self._read(self.DOING)}", *hints]))
 
 
 class Loading:
@@ -186,23 +196,35 @@ def load(settings: app.Settings, deadline: Deadline) -> Loaded:
     return settings, model
 
 
-def prove_in_child(loaded: Loaded, deadline: Deadline) -> Generator[None, None, Service[app.Settings]]:
+def load_and_prove(deadline: Deadline) -> Generator[None, None, Service[app.Settings]]:
+    """Yield until the model of the settings is loaded and proven, in a process whose parent looks at the deadline.
+
+    Raises `StartupError`.
+    """
+    loading = Loading(prepare_settings(deadline), deadline)
+    loaded: Loaded = yield from wait_for(loading, deadline.look)
+    return (yield from prove_in_child(loaded, deadline, deadline.look))
+
+
+def prove_in_child(
+    loaded: Loaded, deadline: Deadline, check: Callable[[], None]
+) -> Generator[None, None, Service[app.Settings]]:
     """Yield until a child, patched as a worker will be, has proven a model, and return the service of it.
 
-    Raises `StartupError`, which blames gevent's patches if the model can be proven without them.
+    `check` is called each turn. Raises `StartupError`, which blames gevent's patches if the model can be proven without
+    them.
     """
     settings, model = loaded
     prove = functools.partial(_prove, settings, model)
     is_patched = options.is_gevents(settings)
+    deadline.suspect(PERHAPS_PATCHED if is_patched else "")
     try:
-        proof = yield from try_out(functools.partial(prove, is_patched), settings.artifact_subject, deadline.check)
+        proof = yield from try_out(functools.partial(prove, is_patched), settings.artifact_subject, check)
     except ModelError as error:
-        if not is_patched:
+        if not is_patched or deadline.is_over:
             raise
-        if deadline.is_over:
-            raise ModelError(f"{error}; {PERHAPS_PATCHED}") from None
         try:
-            yield from try_out(functools.partial(prove, False), settings.artifact_subject, deadline.check)
+            yield from try_out(functools.partial(prove, False), settings.artifact_subject, check)
         except StartupError:
             raise error from None
         raise ModelError(f"{error}; {PATCHED}") from None

@@ -3,16 +3,19 @@
 What happens at HUP, in order:
 
 1. `Master.handle_hup` notes it, and the master's next turn (`Master.manage_workers`) begins it: `Reload.go_on`.
-2. `_rehearse`: a child reads the settings, loads and proves the model, and configures gunicorn (`trial.try_out`).
-3. `_load`: the master reads and loads the same in a thread (`loading.Loading`), and a child of it proves it. If
-   settings or model were changed since 2, the reload is refused.
+2. `_rehearse`: a child does what a start does: it reads the settings, loads the model in a thread
+   (`loading.Loading`), has a child of its own prove it as the worker is patched, and configures gunicorn
+   (`trial.try_out`).
+3. `_load`: the master reads and loads the same, and a child of it proves it. If settings or model were changed since 2,
+   the reload is refused.
 4. `_replace`: gunicorn.conf.py is read again, new addresses are opened, and the new workers are forked (`_start`).
 5. When all of them are ready, the old ones are told to end (`_retire`), and `reloaded` is logged. Each stops accepting,
    answers what is under way, and ends (`DrainingServer.shutdown` or `GeventWorker.drain`); one that takes longer than
    `graceful_timeout` is killed (`Master.manage_workers`).
 
-Whatever fails before 5 is logged as `reload_refused`. 2 and 3 have changed nothing in the master; `_restore` takes back
-what 4 did.
+Whatever fails before 5 is logged as `reload_refused`. 2 changes nothing in the master, and is where nearly all fails
+that can. What 3 imports stays, and so does gevent's patch of `ssl`, which comes before a model's code where gevent is
+to serve it; `_restore` takes back what 4 did.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ import app
 from processes import options
 from processes.handshake import BOOTING, Handshake
 from processes.listeners import close, has_file, listen_at_all
-from processes.loading import Deadline, Loaded, Loading, load, prepare_settings, prove_in_child
-from processes.trial import try_out, wait_for
+from processes.loading import Deadline, Loaded, Loading, load_and_prove, prepare_settings, prove_in_child
+from processes.trial import finish, try_out, wait_for
 from serving.errors import SettingsError, StartupError
 from serving.web.service import Service
 
@@ -120,8 +123,7 @@ class Reload:
 
     def _rehearse(self, deadline: Deadline) -> str:
         """Do in a child what the master and a worker will do; the child's changes end with it."""
-        settings, model = load(prepare_settings(deadline), deadline)
-        service = app.make_service(settings, model)
+        service: Service[app.Settings] = finish(load_and_prove(deadline))
         self.master.use(service)
         self._configure()
         options.load_worker(self.master.app.cfg)  # so that a missing package is found here
@@ -140,7 +142,7 @@ class Reload:
             loaded: Loaded = yield from wait_for(self._loading, deadline.check)
         finally:
             self.is_loading = False
-        return (yield from prove_in_child(loaded, deadline))
+        return (yield from prove_in_child(loaded, deadline, deadline.check))
 
     def _replace(self, service: Service[app.Settings]) -> Generator[None, None, None]:
         """Fork workers of the new service, and retire the old ones once all the new ones are ready.

@@ -29,7 +29,7 @@ from xgboost import XGBClassifier, XGBRegressor
 from serving.errors import STARTUP_STATUS
 from tests.lib.artifacts import choose, deploy, edit, lay_out, save
 from tests.lib.clients import ROW
-from tests.lib.estimators import Deadly, Endless, Table, Waiting
+from tests.lib.estimators import Deadly, Endless, Table, Unpatched, Waiting
 from tests.lib.outward import Pooling, Secured, Starting
 from tests.lib.proc import is_alive
 from tests.lib.servers import (
@@ -40,6 +40,7 @@ from tests.lib.servers import (
     Server,
     Starter,
     gunicorn_environment,
+    gunicorn_with,
     run,
     run_gunicorn,
     wait_until,
@@ -203,7 +204,7 @@ def test_load_that_cannot_be_stopped_is_told(serve: Starter, tmp_path: Path, com
     file = lay_out(tmp_path, *combination)
     server = serve(SERVING_SETTINGS=str(file), PYTHONPATH=str(PROJECT))
     good = file.read_text()
-    choose_bad(file, Endless("load in a thread", "wait"))
+    choose_bad(file, Endless("load beside workers", "wait"))
     assert re.search(f"{LATE} loading it".replace("which ", ""), server.reload()["reason"])
     file.write_text(good)
     assert "the model of an earlier reload is still being loaded" in server.reload()["reason"]
@@ -287,6 +288,36 @@ def test_estimator_that_gevent_breaks_is_refused(serve: Starter, tmp_path: Path,
     server = serve(**environment | {"SERVING_SERVER__WORKER_CLASS": "uvicorn"})
     assert server.post({"x0": 1.0}).json == {"prediction": 1}
     server.stop()
+
+
+TELLING = """
+import ssl
+import app
+import structlog
+
+asgi = app.as_asgi(app.create_app())
+structlog.get_logger().info("loaded", ssl=ssl.SSLContext.__module__)
+"""
+
+
+def test_refused_gevent_leaves_the_master_as_it_was(serve: Starter, tmp_path: Path) -> None:
+    """A HUP to gevent that the proof refuses patches nothing in the master, nor in workers that are forked later."""
+    file = lay_out(tmp_path, "fastapi", "uvicorn")
+    choose(file, save(Unpatched(), tmp_path / "model.joblib"))
+    (tmp_path / "telling.py").write_text(TELLING)
+    path = f"{PROJECT}:{tmp_path}"
+    server = serve(gunicorn_with("telling", "uvicorn"), SERVING_SETTINGS=str(file), PYTHONPATH=path)
+    edit(file, ('"uvicorn"', '"gevent"'))
+    assert re.search(BLAME, server.reload()["reason"])
+    killed, _ = server.wait_for_workers(2)
+    server.replace(killed, signal.SIGKILL)
+    told = wait_until(lambda: found if len(found := told_ssl(server)) == 3 else [], "the new worker's line")
+    assert told == ["ssl"] * 3
+    server.stop()
+
+
+def told_ssl(server: Server) -> list[str]:
+    return [line["ssl"] for line in server.lines if line["event"] == "loaded"]
 
 
 def test_what_takes_long_is_told(tmp_path: Path) -> None:

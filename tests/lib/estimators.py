@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,6 +15,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
+
+from tests.lib.proc import children_of
 
 
 def sleep_in_c(seconds: float) -> None:
@@ -235,7 +238,7 @@ class Threading(Duck):
 
 
 class Endless(Duck):
-    """One that never ends when it is loaded, when it is loaded beside the main thread, or when it predicts: it waits,
+    """One that never ends when it is loaded, when it is loaded by a master of workers, or when it predicts: it waits,
     it computes, or it computes in C."""
 
     n_features_in_ = 1
@@ -245,8 +248,7 @@ class Endless(Duck):
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state)
-        is_thread = threading.current_thread() is not threading.main_thread()
-        if self.when == "load" or (self.when == "load in a thread" and is_thread):
+        if self.when == "load" or (self.when == "load beside workers" and children_of(os.getpid())):
             self.go_on()
 
     def predict(self, X: Any) -> Any:
@@ -260,6 +262,17 @@ class Endless(Duck):
         if self.how == "compute in C":
             sum(range(10**15))  # in which no other thread of Python's has a turn
         threading.Event().wait()
+
+
+class Unpatched(Duck):
+    """One that fails where gevent has patched Python's standard library."""
+
+    n_features_in_ = 1
+
+    def predict(self, X: Any) -> Any:
+        if socket.socket.__module__ != "socket":
+            raise RuntimeError("as it was told to")
+        return [0] * len(X)
 
 
 class Waiting(Threading):
