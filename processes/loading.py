@@ -227,7 +227,7 @@ def prove_in_child(
             yield from try_out(functools.partial(prove, False), settings.artifact_subject, check)
         except StartupError:
             raise error from None
-        raise ModelError(f"{error}; {PATCHED}") from None
+        raise ModelError(f"{model.without_hints(str(error))}; {PATCHED}") from None
     return app.make_service(settings, model, Proof(**json.loads(proof)))
 
 

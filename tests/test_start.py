@@ -285,6 +285,7 @@ def test_estimator_that_gevent_breaks_is_refused(serve: Starter, tmp_path: Path,
     assert done.returncode == STARTUP_STATUS
     assert re.fullmatch(r"ModelError: settings.toml: model.path is '.*model.joblib', which [^\n]+\n", done.stderr)
     assert re.search(message, done.stderr)
+    assert "'x0'" not in done.stderr  # for no row and no type of a feature is to blame
     server = serve(**environment | {"SERVING_SERVER__WORKER_CLASS": "uvicorn"})
     assert server.post({"x0": 1.0}).json == {"prediction": 1}
     server.stop()

@@ -142,6 +142,10 @@ class Model:
         are = "are" if guesses[1:] else "is"
         return f"; {listed(guesses)} {are} taken for {what}, and other types go into [features]" if guesses else ""
 
+    def without_hints(self, problem: str) -> str:
+        """Return a message of `answer` without what it says of rows and types, which are not to blame."""
+        return problem.replace(self._example_hint, "").replace(self._guesses, "")
+
     @functools.cached_property
     def known_rows(self) -> Rows:
         """The golden rows, checked as a request's where they fit, or without them the contract's example."""
@@ -178,9 +182,12 @@ class Model:
 
     @functools.cached_property
     def _example_answer(self) -> dict[str, Any]:
+        return self.answer([self.contract.example], "its example row", self._example_hint)[0]
+
+    @property
+    def _example_hint(self) -> str:
         made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
-        hint = f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
-        return self.answer([self.contract.example], "its example row", hint)[0]
+        return f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
 
     def note_python(self) -> None:
         """Log whether the golden rows are of another Python. Answers do not depend on it, so it is no warning."""
