@@ -16,7 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import structlog
+
 from serving.errors import StartupError, exit_on_startup_error, print_error
+
+log = structlog.get_logger()
 
 Times = Mapping[Path, int | None]  # of the last change, in nanoseconds; None where there is no file
 POLL_S = 0.5
@@ -31,7 +35,13 @@ def is_reloaded() -> bool:
 
 def look_at(files: Iterable[Path]) -> Times:
     """Return when each file was changed."""
-    return {file: file.stat().st_mtime_ns if file.exists() else None for file in files}
+    return {file: _changed_at(file) for file in files}
+
+
+def _changed_at(file: Path) -> int | None:
+    with contextlib.suppress(OSError):  # an editor may put another in its place just now
+        return file.stat().st_mtime_ns
+    return None
 
 
 def touch_after_change(seen: Times, source: Path) -> None:
@@ -63,5 +73,7 @@ def exit_or_wait(find: Callable[[], Iterable[Path]], project: Path) -> Iterator[
 def _touch_after_change(seen: Times, source: Path) -> None:
     while look_at(seen) == seen:
         time.sleep(POLL_S)
-    with contextlib.suppress(OSError):  # it is another user's
+    try:
         source.touch()
+    except OSError as error:  # it is another user's
+        log.warning("not_reloaded", reason=f"{source} cannot be touched: {error.strerror}", hint="start it anew")
