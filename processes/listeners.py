@@ -49,6 +49,13 @@ def listen_at_all(cfg: Any, logger: Any, where: str, there: Sequence[Any] = ()) 
     return listeners
 
 
+def urls_of(listeners: Sequence[Any], cfg: Any) -> list[str]:
+    """Return where a service is reached: by its listeners, or by its configuration where each worker opens its own."""
+    scheme = "https" if cfg.is_ssl else "http"
+    names = [listener.getsockname() for listener in listeners] or cfg.address
+    return [f"unix:{name}" if isinstance(name, str) else f"{scheme}://{_written(name)}" for name in names]
+
+
 def _written(address: Any) -> str:
     if not isinstance(address, tuple):
         return str(address)

@@ -14,7 +14,7 @@ from gunicorn.workers.base import Worker
 
 import app
 from processes.handshake import BOOTING, DRAINING, READY, Handshake, read_stage
-from processes.listeners import close, listen_at_all
+from processes.listeners import close, listen_at_all, urls_of
 from processes.reload import MAX_WAIT_S, Reload, start_timeout_s
 from processes.trial import Trial
 from processes.worker import SupervisedWorker
@@ -76,7 +76,7 @@ class Master(Arbiter):
         are more than the cores."""
         settings = self.service.settings
         named = {"framework": settings.framework, "worker_class": settings.worker_class}
-        log.info("serving", version=VERSION, bind=[*map(str, self.LISTENERS)], **named, **self.service.identity)
+        log.info("serving", version=VERSION, bind=urls_of(self.LISTENERS, self.cfg), **named, **self.service.identity)
         log.info("core_budget", cores=settings.cores, workers=settings.workers, threads=settings.threads)
         if settings.workers > MANY_WORKERS * settings.cores:
             log.warning("many_workers", cores=settings.cores, workers=settings.workers)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 
-from processes.listeners import close, listen_at_all
+from processes.listeners import close, listen_at_all, urls_of
 from serving.errors import SettingsError
 from tests.lib.servers import find_free_port
 
@@ -133,3 +133,17 @@ def test_file_of_a_dead_service_gives_way(tmp_path: Path) -> None:
     with closing(listen([f"unix:{tmp_path}/x.sock"])), socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/x.sock")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_addresses_are_told_as_clients_need_them(tmp_path: Path) -> None:
+    """IPv6 in brackets, the scheme that is served, and a port that the system chose; of workers' own listeners too."""
+    config = Config()
+    config.set("bind", ["127.0.0.1:0", "[::1]:0", f"unix:{tmp_path}/x.sock"])
+    with closing(listen_at_all(config, logging.getLogger("test"), "mine.toml: server.bind")) as listeners:
+        ports = [listener.getsockname()[1] for listener in listeners[:2]]
+        at = [f"127.0.0.1:{ports[0]}", f"[::1]:{ports[1]}"]
+        assert urls_of(listeners, config) == [*(f"http://{place}" for place in at), f"unix:{tmp_path}/x.sock"]
+        config.set("certfile", "both.pem")
+        assert urls_of(listeners, config) == [*(f"https://{place}" for place in at), f"unix:{tmp_path}/x.sock"]
+    config.set("reuse_port", True)
+    assert urls_of([], config) == ["https://127.0.0.1:0", "https://[::1]:0", f"unix:{tmp_path}/x.sock"]
