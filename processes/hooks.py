@@ -33,7 +33,10 @@ class GunicornLogger(Logger):
     What it informs of is routine, and told shorter by our own events, so it goes to `debug`.
     """
 
-    signals: ClassVar[dict[int, str]] = {}  # by which workers were ended, until `child_exit` tells it
+    # Of workers by their numbers, until `child_exit` tells it: by which signal they were ended, and who gave no sign of
+    # life for too long.
+    signals: ClassVar[dict[int, str]] = {}
+    late: ClassVar[set[int]] = set()
 
     def setup(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -41,7 +44,8 @@ class GunicornLogger(Logger):
         self._access_log_enabled = False
 
     def info(self, msg: str, *args: Any, **kwargs: Any) -> None:
-        self.debug(msg, *args, **kwargs)
+        if not self._is_noted(msg, args):
+            self.debug(msg, *args, **kwargs)
 
     def warning(self, msg: str, *args: Any, **kwargs: Any) -> None:
         if not self._is_noted(msg, args):
@@ -50,6 +54,11 @@ class GunicornLogger(Logger):
     def error(self, msg: str, *args: Any, **kwargs: Any) -> None:
         if not self._is_noted(msg, args):
             super().error(msg, *args, **kwargs)
+
+    def critical(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if msg.startswith("WORKER TIMEOUT"):  # says `Arbiter.murder_workers`
+            self.late.add(args[0])
+        super().critical(msg, *args, **kwargs)
 
     def _is_noted(self, msg: str, args: tuple[Any, ...]) -> bool:
         """Note what ended a worker, if that is what `Arbiter.reap_workers` says."""
@@ -116,10 +125,12 @@ def post_worker_init(worker: Any) -> None:
 
 def child_exit(server: Master, worker: Any) -> None:
     """Log in the master that a signal ended a worker which should have gone on, or took too long to end."""
-    name = GunicornLogger.signals.pop(worker.pid, None)
+    name, is_late = GunicornLogger.signals.pop(worker.pid, None), worker.pid in GunicornLogger.late
+    GunicornLogger.late.discard(worker.pid)
     is_replaced = not (server.is_stopping or worker.pid in server.retired)
     if name is not None and (is_replaced or name not in ("SIGTERM", "SIGINT", "SIGQUIT")):
-        hint = {"hint": "perhaps out of memory"} if name == "SIGKILL" and is_replaced else {}
+        of_others = name == "SIGKILL" and is_replaced and not is_late
+        hint = {"hint": "perhaps out of memory"} if of_others else {}
         log.error("worker_replaced" if is_replaced else "worker_killed", worker=worker.pid, signal=name, **hint)
 
 

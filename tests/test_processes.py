@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,8 +183,14 @@ def test_worker_is_ended_at_its_first_step(serve: Starter, tmp_path: Path, combi
         configuration.write(HASTY)
     server = serve(cwd=tmp_path, **gunicorn_environment(*combination, **DEBUG, SERVING_SERVER__WORKERS="4"))
     wait_until(lambda: server.text.count('"Booting worker') == 8, "the workers to be replaced")
+    ended = replaced_in(server)
+    assert [(line["signal"], line["level"], "hint" in line) for line in ended] == [("SIGTERM", "error", False)] * 4
     server.wait_for_workers(4)
     assert server.stop() == 0
+
+
+def replaced_in(server: Server) -> list[dict[str, Any]]:
+    return [line for line in server.lines if line["event"] == "worker_replaced"]
 
 
 def test_worker_that_hangs_while_it_starts_is_replaced(serve: Starter) -> None:
@@ -193,6 +200,11 @@ def test_worker_that_hangs_while_it_starts_is_replaced(serve: Starter) -> None:
     booting = wait_until(lambda: server.text.count("Booting worker") == 2 and server.worker_pids, "a new worker")[0]
     os.kill(booting, signal.SIGSTOP)
     wait_until(lambda: booting not in server.worker_pids, "its end", within_s=10 * WAIT_S)  # ten proofs of the model
+    ended = wait_until(lambda: found if len(found := replaced_in(server)) == 2 else [], "the line of its end")
+    assert [(line["signal"], line.get("hint")) for line in ended] == [
+        ("SIGKILL", "perhaps out of memory"),
+        ("SIGKILL", None),  # it was the master
+    ]
     assert wait_until(lambda: server.get("/ping"), "an answer").status == 200
     assert server.stop() == 0
 
