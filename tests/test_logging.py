@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import select
 import signal
 import subprocess
 import threading
@@ -226,6 +227,7 @@ def kill_and_press_ctrl_c(environment: dict[str, str]) -> tuple[str, int]:
     def read_until(words: str) -> re.Match[bytes]:
         nonlocal shown
         while not (match := re.search(words.encode(), shown)):
+            assert select.select([ours], [], [], WAIT_S)[0], f"waited {WAIT_S} s for {words}: {shown.decode()}"
             shown += os.read(ours, 65_536)
         return match
 
@@ -238,7 +240,7 @@ def kill_and_press_ctrl_c(environment: dict[str, str]) -> tuple[str, int]:
         ping(port)
         os.write(ours, b"\x03")
         with contextlib.suppress(OSError):  # which is how a terminal ends
-            while piece := os.read(ours, 65_536):
+            while select.select([ours], [], [], WAIT_S)[0] and (piece := os.read(ours, 65_536)):
                 shown += piece
         return shown.decode(), process.wait(WAIT_S)
     finally:
