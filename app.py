@@ -45,7 +45,7 @@ from serving.errors import (
     errors_about,
     exit_on_startup_error,
 )
-from serving.logs import LoggingSettings, configure_logging
+from serving.logs import LoggingSettings, configure_logging, telling_versions
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
 from serving.predictor.bodies import LONG_BYTES, PART_BYTES, LongBody, read_rows
@@ -470,7 +470,7 @@ def load(settings: Settings, report: Report = lambda doing: None) -> Model:
 
     Raises `StartupError`, which names the place of what is wrong.
     """
-    with errors_about(settings.artifact_subject), settings.locate():
+    with telling_versions(), errors_about(settings.artifact_subject), settings.locate():
         return load_model(settings.model, settings.features, settings.folder, settings.threads, report)
 
 

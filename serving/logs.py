@@ -12,8 +12,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, MutableMapping
-from types import FrameType
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import structlog
@@ -27,7 +26,6 @@ from serving.settings import OtherNames, SettingsTable
 REQUEST_ID: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
 ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[+-]?\.?\d[\w.+-]*")  # what may be a feature's in the text of a warning
-PREDICTOR = "serving.predictor.predictor"  # the module that calls estimators
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn", "uvicorn.error", "uvicorn.asgi", "werkzeug", "py.warnings")
 UVICORNS_ROUTINE = re.compile("(Started|Finished) server process|(Waiting for a|A)pplication|Shutting down")
 SERVER_ACCESS_LOGGERS = ("gunicorn.access", "uvicorn.access")
@@ -106,6 +104,22 @@ _logged: set[tuple[type[Warning], str, int]] = set()  # kinds of warnings that t
 
 os.register_at_fork(after_in_child=_logged.clear)
 
+_hides_values = False  # a warning may come from a call, and have a feature's value in its text
+
+
+@contextlib.contextmanager
+def telling_versions() -> Iterator[None]:
+    """Keep numbers and quoted words in the texts of warnings while a model is loaded, and in none after that.
+
+    By then a call may be made, and warn from whatever thread it starts.
+    """
+    global _hides_values
+    _hides_values = False
+    try:
+        yield
+    finally:
+        _hides_values = True
+
 
 def _log_warning(
     message: Warning | str,
@@ -124,16 +138,8 @@ def _log_warning(
     _logged.add(kind)
     logger = logging.getLogger("py.warnings")
     if logger.isEnabledFor(level):
-        text = VALUE.sub("…", str(message)) if _is_of_a_call() else str(message)
+        text = VALUE.sub("…", str(message)) if _hides_values else str(message)
         logger.log(level, "%s", warnings.formatwarning(text, category, filename, lineno, line))
-
-
-def _is_of_a_call() -> bool:
-    """Whether the running code was called by a predictor, so that a text may have a feature's value in it."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != PREDICTOR:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _write_event(event: MutableMapping[str, Any], **_: Any) -> str:

@@ -170,6 +170,17 @@ def test_warning_is_one_line_of_its_request(
     assert len([line for line in server.lines if line.get("logger") == "py.warnings"]) == 1
 
 
+@pytest.mark.filterwarnings("always:a matter")
+def test_warning_of_a_thread_tells_no_value(tmp_path: Path, framework: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an estimator warns of in a thread that it starts is told without the values of features as well."""
+    estimator, json_lines = estimators.WorryingElsewhere(), {"format": "json", "level": "debug"}
+    native = serve_estimator(tmp_path / "model.joblib", estimator, framework=framework, logging=json_lines)
+    assert call(native, post_case({"x0": 71.25})).status == 200
+    text = capsys.readouterr().err
+    assert "UserWarning: a matter of some concern: … and … " in text.replace("\\u2026", "…")
+    assert "71.25" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "value", "seen"), [("ACCESS", "false", 0), ("LEVEL", "warning", 0), ("LEVEL", "info", 1)]
 )

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ class Worrying(Failing):
         if np.any(X):
             warnings.warn(f"a matter of\n  some concern: {X.max()} and '{X.max()}'", UserWarning, stacklevel=1)
         return np.array(["a"] * len(X))
+
+
+class WorryingElsewhere(Worrying):
+    """One that does so in a thread of its own."""
+
+    def predict(self, X: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(super().predict, X).result()
 
 
 class Duck:
