@@ -10,7 +10,7 @@ import time
 import app
 from processes.loading import Deadline, Loading, end_when_late, prepare_settings, prove_in_child, refuse_start
 from processes.trial import Trial, finish, wait_for
-from serving.errors import StartupError
+from serving.errors import StartupError, reason_of
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
 from serving.web.service import Service
@@ -33,6 +33,8 @@ def settings_in_force() -> app.Settings:
             service, proof_s = _start()
         except StartupError as error:
             refuse_start(error)
+        except Exception as error:  # of what nobody has thought of
+            refuse_start(StartupError(reason_of(error)))
     return service.settings
 
 

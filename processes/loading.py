@@ -38,6 +38,7 @@ PROGRESS_S = 10.0  # seconds between lines about what takes long
 WATCH_MARGIN_S = 2.0  # seconds in which a process that starts ends by itself
 WATCH_POLL_S = 0.1
 UVICORN = "server.worker_class = 'uvicorn'"
+INSTALL = "run pip install 'gunicorn[gevent]', as requirements.txt has it"
 PATCHED = (
     "without gevent it does not: gevent patches Python's standard library after the model's code was loaded, and "
     f"starts no program in a thread; set {UVICORN}, or import what it needs in the function that needs it"
@@ -181,7 +182,11 @@ def prepare_settings(deadline: Deadline) -> app.Settings:
     if options.is_gevents(settings):
         if not is_start:
             check_ssl()
-        patch_ssl()
+        try:
+            patch_ssl()
+        except ImportError as error:
+            problem = f"{settings.place('server', 'worker_class')} means gevent's worker, and gevent cannot be imported"
+            raise StartupError(f"{problem}: {error}; {INSTALL}, or set {UVICORN}") from None
     return settings
 
 

@@ -517,3 +517,32 @@ def test_taken_port_is_one_line(tmp_path: Path) -> None:
     assert by_option.stderr == f"SettingsError: gunicorn's options: server.bind: {problem}"
     assert (by_variable.returncode, by_option.returncode) == (STARTUP_STATUS, STARTUP_STATUS)
     assert not file.exists()
+
+
+WITHOUT = """
+import sys
+
+sys.modules[{missing!r}] = None
+sys.argv = {command}.split()
+from gunicorn.app.wsgiapp import run
+
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (
+            "gevent",
+            "means gevent's worker, and gevent cannot be imported: .*; run pip install 'gunicorn\\[gevent\\]'",
+        ),
+        ("flask", "ModuleNotFoundError: .*flask"),
+    ],
+)
+def test_missing_package_is_one_line(missing: str, message: str) -> None:
+    """A start without a package that the choice of framework and worker needs ends with one line."""
+    code = WITHOUT.format(missing=missing, command=repr(GUNICORN))
+    done = run(["python", "-c", code], **gunicorn_environment("flask", "gevent"))
+    assert done.returncode == STARTUP_STATUS
+    assert re.fullmatch(f"StartupError: .*{message}.*\n", done.stderr)
