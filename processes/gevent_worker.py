@@ -131,7 +131,9 @@ class Client:
         return has_left(self.sock.fileno(), self._may_ask)
 
     def _may_ask(self) -> bool:
-        may_ask, self.takes_interim = self.takes_interim, False
+        """Return whether the client may be asked if it is there: once for a request, and not between two answers."""
+        may_ask = self.takes_interim and not count_unacknowledged(self.sock)
+        self.takes_interim = self.takes_interim and not may_ask
         return may_ask
 
     def __getattr__(self, name: str) -> Any:
@@ -150,6 +152,8 @@ class Client:
         self.has_yielded = True
 
     def sendall(self, data: Any) -> None:
+        """Send some of an answer, after which there is nothing more to ask."""
+        self.takes_interim = False
         rest = memoryview(data)
         while rest:
             rest = rest[self.send(rest) :]

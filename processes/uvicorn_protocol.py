@@ -75,7 +75,8 @@ class Protocol(HttpToolsProtocol):
     failed = False
     body_timer: Any = None  # until the body that is being received must be whole
     n_requests = 0
-    asked_in = 0  # the number of the request in which the client was asked whether it is there
+    takes_interim = True  # whether it knows HTTP/1.1
+    was_asked = False  # whether it is there, in the request that waits
     held = b""  # what came behind a request that has to be answered first
     transport: Any
     flow: Any
@@ -196,7 +197,8 @@ class Protocol(HttpToolsProtocol):
             raise ValueError("head")
         if not self.parser.should_upgrade():
             if version == "1.0":
-                self.expect_100_continue = False  # which such a client does not know (RFC 9110, section 10.1.1)
+                # Which such a client does not know (RFC 9110, section 10.1.1).
+                self.expect_100_continue = self.takes_interim = False
             self.scope[CLIENT_HAS_LEFT] = self.has_left  # type: ignore[literal-required]
             super().on_headers_complete()
             self.n_requests += 1
@@ -214,9 +216,10 @@ class Protocol(HttpToolsProtocol):
 
     def _may_ask(self) -> bool:
         """Return whether the client may be asked if it is there: once for a request, and not between two answers."""
-        is_first, self.asked_in = self.asked_in < self.n_requests, self.n_requests
-        is_plain = self.scheme == "http" and self.scope["http_version"] == "1.1"
-        return is_first and is_plain and not self.cycle.response_started and bool(self.transport.has_sent_all())
+        is_plain = self.scheme == "http" and self.takes_interim and not self.was_asked
+        may_ask = is_plain and not self.cycle.response_started and bool(self.transport.has_sent_all())
+        self.was_asked = self.was_asked or may_ask
+        return may_ask
 
     def drain(self) -> None:
         """Let the answer that is being made be the last, unless it is on its way."""
@@ -287,6 +290,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse()
 
     def on_response_complete(self) -> None:
+        self.was_asked = False
         if self.pipeline and self.transport.is_over:
             self.pipeline.clear()
         super().on_response_complete()

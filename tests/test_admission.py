@@ -4,23 +4,28 @@ import asyncio
 import concurrent.futures
 import contextlib
 import itertools
+import os
+import re
 import select
 import socket
+import ssl
 import statistics
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 from sklearn.linear_model import LinearRegression
 
 from serving.errors import TooManyRequests, Unavailable
 from serving.predictor.arrays import Arrays
-from serving.predictor.batcher import LoopBatcher
+from serving.predictor.batcher import LOOK_S, LoopBatcher
 from serving.predictor.bodies import LongBody
 from serving.predictor.calls import BatchQueue, CallCost, Job, Line
 from serving.predictor.contract import Contract
@@ -331,6 +336,90 @@ def test_rows_of_clients_that_left_are_not_predicted(
     assert {line["path"] for line in lines} == {"/predictions"}
     assert (tmp_path / "calls").read_text() == "20000\n"
     server.stop()
+
+
+def post_raw(version: str, *fields: str) -> bytes:
+    lines = [f"POST /predictions HTTP/{version}", "Host: x", "Content-Type: application/json", "Content-Length: 10"]
+    return "\r\n".join([*lines, *fields, "", '{"x0":1.0}']).encode()
+
+
+LAST = post_raw("1.1", "Connection: close")
+ASKED = {  # what a client sends, whether it closes its sending side, and the statuses that it gets
+    "closed": (LAST, True, "100 200"),
+    "open": (LAST, False, "200"),
+    "HTTP/1.0": (post_raw("1.0"), True, "200"),
+    "HTTP/1.0, kept": (post_raw("1.0", "Connection: keep-alive") + LAST, True, "200"),
+    "behind an answer": (b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n" + LAST, True, "200 100 200"),
+    "two requests": (post_raw("1.1") + LAST, True, "100 200( 100)? 200"),  # of which the second may wait as well
+}
+
+
+@each_worker()
+def test_only_who_may_have_left_is_asked(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """A client that has closed its sending side is asked by `100 Continue` if it is there, once for a request, before
+    its answer begins; one that knows HTTP/1.0 only, or has not closed it, is not."""
+    server = serve(**gated(tmp_path, combination))
+    with holding_up(server, tmp_path), contextlib.ExitStack() as stack:
+        clients = {name: stack.enter_context(server.connect()) for name in ASKED}
+        for name, (raw, is_closed, _) in ASKED.items():
+            clients[name].sendall(raw)
+            if is_closed:
+                clients[name].shutdown(socket.SHUT_WR)
+        see_looks(server)
+        (tmp_path / "open").touch()
+        for name, (_, _, expected) in ASKED.items():
+            received = b"".join(iter(lambda name=name: clients[name].recv(65_536), b""))
+            statuses = " ".join(re.findall(r"HTTP/1.1 (\d+)", received.decode()))
+            assert re.fullmatch(expected, statuses), (name, statuses)
+    server.stop()
+
+
+@each_worker()
+def test_nobody_is_asked_under_tls(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
+    """Nothing that is not encrypted is written between what is."""
+    authority, context = trustme.CA(), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    authority.configure_trust(context)
+    certificate = {"SERVING_SERVER__CERTFILE": str(tmp_path / "both.pem")}
+    server = serve(tls=context, **gated(tmp_path, combination), **certificate)
+    with holding_up(server, tmp_path), server.connect() as client:
+        client.sendall(LAST)
+        with socket.socket(fileno=os.dup(client.fileno())) as plain:
+            plain.settimeout(server.patience_s)
+            plain.shutdown(socket.SHUT_WR)
+            select.select([plain], [], [], 4 * LOOK_S)  # until there is something, or would have been
+            (tmp_path / "open").touch()
+            assert b"HTTP/1.1" not in b"".join(iter(lambda: plain.recv(65_536), b""))
+    server.stop()
+
+
+def gated(tmp_path: Path, combination: tuple[str, str]) -> dict[str, str]:
+    """Return the environment of a server of `Gated`, in which requests wait for long."""
+    file = deploy(tmp_path, Gated(0.1, tmp_path))
+    limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "60", "PYTHONPATH": str(PROJECT)}
+    return gunicorn_environment(*combination, SERVING_SETTINGS=file, **limits)
+
+
+@contextlib.contextmanager
+def holding_up(server: Server, folder: Path) -> Iterator[None]:
+    """Have a call that lasts until the gate is open; it is then, at the latest."""
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.send, post_case({"x0": 666.0}))
+        try:
+            wait_until((folder / "begun").exists, "the call to begin")
+            yield
+        finally:
+            (folder / "open").touch()
+        assert first.result().status == 200
+
+
+def see_looks(server: Server) -> None:
+    """Return when those that wait have been looked at three times, as new ones have, one after the other."""
+    for _ in range(3):
+        with server.connect() as client:
+            client.sendall(LAST)
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")
 
 
 @pytest.fixture(scope="module")
