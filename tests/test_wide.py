@@ -21,7 +21,6 @@ from serving.predictor.proof import Proof, prove
 from serving.web import openapi
 from tests.lib.apps import make_settings
 
-RNG = np.random.default_rng(0)
 FEW, MANY = 1000, 4000
 
 
@@ -39,7 +38,7 @@ class NotingImputer(SimpleImputer):  # type: ignore[misc]
 
 
 def wide_model(n_features: int, fails_on: tuple[int, ...] = ()) -> Model:
-    X, y = RNG.normal(size=(60, n_features)), [0, 1] * 30
+    X, y = np.random.default_rng(0).normal(size=(60, n_features)), [0, 1] * 30
     imputer = NotingImputer()
     imputer.calls, imputer.fails_on = [], ()
     estimator = make_pipeline(imputer, SelectKBest(k=5), LogisticRegression()).fit(X, y)

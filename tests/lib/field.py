@@ -31,8 +31,6 @@ from xgboost import XGBClassifier
 from tests.lib import steps
 from tests.lib.artifacts import Trap, pickle_old
 
-RNG = np.random.default_rng(0)
-
 
 @dataclass(frozen=True)
 class ModelCase:
@@ -51,7 +49,7 @@ class ModelCase:
     settings: dict[str, Any] = field(default_factory=dict)  # tables, such as {"features": {…}, "model": {…}}
 
 
-BLANKS = pd.DataFrame(RNG.normal(size=(200, 2)), columns=["body mass (kg)", "bill length (mm)"])
+BLANKS = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 2)), columns=["body mass (kg)", "bill length (mm)"])
 
 
 def boost(estimator: Any = None) -> Any:
@@ -123,7 +121,7 @@ def step(X: Any, *parts: Any, output: str = "default") -> Any:
         sklearn.set_config(transform_output=before)
 
 
-NUMBERS = RNG.normal(size=(60, 2))
+NUMBERS = np.random.default_rng(0).normal(size=(60, 2))
 WORDS = np.where(NUMBERS[:, 0] > 0, "high", "low")
 FAR = [{"x0": 9.0, "x1": 0.0}, {"x0": -9.0, "x1": 0.0}]
 ONNX = {"model": {"runtime": "onnx"}}
