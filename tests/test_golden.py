@@ -28,7 +28,7 @@ from sklearn.tree import DecisionTreeClassifier
 import app
 import model.describe
 from serving.errors import ModelError
-from serving.predictor.golden import is_close, running_versions
+from serving.predictor.golden import is_close, running_versions, sizes_of
 from tests.lib import estimators, steps
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, deploy, save
@@ -227,6 +227,33 @@ def test_golden_rows_go_by_name(tmp_path: Path) -> None:
 def test_answers_agree_up_to_rounding(answer: Any, golden: Any, scale: float, same: bool) -> None:
     """Numbers are the same to a millionth, or where they are nothing beside the others; kinds and names exactly."""
     assert is_close(answer, golden, scale) is same
+
+
+@pytest.mark.parametrize("second", [0.11, 0.1])
+def test_outputs_of_other_sizes_are_held_to_their_own(tmp_path: Path, second: float) -> None:
+    """An output near 0 is not hidden by a larger one, of which a rounding is more than all of it."""
+    estimator = LinearRegression().fit(np.eye(2), [[1e9, 0.1], [2e9, 0.2]])
+    rows = [{"x0": 1.0, "x1": 0.0}, {"x0": 0.0, "x1": 1.0}]
+    predictions = [{"prediction": {"y0": 1e9, "y1": second}}, {"prediction": {"y0": 2e9, "y1": 0.2}}]
+    golden = {"versions": running_versions(), "rows": rows, "predictions": predictions}
+    write(tmp_path / "model.golden.json", golden)
+    if second == 0.1:
+        assert call(serve_estimator(tmp_path / "model.joblib", estimator), post_case(rows[0])).status == 200
+    else:
+        with pytest.raises(ModelError, match=r"answers row 0 with .*0\.1\d*}}, not .*0\.11}}"):
+            serve_estimator(tmp_path / "model.joblib", estimator)
+
+
+def test_number_near_zero_is_held_to_those_of_other_rows() -> None:
+    """Sizes are of all answers, place by place; probabilities are parts of 1."""
+    answers = [
+        {"prediction": {"a": 1e-17, "b": 5.0}, "decision": [2.0, -1e3], "probabilities": {"x": 1e-20}},
+        {"prediction": {"a": -8.0, "b": None}, "decision": [1.0, 3.0], "probabilities": {"x": 1e-21}},
+    ]
+    sizes = {"prediction": {"a": 8.0, "b": 5.0}, "decision": [2.0, 1e3], "probabilities": 1.0}
+    assert sizes_of(answers) == sizes
+    assert is_close(answers[0] | {"prediction": {"a": 0.0, "b": 5.0}}, answers[0], sizes)
+    assert not is_close(answers[0] | {"prediction": {"a": 1e-7, "b": 5.0}}, answers[0], sizes)
 
 
 @each_combination()

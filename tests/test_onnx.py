@@ -1,5 +1,6 @@
 """ONNX Runtime in scikit-learn's place: the same answers, or none."""
 
+import copy
 import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,7 @@ import app
 from model.describe import main
 from serving.errors import ModelError
 from serving.logs import configure_logging
-from serving.predictor.golden import TOLERANCE_OF_FLOAT32, Golden, Tolerance, is_close, largest, running_versions
+from serving.predictor.golden import TOLERANCE_OF_FLOAT32, Golden, Tolerance, is_close, running_versions, sizes_of
 from serving.predictor.onnx_runtime import find_disagreement
 from serving.predictor.predictor import Predictor
 from serving.web.service import Service
@@ -476,6 +477,18 @@ def test_number_near_zero_is_no_disagreement(tmp_path: Path, kind: str, row: Any
     assert agree(service, points)
 
 
+@pytest.mark.parametrize("kind", [LinearRegression, RidgeClassifier])
+def test_disagreement_in_an_output_is_not_hidden_by_a_larger_one(kind: Any) -> None:
+    """Each output, and the scores of each, have a size of their own."""
+    target = np.column_stack([X[:, 0], X[:, 1]])
+    right = kind().fit(X, target > np.median(target, axis=0) if kind is RidgeClassifier else target)
+    right.coef_ = right.coef_ * [[1e9], [1.0]]
+    wrong = copy.deepcopy(right)
+    wrong.coef_ = right.coef_ * [[1.0], [1.1]]
+    assert find_disagreement(Predictor(right), X, Predictor(right).ask(X)) is None
+    assert find_disagreement(Predictor(wrong), X, Predictor(right).ask(X)) is not None
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "skl2onnx"])
 def test_missing_package_is_named(quick_model: dict[str, str], package: str) -> None:
     """Without its packages nothing fails but what asks for them, and then the message names the file to install."""
@@ -638,7 +651,7 @@ def test_file_of_each_kind_is_answered_as_in_sklearn(
     expected = answers_of(Predictor(estimator), WIDE)
     if target is not None and target.dtype == bool:  # which ONNX has as integers
         expected = [answer | {"prediction": int(answer["prediction"])} for answer in expected]
-    scale = max(map(largest, expected))
+    scale = sizes_of(expected)
     pairs = zip(answers, expected, strict=True)
     wrong = [pair for pair in pairs if not is_close(*pair, scale, Tolerance(1e-4, 1e-5))]
     assert not wrong, wrong[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -92,19 +91,25 @@ TOLERANCE_OF_LIBRARIES = Tolerance(1e-6, 1e-9)
 TOLERANCE_OF_FLOAT32 = Tolerance(1e-5, 1e-5)  # in which ONNX computes some probabilities
 
 
-def is_close(answer: Any, golden: Any, scale: float = 1.0, tolerance: Tolerance = TOLERANCE_OF_LIBRARIES) -> bool:
+def is_close(answer: Any, golden: Any, scale: Any = 1.0, tolerance: Tolerance = TOLERANCE_OF_LIBRARIES) -> bool:
     """Whether two answers in JSON are the same, floats up to the rounding of another processor or library.
 
-    `scale` is the size of the numbers around, by which the absolute tolerance is measured.
+    `scale` is the size by which the absolute tolerance is measured: one for all floats, or as `sizes_of` returns it.
     """
-    same = functools.partial(is_close, scale=scale, tolerance=tolerance)
     if isinstance(answer, dict) and isinstance(golden, dict):
-        return answer.keys() == golden.keys() and all(same(answer[key], golden[key]) for key in golden)
+        scales = scale if isinstance(scale, dict) else dict.fromkeys(golden, scale)
+        return answer.keys() == golden.keys() and all(
+            is_close(answer[key], golden[key], scales[key], tolerance) for key in golden
+        )
     if isinstance(answer, list) and isinstance(golden, list):
-        return len(answer) == len(golden) and all(itertools.starmap(same, zip(answer, golden, strict=True)))
+        columns = scale if isinstance(scale, list) else [scale] * len(golden)
+        return len(answer) == len(golden) and all(
+            itertools.starmap(is_close, zip(answer, golden, columns, [tolerance] * len(golden), strict=False))
+        )
     if isinstance(answer, float) and isinstance(golden, float | int) and not isinstance(golden, bool):
         golden = max(min(golden, sys.float_info.max), -sys.float_info.max)  # an integer may be larger
-        return math.isclose(answer, golden, rel_tol=tolerance.rtol, abs_tol=tolerance.atol * scale)
+        size = scale if isinstance(scale, float) else 0.0  # other golden answers are no numbers there
+        return math.isclose(answer, golden, rel_tol=tolerance.rtol, abs_tol=tolerance.atol * size)
     return bool(answer == golden) and isinstance(answer, bool) == isinstance(golden, bool)
 
 
@@ -113,7 +118,21 @@ def rename(answer: Any, names: Mapping[str, str]) -> Any:
     return {names.get(key, key): value for key, value in answer.items()} if isinstance(answer, dict) else answer
 
 
-def largest(answer: Any) -> float:
-    """Return the largest float in an answer, or 0."""
-    inner = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, list) else ()
-    return abs(answer) if isinstance(answer, float) else max(map(largest, inner), default=0.0)
+def sizes_of(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the size of the largest float at each place of answers, nested as they are: outputs differ in size.
+
+    It is of all answers, for one alone may have a number near 0. That of probabilities is 1, which they add up to.
+    """
+    sizes: dict[str, Any] = _sizes_of(answers)
+    return sizes | {"probabilities": 1.0}
+
+
+def _sizes_of(values: Sequence[Any]) -> Any:
+    tables = [value for value in values if isinstance(value, dict)]
+    if tables:
+        keys = dict.fromkeys(itertools.chain(*tables))
+        return {key: _sizes_of([table[key] for table in tables if key in table]) for key in keys}
+    lists = [value for value in values if isinstance(value, list)]
+    if lists:
+        return [*map(_sizes_of, itertools.zip_longest(*lists))]
+    return max((abs(value) for value in values if isinstance(value, float)), default=0.0)

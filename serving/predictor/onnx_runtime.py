@@ -183,22 +183,20 @@ def keep_answered(rows: list[dict[str, Any]], predictor: Predictor, arrays: Arra
     return rows
 
 
-def scales_of(predictor: Predictor, y: Any, scores: Any) -> tuple[float, float]:
+def scales_of(predictor: Predictor, y: Any, scores: Any) -> tuple[Any, Any]:
     """Return the sizes of predictions and of scores, to which the tolerance of each is relative."""
     y = as_array(y)
     is_share = scores is None or predictor.score == "probabilities"
     return scale_of(y) if y.dtype.kind == "f" else 1.0, 1.0 if is_share else scale_of(scores)
 
 
-def scale_of(values: Any) -> float:
-    """Return the size of the largest number."""
-    if isinstance(values, list):
-        return max(map(scale_of, values))
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+def scale_of(values: Any) -> Any:
+    """Return the size of the largest number in each column: outputs differ in size."""
+    return np.where(np.isfinite(values), np.abs(values), 0.0).max(axis=0, initial=0.0)
 
 
 def find_disagreement(
-    predictor: Predictor, X: Any, expected: tuple[Any, Any], scales: tuple[float, float] | None = None
+    predictor: Predictor, X: Any, expected: tuple[Any, Any], scales: tuple[Any, Any] | None = None
 ) -> tuple[int, str] | None:
     """Return the first row of X that is not answered as expected, classes exactly and numbers to 1e-5, and how.
 
@@ -212,7 +210,8 @@ def find_disagreement(
         return 0, f"in the shape {given.shape}, scikit-learn in {y.shape}"
     differ = differs(given, y, y_scale)
     if scores is not None:
-        differ = (differ & ~_are_tied(scores, max(1.0, score_scale))) | differs(given_scores, scores, score_scale)
+        is_tied = _are_tied(scores, max(1.0, np.max(score_scale)))
+        differ = (differ & ~is_tied) | differs(given_scores, scores, score_scale)
     if not differ.any():
         return None
     index = int(differ.argmax())
@@ -220,8 +219,8 @@ def find_disagreement(
     return index, f"with {ours}, scikit-learn with {theirs}"
 
 
-def differs(given: Any, expected: Any, scale: float | None) -> Any:
-    """Return which rows differ by more than the tolerance, which is relative to `scale`, or to the largest number."""
+def differs(given: Any, expected: Any, scale: Any) -> Any:
+    """Return which rows differ by more than the tolerance, which is relative to `scale`, one or one for each column."""
     if isinstance(expected, list):
         pairs = zip(given, expected, strict=True)
         return np.logical_or.reduce([differs(*pair, scale) for pair in pairs])
@@ -229,8 +228,6 @@ def differs(given: Any, expected: Any, scale: float | None) -> Any:
         return np.ones(len(expected), bool)
     differ = np.asarray(given != expected)
     if expected.dtype.kind == "f":
-        if scale is None:
-            scale = scale_of(expected)
         differ = ~np.isclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
     return differ.reshape(len(expected), -1).any(axis=1)
 

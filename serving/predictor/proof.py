@@ -23,8 +23,8 @@ from serving.predictor.golden import (
     Golden,
     Tolerance,
     is_close,
-    largest,
     rename,
+    sizes_of,
 )
 from serving.predictor.model import Model
 from serving.predictor.predictor import GraphFile
@@ -134,21 +134,24 @@ def find_way(model: Model, answer: Callable[[Model], Any]) -> int:
 def _reproduce(model: Model, golden: Golden) -> None:
     """Compare by the names that the estimator has by itself: the settings may have given it others since."""
     outputs = {f"y{output}": name for output, name in enumerate(model.predictor.outputs)}
-    scale = max(largest(golden.predictions), _scale_around(model))
-    for index, (answer, prediction) in enumerate(zip(model.known_answers, golden.predictions, strict=True)):
-        expected = {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
+    predictions = [
+        {key: rename(value, outputs) for key, value in prediction.items()} if outputs else prediction
+        for prediction in golden.predictions
+    ]
+    scale = sizes_of([*predictions, *_answers_around(model)])
+    for index, (answer, expected) in enumerate(zip(model.known_answers, predictions, strict=True)):
         if not is_close(answer, expected, scale, _tolerance_of(model)):
             wanted = f"as {model.golden_file} has it"
             raise ModelError(f"answers row {index} with {toml_value(answer)}, not {toml_value(expected)} {wanted}")
 
 
-def _scale_around(model: Model) -> float:
-    """Return the largest float in a graph's answers to rows around the known ones, which alone may be near 0."""
+def _answers_around(model: Model) -> list[dict[str, Any]]:
+    """Return a graph's answers to rows around the known ones, which alone may have numbers near 0."""
     if model.predictor.graph is None:
-        return 0.0
+        return []
     with contextlib.suppress(EstimatorError), warnings.catch_warnings(action="ignore"):  # they are made up
-        return largest(model.answer(make_up_rows(model.known_rows, model.contract, MAX_COMPARED), "rows"))
-    return 0.0
+        return model.answer(make_up_rows(model.known_rows, model.contract, MAX_COMPARED), "rows")
+    return []
 
 
 def _tolerance_of(model: Model) -> Tolerance:
@@ -193,5 +196,5 @@ def find_dependence(model: Model) -> str | None:
     answers = [answer for _, answer in alone]
     if len(alone) < 2:
         return "too few rows have an answer to be compared; give golden rows, or examples in [features]"
-    is_same = is_close(together, answers, largest(answers), _tolerance_of(model))
+    is_same = is_close(together, answers, [sizes_of(answers)] * len(answers), _tolerance_of(model))
     return None if is_same else "the answer to a row depends on the other rows of the call"
