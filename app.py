@@ -36,6 +36,7 @@ from pydantic import Field, PrivateAttr
 
 from serving import VERSION
 from serving.cores import count_cores
+from serving.environment import settings_file
 from serving.errors import (
     Key,
     SettingsError,
@@ -56,7 +57,7 @@ from serving.predictor.model import Model, Report, load_model
 from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
 from serving.server import MAX_WORKERS, ServerSettings
-from serving.settings import OtherNames, SettingsFile, print_settings, read_settings
+from serving.settings import PROJECT, OtherNames, SettingsFile, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
@@ -81,7 +82,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 
-PROJECT = Path(__file__).resolve().parent
 CONCURRENCY = "WEB_CONCURRENCY"  # the variable with a platform's number of workers
 OPTIONS = "gunicorn's options"  # the source of a value
 RESTART_S = 5.0  # seconds until a service that stops may be there again
@@ -180,7 +180,7 @@ def load_settings(
 
 def find_settings(path: str | os.PathLike[str] | None = None) -> Path:
     """Return the settings file: a path, or what `SERVING_SETTINGS` names, or the one beside this module."""
-    return Path(path or os.environ.get("SERVING_SETTINGS", "").strip() or PROJECT / "settings.toml").absolute()
+    return Path(path or settings_file() or PROJECT / "settings.toml").absolute()
 
 
 def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
@@ -523,8 +523,9 @@ def start_service() -> Service[Settings]:
 
 def files_to_watch() -> list[Path]:
     """Return the files, other than sources, on which the service depends."""
-    files = [find_settings()]
+    files: list[Path] = []
     with contextlib.suppress(StartupError):
+        files.append(find_settings())
         model = load_settings().model_path
         files += [model, golden_path(model)]
     return files

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,21 +21,29 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource
 
+from serving.environment import BETWEEN, PREFIX, as_word, is_of_service, read_environment, two_values, variable_of
 from serving.errors import Key, MisfitError, SettingsError, nearest, shorten
 
 log = structlog.get_logger()
+
+PROJECT = Path(__file__).resolve().parents[1]
+INSIDE = "\0__\0"  # between the keys of nested tables; what a name of a row may hold is not
+NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}
+IN_JSON = {"model_type": """'{"…": …}'""", "dict_type": """'{"…": …}'""", "list_type": """'["…"]'"""}
 
 Sources = dict[Key, str]  # what gives the value of a setting, or of the first that is set in a table
 OtherNames = Mapping[str, Sequence[str]]  # by a key what others call it, for a hint
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+S = TypeVar("S", bound="SettingsFile")
+T = TypeVar("T")
 
 
 class SettingsTable(BaseModel):
     """A table of the settings file. Its owner declares the keys, their types and their defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-    is_secret: ClassVar[bool] = False  # its values stay out of messages
+    secret_keys: ClassVar[Sequence[str]] = ()  # keys whose values stay out of messages
     other_names: ClassVar[OtherNames] = MappingProxyType({})
 
     @field_validator("*", mode="before")
@@ -119,9 +126,6 @@ class SettingsFile(SettingsTable):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-S = TypeVar("S", bound=SettingsFile)
-
-
 def read_settings(kind: type[S], file: Path) -> S:
     """Read the settings: the environment first, then the file, then defaults.
 
@@ -142,6 +146,9 @@ def read_settings(kind: type[S], file: Path) -> S:
         settings = kind.model_validate(_merge(values, given))
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(kind, error, sources))) from None
+    for key in sources:
+        if key[1:2] == ("",):
+            raise SettingsError(f"{_place(key[:2], sources)} has an empty name; give it the name of a feature")
     settings._file, settings._sources, settings._left_alone = file, sources, left_alone
     return settings
 
@@ -159,9 +166,9 @@ class Environment(EnvSettingsSource):
     """The texts of variables, nested like the file. Text that should be JSON and is not is left to validation."""
 
     def __init__(self, kind: type[SettingsFile], variables: Mapping[Key, str]) -> None:
-        super().__init__(cast(Any, kind), env_prefix=PREFIX, env_nested_delimiter="__")
+        super().__init__(cast(Any, kind), env_prefix=PREFIX, env_nested_delimiter=INSIDE)
         # A whole table comes before single keys of it, which would be lost.
-        self.env_vars = {PREFIX.lower() + "__".join(key): variables[key] for key in sorted(variables, key=len)}
+        self.env_vars = {PREFIX.lower() + INSIDE.join(key): variables[key] for key in sorted(variables, key=len)}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         try:
@@ -181,56 +188,45 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file.name}: not valid TOML: {error}") from None
 
 
-PREFIX = "SERVING_"
-PROTOCOL, URL, NUMBER, ADDRESS = "(?:TCP|UDP|SCTP)", r"(?:TCP|UDP|SCTP)://\S+:\d+", r"\d+", r"[\dA-F.:]+"
-OF_SERVICES = {  # ends of the variables that Kubernetes makes for a Service, and their values
-    "SERVICE_HOST": ADDRESS,
-    "SERVICE_PORT(?:_[A-Z0-9_]+)?": NUMBER,
-    "PORT": URL,
-    rf"PORT_\d+_{PROTOCOL}": URL,
-    rf"PORT_\d+_{PROTOCOL}_PROTO": PROTOCOL,
-    rf"PORT_\d+_{PROTOCOL}_PORT": NUMBER,
-    rf"PORT_\d+_{PROTOCOL}_ADDR": ADDRESS,
-}
-
-
-def _is_of_service(variable: str, text: str) -> bool:
-    """Return whether a variable is one that Kubernetes makes for a Service named `serving` or `serving-…`."""
-    return any(
-        re.fullmatch(rf"{PREFIX}(?:\w+_)?{end}={value}", f"{variable}={text}", re.IGNORECASE)
-        for end, value in OF_SERVICES.items()
-    )
-
-
 def _read_variables(kind: type[SettingsFile], values: Mapping[str, Any]) -> tuple[dict[Key, str], list[str]]:
     """Return the text of each `SERVING_…` variable by its key, and the names of those that are Kubernetes'.
 
     One that is empty counts as not set. `values` are those of the file, among which a variable may complete a row.
     Raises `SettingsError` for a variable that is no setting, which pydantic-settings would ignore (its issue 985).
     """
-    texts = {name.upper(): text.strip() for name, text in os.environ.items()}
-    ours = {name: text for name, text in texts.items() if name.startswith(PREFIX) and text}
-    ours.pop("SERVING_SETTINGS", None)
+    ours = read_environment()
+    ours.pop(variable_of(["settings"]), None)
     known = {key[:end] for key in setting_keys(kind) for end in range(1, len(key) + 1)}
     variables: dict[Key, str] = {}
+    names: dict[Key, str] = {}
     left_alone, lines = [], []
     for variable, text in sorted(ours.items()):
-        key = tuple(variable.removeprefix(PREFIX).lower().split("__"))
-        if len(key) > 1 and _has_rows(kind, key[0]):
-            whole = ours.get(_variable(key[:1]))
-            variables[_match_row(key, values.get(key[0]) if whole is None else _from_json(whole))] = text
-        elif key in known:
-            variables[key] = text
-        elif _is_of_service(variable, text) and (len(key) == 1 or key[:1] not in known):
-            left_alone.append(variable)
-        else:
-            right = _find_by_other_name(kind, key) or _find_by_other_name(kind, (key[-1].rpartition("_")[2],))
-            names = map(_variable, setting_keys(kind))
-            hint = f"did you mean {_variable(right)!r}?" if right else nearest(variable, names)
-            lines.append(f"environment: {variable} is not a setting; {hint}")
+        key = tuple(variable.removeprefix(PREFIX).lower().split(BETWEEN))
+        if len(key) > 1 and _has_rows(kind, key[0]) and all(key):
+            whole = ours.get(variable_of(key[:1]))
+            key = _match_row(key, values.get(key[0]) if whole is None else _from_json(whole))
+        elif key not in known:
+            if is_of_service(variable, text) and (len(key) == 1 or key[:1] not in known):
+                left_alone.append(variable)
+            else:
+                lines.append(f"environment: {variable} is not a setting; {_hint(kind, variable, key)}")
+            continue
+        if variables.setdefault(key, text) != text:
+            raise two_values(names[key], variable)
+        names.setdefault(key, variable)
     if lines:
         raise SettingsError("\n".join(lines))
     return variables, left_alone
+
+
+def _hint(kind: type[SettingsFile], variable: str, key: Key) -> str:
+    """Return what a variable that is no setting should have been."""
+    if len(key) > 1 and _has_rows(kind, key[0]):
+        return f"write {variable_of([key[0]])}__NAME or {variable_of([key[0]])}__NAME__KEY, without an empty name"
+    right = _find_by_other_name(kind, key) or _find_by_other_name(kind, (key[-1].rpartition("_")[2],))
+    if right:
+        return f"did you mean {variable_of(right)!r}?"
+    return nearest(variable, map(variable_of, setting_keys(kind)))
 
 
 def _match_row(key: Key, rows: Any) -> Key:
@@ -238,7 +234,7 @@ def _match_row(key: Key, rows: Any) -> Key:
 
     A row that is not there yet has its name in small letters.
     """
-    names = [name for name in rows if _word(name) == _word(key[1])] if isinstance(rows, dict) else []
+    names = [name for name in rows if as_word(name) == as_word(key[1])] if isinstance(rows, dict) else []
     return (key[0], key[1] if key[1] in names or not names else names[0], *key[2:])
 
 
@@ -303,18 +299,9 @@ def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
             yield (*prefix, name)
 
 
-def _variable(key: Iterable[str]) -> str:
-    return PREFIX + "__".join(map(_word, key))
-
-
-def _word(name: str) -> str:
-    """Return a name as it stands in a variable: in capitals, with one underscore for what is no letter or digit."""
-    return re.sub(r"[\W_]+", "_", name).strip("_").upper()
-
-
 def _variable_of(key: Key, variables: Iterable[Key]) -> str:
     """Return the variable that gives a value of the environment: its own, or one with a table that it is in."""
-    return next(_variable(key[:end]) for end in range(len(key), 0, -1) if key[:end] in variables)
+    return next(variable_of(key[:end]) for end in range(len(key), 0, -1) if key[:end] in variables)
 
 
 def _with_tables(sources: Sources) -> Sources:
@@ -332,7 +319,7 @@ def _source(key: Key, sources: Sources) -> str:
 
 def _place(key: Key, sources: Sources) -> str:
     source = _source(key, sources)
-    return source if source == f"environment: {_variable(key)}" else f"{source}: {_dotted(key)}"
+    return source if source == f"environment: {variable_of(key)}" else f"{source}: {_dotted(key)}"
 
 
 def _dotted(key: Key) -> str:
@@ -353,9 +340,8 @@ def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) ->
     shoulds: dict[str, list[str]] = {}
     lines: list[str] = []
     problems = [(_setting_of(kind, [*map(str, each["loc"])]), each) for each in error.errors(include_url=False)]
-    lists = {
-        key for key, problem in problems if not isinstance(problem["input"], list)
-    }  # of a list its items are wrong
+    # Of a list its items are wrong.
+    lists = {key for key, problem in problems if not isinstance(problem["input"], list)}
     for key, problem in problems:
         if key in lists and isinstance(problem["input"], list):
             continue
@@ -374,7 +360,7 @@ def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) ->
             as_json = (
                 f" as JSON, such as {IN_JSON[problem['type']]}" if is_variable and problem["type"] in NESTED else ""
             )
-            seen = _masked(given) if _is_secret(kind, key[0]) else repr(shorten(given))
+            seen = _masked(given) if _is_secret(kind, key) else repr(shorten(given))
             shoulds.setdefault(f"{place} is {seen}", []).append(should(problem) + as_json)
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
 
@@ -387,19 +373,17 @@ def _setting_of(kind: type[BaseModel], loc: list[str]) -> Key:
     return tuple(loc[: lengths[0]] if lengths else loc)
 
 
-def _is_secret(kind: type[BaseModel], name: str) -> bool:
-    table = _table_at(kind, (name,))
-    return table is not None and table.is_secret
+def _is_secret(kind: type[BaseModel], key: Key) -> bool:
+    """Whether a value is a secret, or a table that may have one."""
+    table = _table_at(kind, key[:1])
+    return table is not None and bool(table.secret_keys) and (len(key) == 1 or key[1] in table.secret_keys)
 
 
 def _masked(value: Any) -> str:
     """Return what kind of value a secret is, without the secret."""
     kinds = {str: "text" if value else "empty text", bool: "true or false", list: "a list", dict: "a table"}
-    return f"********** ({kinds.get(type(value), 'a number')})"
-
-
-NESTED = {"model_type": "be a table of keys", "dict_type": "be a table of keys", "list_type": "be a list"}
-IN_JSON = {"model_type": """'{"…": …}'""", "dict_type": """'{"…": …}'""", "list_type": """'["…"]'"""}
+    kinds |= {int: "a number", float: "a number", type(None): "null"}
+    return f"********** ({kinds.get(type(value), 'a date or a time')})"
 
 
 def should(problem: Any) -> str:
@@ -407,9 +391,6 @@ def should(problem: Any) -> str:
     kinds = NESTED | {"extra_forbidden": "not be there", "missing": "be there", "json_invalid": "be JSON"}
     said: str = kinds.get(problem["type"], re.sub(r"^.* should ", "", problem["msg"]))
     return said.partition(", unable to")[0]
-
-
-PROJECT = Path(__file__).resolve().parents[1]
 
 
 def explain_relative(path: str) -> str:
@@ -438,6 +419,3 @@ def check_each_once(values: list[T]) -> list[T]:
     if len(set(values)) < len(values):
         raise ValueError("a list should have each value once")
     return values
-
-
-T = TypeVar("T")

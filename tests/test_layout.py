@@ -11,7 +11,7 @@ from tests.lib.servers import PROJECT
 
 # Each line may import what stands before it, and within `serving` a file only those in front of it.
 FLOORS = [
-    "serving.errors serving.cores serving.settings serving.server",
+    "serving.errors serving.cores serving.environment serving.settings serving.server",
     "serving.output serving.console serving.logs serving.watch",
     "serving.predictor.boosters serving.predictor.inputs serving.predictor.features",
     "serving.predictor.contract serving.predictor.predictions serving.predictor.failures",

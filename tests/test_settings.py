@@ -14,6 +14,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import app
+from serving.environment import as_word
 from serving.errors import SettingsError, StartupError
 from serving.predictor.features import FeatureSettings
 from serving.server import ServerSettings
@@ -212,6 +213,10 @@ FILES = [
     ("two-mistakes", "framework = 1\nserver = 2", ["framework is 1", "server is 2"]),
     ("feature-of-no-model", "[features.x]\nunit='m'", ["features.x", "is not about a feature", "'sepal_length'"]),
     ("empty-feature", "[features.x]", ["features.x is not about a feature"]),
+    ("feature-without-a-name", '[features.""]\nge = 1', ['features."" has an empty name; give it the name of a']),
+    ("path-is-no-secret", '[auth]\nopen_paths = ["hello"]', ["auth.open_paths is 'hello'; it should begin with '/'"]),
+    ("key-of-today", "[auth]\napi_keys = 2026-01-01", ["auth.api_keys is ********** (a date or a time); it should"]),
+    ("auth-as-text", 'auth = "secret"', ["auth is ********** (text); it should be a table of keys"]),
     ("bounds-crossed", "[features.x]\nge = 2\nle = 1", ["features.x is", "'ge': 2", "have ge no greater than le"]),
     ("bound-of-nan", "[features.x]\nge = nan", ["features.x.ge is nan; it should be a finite number"]),
     ("bound-of-bool", '[features.x]\ntype = "bool"\nge = 0', ["features.x is", "have no bounds"]),
@@ -278,6 +283,11 @@ VARIABLES = [
     ("key-as-text", "SERVING_AUTH__API_KEYS", "k1,k2", ["** (text); it should be a list as JSON, such as '[\"…\"]'"]),
     ("key-as-number", "SERVING_AUTH__API_KEYS", "[1]", ["** (a number); it should be a valid string"]),
     ("key-that-is-empty", "SERVING_AUTH__API_KEYS", '[""]', ["** (empty text)"]),
+    ("keys-as-null", "SERVING_AUTH", '{"api_keys": null}', ["auth.api_keys is ********** (null); it should be a list"]),
+    ("truth-is-no-secret", "SERVING_AUTH__OPEN_DOCS", "maybe", ["OPEN_DOCS is 'maybe'; it should be a valid boolean"]),
+    ("empty-name", "SERVING_FEATURES__", "{}", ["SERVING_FEATURES__ is not a setting; write SERVING_FEATURES__NAME or"]),
+    ("empty-name-of-a-row", "SERVING_FEATURES____GE", "1", ["SERVING_FEATURES____GE is not a setting; write SERVING"]),
+    ("empty-name-in-json", "SERVING_FEATURES", '{"": {"ge": 1}}', ["environment: SERVING_FEATURES", "an empty name"]),
     ("keys-as-table", "SERVING_AUTH__API_KEYS", '{"a": 1}', ["** (a table); it should be a list"]),
     ("port-of-a-person", "SERVING_PORT", "8000", ["SERVING_PORT is not a setting", "'SERVING_SERVER__BIND'"]),
     ("host-of-a-person", "SERVING_SERVER__HOST", "::", ["SERVING_SERVER__HOST is not", "'SERVING_SERVER__BIND'"]),
@@ -425,6 +435,62 @@ def test_a_variable_finds_features_with_capitals_and_blanks(tmp_path: Path, monk
     assert (
         settings.source("features", "Sepal Length (cm)", "ge") == "environment: SERVING_FEATURES__SEPAL_LENGTH_CM__GE"
     )
+
+
+@pytest.mark.parametrize("name", ["my__col", "a_", "_a", "a__b__c", "Ä_ ß__", "a.b"])
+@pytest.mark.parametrize("place", ["file", "variable"])
+def test_a_variable_finds_a_feature_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    """Underscores at the ends of a name, and several in a row, count as one or none in its variable."""
+    (tmp_path / "mine.toml").write_text(f'[features]\n"{name}" = {{ge = 1}}' if place == "file" else "")
+    if place == "variable":
+        monkeypatch.setenv("SERVING_FEATURES", json.dumps({name: {"ge": 1}}))
+    variable = f"SERVING_FEATURES__{as_word(name)}__LE"
+    monkeypatch.setenv(variable, "5")
+    settings = app.load_settings(tmp_path / "mine.toml")
+    assert {key: (feature.ge, feature.le) for key, feature in settings.features.items()} == {name: (1.0, 5.0)}
+    assert settings.place("features", name, "le") == f"environment: {variable}"
+    monkeypatch.setenv(f"SERVING_FEATURES__{as_word(name)}", '{"unit": "m"}')
+    feature = app.load_settings(tmp_path / "mine.toml").features[name]
+    assert (feature.ge, feature.le, feature.unit) == (1.0, 5.0, "m")
+
+
+def test_an_empty_variable_changes_no_other_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of variables have any case: an empty one counts as not set, two values for one key are refused."""
+    monkeypatch.setenv("SERVING_AUTH__API_KEYS", '["hidden"]')
+    monkeypatch.setenv("serving_auth__api_keys", "")
+    assert len(app.load_settings().auth.api_keys) == 1
+    monkeypatch.setenv("serving_auth__api_keys", '["hidden"]')
+    assert len(app.load_settings().auth.api_keys) == 1
+    monkeypatch.setenv("serving_auth__api_keys", "[]")
+    with pytest.raises(SettingsError) as caught:
+        app.load_settings()
+    names = "SERVING_AUTH__API_KEYS and serving_auth__api_keys"
+    assert str(caught.value) == f"environment: {names} set one key to two values; unset one of them"
+
+
+def test_two_variables_of_one_feature_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two would count, nobody can say."""
+    (tmp_path / "mine.toml").write_text('[features]\n"a b" = {}')
+    monkeypatch.setenv("SERVING_FEATURES__A_B__GE", "1")
+    monkeypatch.setenv("SERVING_FEATURES__A-B__GE", "2")
+    with pytest.raises(SettingsError, match="FEATURES__A-B__GE and SERVING_FEATURES__A_B__GE set one key to two"):
+        app.load_settings(tmp_path / "mine.toml")
+
+
+def test_serving_settings_has_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings file is found by its variable as any setting is."""
+    (tmp_path / "mine.toml").write_text('framework = "flask"')
+    monkeypatch.setenv("serving_settings", str(tmp_path / "mine.toml"))
+    monkeypatch.setenv("SERVING_SETTINGS", " ")
+    assert app.load_settings().framework == "flask"
+    monkeypatch.setenv("serving_settings", "/nope/x.toml")
+    with pytest.raises(SettingsError, match=r"settings file '/nope/x.toml' cannot be read"):
+        app.load_settings()
+    monkeypatch.setenv("SERVING_SETTINGS", str(tmp_path / "mine.toml"))
+    with pytest.raises(SettingsError, match="SERVING_SETTINGS and serving_settings set one key to two values"):
+        app.load_settings()
 
 
 def test_all_features_of_another_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def _check_open_path(path: str) -> str:
 class AuthSettings(SettingsTable):
     """The keys of those who may ask."""
 
-    is_secret = True
+    secret_keys = ("api_keys",)
     other_names: ClassVar[OtherNames] = {"api_keys": ("keys", "key", "token", "tokens")}
 
     api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = Field(default_factory=list)
