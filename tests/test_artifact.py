@@ -36,6 +36,7 @@ import app
 import model.describe
 from serving.errors import ModelError, SettingsError, StartupError
 from serving.predictor.artifact import FORMATS, refuse_old_sklearn
+from serving.predictor.skops_file import sort_types
 from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.artifacts import Trap, save
 from tests.lib.clients import post_case
@@ -302,11 +303,19 @@ def test_type_that_runs_code_is_never_offered(tmp_path: Path, name: str) -> None
         app.load_settings(file)
 
 
-@pytest.mark.parametrize("name", ["numpy.fromfile", "sklearn.utils._testing.check_output", "somebody.Step"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("numpy.fromfile", "sklearn.utils._testing.check_output", "somebody.Step"),
+        *("numpy.memmap", "numpy._core.memmap.memmap", "numpy._core.memmap", "numpy.lib.npyio.NpzFile"),
+        *("sklearn.tree._export.export_graphviz", "sklearn.tree.export_graphviz", "sklearn.utils.check_array"),
+        *("sklearn.datasets.load_files", "lightgbm.Dataset", "xgboost.DMatrix", "catboost.Pool"),
+    ],
+)
 def test_type_of_which_nothing_is_known_is_named_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """A function of numpy's, or what scikit-learn imports, may read files: whoever adds it should know it."""
+    """What may open files is told by what it is, not by one of its names: whoever adds it should know it."""
     path = craft(tmp_path / "model.skops", function_node(name))
     assert f"not trusted; add '{name}' to model.trusted_types only if you know what it does" in refusal_of(path, "")
     model.describe.describe(path, False, None)
@@ -327,6 +336,19 @@ def test_types_of_an_estimator_can_be_pasted(tmp_path: Path) -> None:
         types = json.loads(refusal_of(path, "").partition("set model.trusted_types = ")[2])
         native = serve_estimator(path, estimator, model={"trusted_types": types})
         assert call(native, post_case(make_row(X[0].tolist()))).json["prediction"] == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sklearn.metrics.pairwise.rbf_kernel", "sklearn.metrics._regression.r2_score", "scipy.special.expit"),
+        *("sklearn.feature_selection.f_classif", "sklearn.feature_extraction.text.strip_accents_ascii"),
+        *("sklearn.preprocessing.scale", "sklearn.tree._tree.Tree", "lightgbm.sklearn.LGBMRegressor"),
+    ],
+)
+def test_function_that_computes_can_be_pasted(name: str) -> None:
+    """Functions that estimators keep are offered."""
+    assert sort_types([name]) == ([name], [])
 
 
 def test_trusted_type_that_does_not_occur_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from serving.errors import ModelError
 
 MIN_UNPACKED_BYTES = 64 << 20  # that any file may unpack to
@@ -37,7 +39,15 @@ KNOWN_LIBRARIES = (
 )
 UNKNOWN_PARTS = (
     *("sklearn.datasets.", "sklearn.externals.", "sklearn.utils._testing.", "sklearn.tests."),
-    *("numpy.memmap.", "numpy.lib.", "numpy.testing.", "numpy.ctypeslib.", "numpy.f2py."),
+    *("numpy.lib.", "numpy.testing.", "numpy.ctypeslib.", "numpy.f2py."),
+    *("lightgbm.basic.Dataset.", "xgboost.core.DMatrix.", "xgboost.core.QuantileDMatrix.", "catboost.core.Pool."),
+)
+# Functions that estimators keep, and that compute: any other may open files.
+KNOWN_FUNCTIONS = (
+    *("sklearn.metrics.", "sklearn.feature_selection._univariate_selection.", "sklearn.feature_selection._mutual_info."),
+    *("sklearn.feature_extraction.text.strip_", "sklearn.preprocessing._data.", "sklearn.neighbors._kde."),
+    *("sklearn.gaussian_process.kernels.", "sklearn.decomposition._fastica.", "sklearn.neural_network._base."),
+    "sklearn.cluster._kmeans._kmeans_single_",
 )
 KNOWN_NAMES = (
     *("collections.OrderedDict", "collections.Counter", "collections.deque"),
@@ -97,12 +107,19 @@ def sort_types(
 
 
 def _is_known(name: str) -> bool:
-    """Whether a name is a class of a well-known library, or one of scikit-learn's own functions."""
+    """Whether a name stands for a class of a well-known library that opens no file, or for a function that computes.
+
+    What it stands for is judged by its own name: it may be another's, imported there.
+    """
     if not _is_of_library(name):
         return False
     found = _find(name)
-    is_kind = isinstance(found, type) or (callable(found) and name.startswith("sklearn."))
-    return is_kind and _is_of_library(str(getattr(found, "__module__", "")))  # it may be another's, imported there
+    if isinstance(found, np.ufunc):
+        return True
+    own = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if isinstance(found, type):
+        return _is_of_library(own) and not issubclass(found, np.memmap) and not runs_code(own)
+    return callable(found) and own.startswith(KNOWN_FUNCTIONS)
 
 
 def _is_of_library(name: str) -> bool:
