@@ -236,11 +236,12 @@ def test_old_tree_of_no_version_is_told(tmp_path: Path) -> None:
     assert message.startswith("was made with another scikit-learn (of an unknown version), here ")
 
 
-def test_old_skops_names_both_versions(tmp_path: Path) -> None:
-    """A .skops file has the version in its schema."""
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_old_skops_names_both_versions(tmp_path: Path, compression: int) -> None:
+    """A .skops file has the version in its schema, which may be compressed."""
     source = zipfile.ZipFile(io.BytesIO(skops.io.dumps(DecisionTreeClassifier().fit(X, y))))
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as target:
+    with zipfile.ZipFile(stream, "w", compression) as target:
         for name in source.namelist():
             part = source.read(name).replace(HERE, b"1.2.2")
             array = np.load(io.BytesIO(part)) if name.endswith(".npy") else None

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field
 
 from serving.errors import ModelError, StartupError, listed, nearest, reason_of
 from serving.predictor.inputs import find_parts
-from serving.predictor.modules import add_module_folder, explain
+from serving.predictor.modules import UNPACKERS, add_module_folder, explain
 from serving.predictor.predictor import GraphFile, refuse_no_predictor
 from serving.predictor.skops_file import runs_code, sort_types, unpack
 from serving.settings import OtherNames, PathText, SettingsTable, check_each_once, explain_relative
@@ -224,12 +224,8 @@ SAFE_FORMATS = (".skops", ".onnx")  # formats that run no code when they are loa
 MAGIC_NUMBERS = {
     b"PK": "skops",
     b"\x80": "pickle",
-    b"\x78": "joblib",  # compressed by zlib, and by others in what follows
-    b"\x1f\x8b": "joblib",
-    b"BZh": "joblib",
-    b"\xfd7zXZ": "joblib",
-    b"\x5d\0\0": "joblib",
-    b"\x04\x22\x4d\x18": "joblib",
+    **dict.fromkeys(UNPACKERS, "joblib"),
+    b"\x04\x22\x4d\x18": "joblib",  # compressed by LZ4, which is not installed
     b"\x08": "onnx",  # the number of the format's version comes first
     b"\x89HDF": "HDF5",
     b"version https://git-lfs": "a Git LFS pointer, whose file was not fetched",

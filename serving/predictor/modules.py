@@ -22,7 +22,8 @@ from pathlib import Path
 
 import sklearn
 
-from serving.errors import reason_of
+from serving.errors import ModelError, reason_of
+from serving.predictor import skops_file
 
 OWN_SCRIPTS = ("model", "bench")  # the project's folders of scripts, which no artifact means
 OWN_MODULES = ("app", "serving", "processes")
@@ -56,8 +57,9 @@ def add_module_folder(folder: Path) -> None:
 
 def find_sklearn_version(data: bytes) -> str | None:
     """Return another version of scikit-learn than this one with which an artifact says that it was made."""
-    with contextlib.suppress(EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile):
-        data = next((unpack(data) for start, unpack in UNPACKERS.items() if data.startswith(start)), data)
+    with contextlib.suppress(ModelError, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, *DAMAGES):
+        unpackers = UNPACKERS | {b"PK": skops_file.unpack}
+        data = next((unpack(data) for start, unpack in unpackers.items() if data.startswith(start)), data)
     found = (match.group(1).decode() for match in VERSION.finditer(data))
     return next((version for version in found if version != sklearn.__version__), None)
 
