@@ -3,7 +3,7 @@ failed."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from sklearn.preprocessing import FunctionTransformer
 
 from model.describe import describe
 from serving.errors import ModelError
+from serving.predictor.failures import tell
 from serving.predictor.golden import running_versions
+from serving.predictor.inputs import Form
 from serving.predictor.model import Way
 from tests.lib import steps
 from tests.lib.apps import call, serve_estimator
@@ -139,3 +141,20 @@ def test_message_tells_the_same_failure_once(tmp_path: Path) -> None:
         ModelError, match=r"has code that fails on its example row: .* \(in Unfinished\.transform, [^()]*\)$"
     ):
         serve_estimator(tmp_path / "model.joblib", estimator, features=features)
+
+
+@pytest.mark.parametrize("name", ["serving_utils.py", "serving/steps.py"])
+def test_module_beside_the_service_is_the_users(name: str) -> None:
+    """A file whose name only begins like the service's folder is none of the service."""
+    scope: dict[str, Any] = {}
+    exec(compile("def step():\n    raise ValueError('no')", str(PROJECT / name), "exec"), scope)
+    with pytest.raises(ValueError, match="no") as caught:
+        scope["step"]()
+    is_ours = name.startswith("serving/")
+    assert ("step, " in tell(caught.value)) is not is_ours
+
+
+def test_way_is_named_as_in_a_sentence() -> None:
+    """Each form has its article."""
+    names = [str(Way(form, "object")) for form in get_args(Form)]
+    assert names == ["an array", "a DataFrame", "a list of texts"]

@@ -16,9 +16,8 @@ import numpy as np
 from serving.errors import ModelError
 from serving.predictor.contract import Contract, Rows
 from serving.predictor.features import FeatureSettings, bounds_of
-from serving.predictor.inputs import Array, Column, is_nan
+from serving.predictor.inputs import Array, Column, Form, is_nan
 
-Form = Literal["array", "frame", "texts"]
 Words = Literal["category", "str", "object"]  # types of a DataFrame's column of texts
 
 

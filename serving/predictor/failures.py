@@ -12,8 +12,8 @@ from serving.predictor.contract import Rows
 
 # Errors that values seldom cause.
 ERRORS_OF_CODE = (TypeError, AttributeError, LookupError, NameError, ImportError, RecursionError, NotImplementedError)
-LIBRARIES = tuple(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platlib", "purelib"))
-SERVING = str(Path(__file__).resolve().parents[1])
+LIBRARIES = tuple(f"{Path(sysconfig.get_path(name)).resolve()}{os.sep}" for name in ("stdlib", "platlib", "purelib"))
+SERVING = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 
 def is_fault_of_code(error: BaseException, rows: Rows) -> bool:

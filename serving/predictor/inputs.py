@@ -22,6 +22,7 @@ from serving.settings import Finite
 
 Array = np.ndarray[Any, Any]
 Cell = bool | int | Finite | str  # of a row
+Form = Literal["array", "frame", "texts"]
 FEATURE_TYPES: dict[str, Any] = {"float": float, "int": int, "bool": bool, "str": str}
 
 
@@ -88,7 +89,7 @@ class Inputs:
 
     names: list[str] | None
     columns: list[Column | None] | None  # None in it for a column that the estimator drops
-    form: Literal["array", "frame", "texts"]
+    form: Form
 
 
 def read_inputs(estimator: Any, given: Iterable[str] = ()) -> Inputs:

@@ -15,13 +15,13 @@ from typing import Any
 import structlog
 
 from serving.errors import EstimatorError, ModelError, listed
-from serving.predictor.arrays import Arrays, Form, Words, is_installed, list_forms, list_words
+from serving.predictor.arrays import Arrays, Words, is_installed, list_forms, list_words
 from serving.predictor.artifact import ModelSettings, load_artifact
 from serving.predictor.contract import Contract, Rows
 from serving.predictor.failures import is_fault_of_code, tell
 from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import Golden, golden_path, load_golden, running_versions
-from serving.predictor.inputs import find_parts, read_inputs
+from serving.predictor.inputs import Form, find_parts, read_inputs
 from serving.predictor.modules import find_misfit
 from serving.predictor.predictions import Predictions
 from serving.predictor.predictor import Predictor, limit_threads, prepare
@@ -50,7 +50,7 @@ class Way:
 
     def __str__(self) -> str:
         """Return what the message about a failure calls it."""
-        return "a DataFrame" if self.form == "frame" else f"an {self.form}"
+        return {"frame": "a DataFrame", "array": "an array", "texts": "a list of texts"}[self.form]
 
 
 @dataclass(frozen=True)
