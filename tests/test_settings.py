@@ -285,7 +285,7 @@ VARIABLES = [
     ("key-that-is-empty", "SERVING_AUTH__API_KEYS", '[""]', ["** (empty text)"]),
     ("keys-as-null", "SERVING_AUTH", '{"api_keys": null}', ["auth.api_keys is ********** (null); it should be a list"]),
     ("truth-is-no-secret", "SERVING_AUTH__OPEN_DOCS", "maybe", ["OPEN_DOCS is 'maybe'; it should be a valid boolean"]),
-    ("empty-name", "SERVING_FEATURES__", "{}", ["SERVING_FEATURES__ is not a setting; write SERVING_FEATURES__NAME or"]),
+    ("empty-name", "SERVING_FEATURES__", "{}", ["SERVING_FEATURES__ is not a setting; write SERVING_FEATURES__NAME"]),
     ("empty-name-of-a-row", "SERVING_FEATURES____GE", "1", ["SERVING_FEATURES____GE is not a setting; write SERVING"]),
     ("empty-name-in-json", "SERVING_FEATURES", '{"": {"ge": 1}}', ["environment: SERVING_FEATURES", "an empty name"]),
     ("keys-as-table", "SERVING_AUTH__API_KEYS", '{"a": 1}', ["** (a table); it should be a list"]),
