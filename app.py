@@ -66,6 +66,7 @@ from serving.web.messages import JSON, Request, Response
 from serving.web.openapi import document_json_of, document_of
 from serving.web.service import (
     STOPPING,
+    VISIT,
     AccessLog,
     AuthSettings,
     LimitSettings,
@@ -359,7 +360,7 @@ def _make_flask(endpoint: WSGIEndpoint) -> tuple[flask.Flask, Callable[..., flas
 
     def view(refused: Unauthorized | None = None) -> flask.Response:
         request = wsgi_request(flask.request.environ, endpoint.batcher)
-        response = run_now(endpoint.service.respond(request, refused))
+        response = run_now(endpoint.service.respond(request, refused, flask.request.environ.get(VISIT)))
         answer = flask.Response(response.pieces, response.status_line)
         answer.headers = Headers(response.headers)
         return answer

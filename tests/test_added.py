@@ -316,6 +316,40 @@ def test_without_keys_all_is_open(framework: str) -> None:
     assert "did you mean '/added'?" in call(native, Case("hint", "GET", "/aded")).json["detail"]
 
 
+def logged(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str, int]]:
+    """Return path, id and status of each request that was logged since the last call."""
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return [(line["path"], line["request_id"], line["status"]) for line in lines if line["event"] == "request"]
+
+
+def test_request_within_a_request_has_its_own_line(framework: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A route that asks the app itself has its line and its id, and so has what it asks for."""
+    native = app.create_app(make_settings(framework=framework, logging={"format": "json"}))
+    inner = Case("inner", "POST", "/predictions", JSON, FLOWER.encode())
+    if framework == "flask":
+        native.get("/batch")(lambda: call_wsgi(native, inner).body)
+    else:
+
+        @native.get("/batch")
+        async def batch(request: fastapi.Request) -> Any:
+            scope = {**request.scope, "path": "/ping"}
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await native(scope, request.receive, send)
+            assert dict(sent[0]["headers"])[b"x-request-id"] == b"outer"  # of the header in the same scope
+            return (await call_asgi(native, inner)).json
+
+    capsys.readouterr()
+    answer = call(native, Case("outer", "GET", "/batch"))
+    assert (answer.status, answer.headers["x-request-id"], b"setosa" in answer.body) == (200, "outer", True)
+    lines = logged(capsys)
+    assert [line for line in lines if line[0] != "/ping"] == [("/predictions", "inner", 200), ("/batch", "outer", 200)]
+    assert [line for line in lines if line[0] == "/ping"] == [("/ping", "outer", 200)] * (framework == "fastapi")
+
+
 @pytest.mark.parametrize(
     ("paths", "message"),
     [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from serving.errors import Unauthorized
 from serving.web.asgi import ASGIEndpoint, asgi_request
 from serving.web.messages import Request
-from serving.web.service import Visit
+from serving.web.service import VISIT, Visit
 from serving.web.wsgi import WSGIEndpoint, wsgi_request
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class AddedToFastAPI:
         if refused is None or not self.answers(scope):
             await self.inner(scope, receive, send)
         elif scope["type"] == "http":
-            await self.endpoint.respond(request, receive, send, refused)
+            await self.endpoint.respond(request, receive, send, refused, scope.get(VISIT))
         else:
             await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
 
@@ -169,6 +169,7 @@ async def visit_asgi(visit: Visit, app: Any, scope: Any, receive: Any, send: Any
                 message = {**message, "headers": [*headers, (b"x-request-id", visit.request_id.encode())]}
         await send(message)
 
+    scope[VISIT] = visit
     with visit:
         await app(scope, receive, send_noted)
 
@@ -181,5 +182,6 @@ def visit_wsgi(visit: Visit, app: Any, environ: Any, start_response: Any) -> Any
             headers = [*headers, ("X-Request-ID", visit.request_id)]
         return start_response(status, headers, exc_info)
 
+    environ[VISIT] = visit
     with visit:
         return app(environ, start_noted)

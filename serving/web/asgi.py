@@ -11,7 +11,7 @@ from typing import Any
 from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import LoopBatcher
 from serving.web.messages import LINGER_S, Request
-from serving.web.service import Service
+from serving.web.service import VISIT, Service, Visit
 
 # In a scope: the error by which a body ended before its end, and what tells whether the client has left.
 CUT_SHORT, CLIENT_HAS_LEFT = "serving.cut_short", "serving.client_has_left"
@@ -39,10 +39,18 @@ class ASGIEndpoint:
         return batcher
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.respond(asgi_request(scope, receive, self.batcher), receive, send)
+        request = asgi_request(scope, receive, self.batcher)
+        await self.respond(request, receive, send, visit=scope.get(VISIT))
 
-    async def respond(self, request: Request, receive: Any, send: Any, refused: Unauthorized | None = None) -> None:
-        response = await self.service.respond(request, refused)
+    async def respond(
+        self,
+        request: Request,
+        receive: Any,
+        send: Any,
+        refused: Unauthorized | None = None,
+        visit: Visit | None = None,
+    ) -> None:
+        response = await self.service.respond(request, refused, visit)
         *pieces, last = [b""] if request.method == "HEAD" else response.pieces
         await send(response.start_message)
         for piece in pieces:

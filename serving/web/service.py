@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import hmac
 import re
@@ -36,6 +35,7 @@ from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_
 
 log = structlog.get_logger()
 JSON_BASED = re.compile(r"application/[^/\s]+\+json")  # RFC 6839, section 3.1
+VISIT = "serving.visit"  # in a scope or an environ: the `Visit` that a request is
 UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii", ""}  # names of it, and of a part of it
 STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
 
@@ -181,7 +181,10 @@ class AccessLog:
 
 
 class Visit:
-    """A request that what a user has added may answer: it has one id all the way, and observers are shown it once."""
+    """A request that what a user has added may answer: it has one id all the way, and observers are shown it once.
+
+    It goes along in the request's scope or environ, as `VISIT`: a request that is made inside another has its own.
+    """
 
     def __init__(self, service: Service[Any], request: Request) -> None:
         self.service, self.request = service, request
@@ -190,13 +193,11 @@ class Visit:
         self.is_shown = False
 
     def __enter__(self) -> Visit:
-        self._tokens = VISIT.set(self), REQUEST_ID.set(self.request_id)
+        self._token = REQUEST_ID.set(self.request_id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        visit, request_id = self._tokens
-        VISIT.reset(visit)
-        REQUEST_ID.reset(request_id)
+        REQUEST_ID.reset(self._token)
 
     def note(self, status: int) -> bool:
         """Show an answer that begins to the observers, unless the service itself gave it. Return whether it did not."""
@@ -205,11 +206,10 @@ class Visit:
         self.is_shown = True
         response = Response([], status, request_id=self.request_id)
         took_s = time.perf_counter() - self.began
+        token = REQUEST_ID.set(self.request_id)  # again, for a WSGI app may begin its answer after it has returned
         self.service.show(Exchange(self.request, response, None, self.began, took_s))
+        REQUEST_ID.reset(token)
         return True
-
-
-VISIT: contextvars.ContextVar[Visit] = contextvars.ContextVar("visit")
 
 
 def request_id_of(request: Request) -> str:
@@ -266,10 +266,11 @@ class Service(Generic[S]):
         hashes = {"model_sha256": self.model.sha256, "settings_sha256": self.settings.sha256}
         return {"model": self.settings.model.name, **hashes}
 
-    async def respond(self, request: Request, refused: Unauthorized | None = None) -> Response:
+    async def respond(
+        self, request: Request, refused: Unauthorized | None = None, visit: Visit | None = None
+    ) -> Response:
         """Answer one request, good or bad or `refused` already, and show it to the observers."""
         began = time.perf_counter()
-        visit = VISIT.get(None)
         if visit is None:
             request_id = request_id_of(request)
         else:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import ThreadBatcher
 from serving.web.messages import Request
-from serving.web.service import Service
+from serving.web.service import Service, Visit
 
 T = TypeVar("T")
 
@@ -24,8 +24,14 @@ class WSGIEndpoint:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         return self.respond(wsgi_request(environ, self.batcher), start_response)
 
-    def respond(self, request: Request, start_response: Any, refused: Unauthorized | None = None) -> list[bytes]:
-        response = run_now(self.service.respond(request, refused))
+    def respond(
+        self,
+        request: Request,
+        start_response: Any,
+        refused: Unauthorized | None = None,
+        visit: Visit | None = None,
+    ) -> list[bytes]:
+        response = run_now(self.service.respond(request, refused, visit))
         start_response(response.status_line, response.headers)
         return [] if request.method == "HEAD" else response.pieces
 
