@@ -323,12 +323,15 @@ def build_flask(service: Service[Any]) -> flask.Flask:
         return is_known and app.view_functions.get(service.names.get(path, "")) is view
 
     def answers_alone(path: str, method: str) -> bool:
-        return is_ours(path, method) and not _has_hooks(app)
+        return app.wsgi_app is hot_first and is_ours(path, method) and not _has_hooks(app)
 
     def hot_first(environ: Any, start_response: Any) -> Any:
+        visit = None if app.wsgi_app is hot_first else environ.get(VISIT)  # of what is around it
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        if method in service.hot.get(path, ()) and answers_alone(path, method):
-            return endpoint(environ, start_response)
+        if method in service.hot.get(path, ()) and is_ours(path, method) and not _has_hooks(app):
+            return endpoint.respond(wsgi_request(environ, endpoint.batcher), start_response, visit=visit)
+        if visit is not None:
+            return inner(environ, start_response)
         visit = Visit(service, wsgi_request(environ, endpoint.batcher))
         return visit_wsgi(visit, inner, environ, start_response)
 

@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fastapi
 import pytest
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+from werkzeug.middleware.profiler import ProfilerMiddleware
+from werkzeug.test import EnvironBuilder
 
 import app
 from serving.errors import SettingsError
@@ -348,6 +353,92 @@ def test_request_within_a_request_has_its_own_line(framework: str, capsys: pytes
     lines = logged(capsys)
     assert [line for line in lines if line[0] != "/ping"] == [("/predictions", "inner", 200), ("/batch", "outer", 200)]
     assert [line for line in lines if line[0] == "/ping"] == [("/ping", "outer", 200)] * (framework == "fastapi")
+
+
+def admin(environ: Any, start_response: Any) -> list[bytes]:
+    """Answer anything, as an app that a user mounts."""
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"secret"]
+
+
+class Stripped:
+    """A WSGI middleware that takes `/v1` off a path."""
+
+    def __init__(self, inner: Any) -> None:
+        self.app = inner
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        return self.app({**environ, "PATH_INFO": environ["PATH_INFO"].removeprefix("/v1")}, start_response)
+
+
+def mounted(native: Any, mount: str = "/admin") -> Any:
+    return DispatcherMiddleware(native.wsgi_app, {mount: admin})
+
+
+AROUND: dict[str, Callable[[Any], Any]] = {  # what a user puts around a Flask
+    "dispatcher": mounted,
+    "profiler": lambda native: ProfilerMiddleware(mounted(native), stream=None),
+    "function": lambda native: functools.partial(lambda inner, *args: inner(*args), mounted(native)),
+    "stripped": lambda native: Stripped(mounted(native)),
+    "answers": lambda native: admin,
+    "subclass": lambda native: type("Mine", (DispatcherMiddleware,), {})(native.wsgi_app, {"/admin": admin}),
+    "inside": lambda native: DispatcherMiddleware(admin, {"/v1": native.wsgi_app}),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("path", ["/admin", "/admin/x", "/v1/admin/x", "/admin/hello", "//admin/x"])
+def test_whatever_stands_around_flask_needs_a_key(name: str, path: str) -> None:
+    """No way to put an app beside Flask's opens it, under either interface and by any method."""
+    native = make_app("flask", open_paths=["/hello", "/public/*"])
+    native.get("/hello")(lambda: "hello")
+    native.wsgi_app = AROUND[name](native)
+    for method in ("GET", "POST", "OPTIONS", "PATCH"):
+        case = Case("closed", method, path, PREFLIGHT)
+        for answer in (call_wsgi(app.as_wsgi(native), case), asyncio.run(call_asgi(app.as_asgi(native), case))):
+            assert b"secret" not in answer.body
+            assert answer.status == 401 or (name == "dispatcher" and answer.status == 404)
+    assert call(native, Case("open", "GET", path, (("X-API-Key", "one"),))).status in (200, 404)
+    if name not in ("answers", "inside"):
+        for open_path in ("/hello", "/ping", "/health/ready"):
+            assert call(native, Case("hello", "GET", open_path)).status == 200
+        assert call(native, Case("ours", "OPTIONS", "/predictions")).status == 204
+        assert call(native, Case("added", "OPTIONS", "/hello")).status == 200
+    assert call(native, Case("ours", "POST", "/predictions", JSON, b"[]")).status == 401
+
+
+def test_mounted_path_is_compared_as_werkzeug_does() -> None:
+    """A mount whose name is not ASCII is closed for the bytes by which werkzeug finds it."""
+    native = make_app("flask")
+    native.wsgi_app = mounted(native, "/\xfc")
+    environ = dict(EnvironBuilder("/").get_environ(), PATH_INFO="/\xfc/x")
+    started: list[str] = []
+    native(environ, lambda status, headers, exc_info=None: started.append(status))
+    assert started == ["401 Unauthorized"]
+
+
+def test_wsgi_middleware_sees_every_request(capsys: pytest.CaptureFixture[str]) -> None:
+    """What stands around a Flask sees ours too, under either interface; each request has one line and one id."""
+    native = app.create_app(make_settings(framework="flask", logging={"format": "json"}))
+    native.get("/hello")(lambda: "hello")
+    inner, seen = native.wsgi_app, []
+
+    def around(environ: Any, start_response: Any) -> Any:
+        seen.append(environ["PATH_INFO"])
+        return admin(environ, start_response) if environ["PATH_INFO"] == "/own" else inner(environ, start_response)
+
+    native.wsgi_app = around
+    cases = [Case("own", "GET", "/own"), Case("hello", "GET", "/hello"), Case("ping", "GET", "/ping")]
+    cases += [Case("one", "POST", "/predictions", JSON, FLOWER.encode()), Case("nope", "GET", "/nope", status=404)]
+    wsgi, asgi = app.as_wsgi(native), app.as_asgi(native)
+    for send in (functools.partial(call_wsgi, wsgi), lambda case: asyncio.run(call_asgi(asgi, case))):
+        seen.clear()
+        capsys.readouterr()
+        for case in cases:
+            answer = send(case)
+            assert (answer.status, answer.headers["x-request-id"]) == (case.status, case.id)
+        assert seen == [case.target for case in cases]
+        assert logged(capsys) == [(case.target, case.id, case.status) for case in cases]
 
 
 @pytest.mark.parametrize(

@@ -30,15 +30,47 @@ class AddedToFlask:
         self.first = app.wsgi_app  # what is called first, unless a user puts something around it
 
     def call(self, environ: dict[str, Any], start_response: Any) -> Any:
-        """Answer as Flask does, but what a user has mounted beside it only with a key."""
+        """Answer as Flask does, but what a user has put around it only with a key."""
         if self.app.wsgi_app is self.first:
             return self.first(environ, start_response)
         request = wsgi_request(environ, self.endpoint.batcher)
-        if not self.is_mounted(request.path):
-            return self.app.wsgi_app(environ, start_response)
-        if refused := self.service.refusal(request):
+        if refused := self.refusal_in_front(request, environ["PATH_INFO"]):
             return self.endpoint.respond(request, start_response, refused)
         return visit_wsgi(Visit(self.service, request), self.app.wsgi_app, environ, start_response)
+
+    def refusal_in_front(self, request: Request, path_info: str) -> Unauthorized | None:
+        """Return why a request does not get to what a user has put around Flask, if it does not.
+
+        Nobody can tell what that does with a path, so each path needs a key in front of it, but open ones.
+        """
+        goes_to_flask = self._goes_to_flask(path_info)
+        if goes_to_flask or (goes_to_flask is None and request.method == "OPTIONS" and self._has_rule(request.path)):
+            return None
+        return self.service.refusal(request, may_be_ours=goes_to_flask is None)
+
+    def _goes_to_flask(self, path_info: str) -> bool | None:
+        """Return whether a path goes to Flask or to an app that is mounted beside it, or None if nobody can tell.
+
+        It can be told where nothing stands around Flask but werkzeug's `DispatcherMiddleware`.
+        """
+        from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+        around: Any = self.app.wsgi_app
+        while type(around) is DispatcherMiddleware:
+            if any(f"{path_info}/".startswith(f"{mount}/") for mount in around.mounts):
+                return False
+            around = around.app
+        return True if around is self.first else None
+
+    def _has_rule(self, path: str) -> bool:
+        """Return whether a path is the service's, or one for which Flask has a rule of any method."""
+        from werkzeug.exceptions import HTTPException
+
+        try:
+            self.app.url_map.bind("localhost").match(path, "OPTIONS")
+        except HTTPException as error:
+            return path == "*" or error.code == 405
+        return True
 
     def refusal(self, request: flask.Request) -> Unauthorized | None:
         """Return why a request that Flask has looked at does not get to a rule of the user's, if it does not."""
@@ -47,8 +79,9 @@ class AddedToFlask:
 
     def has(self, request: Request) -> bool:
         """Return whether a request goes to a route of the user's, before Flask has looked at it."""
-        if self.is_mounted(request.path):
-            return True
+        goes_to_flask = self._goes_to_flask(request.path.encode().decode("latin-1"))
+        if not goes_to_flask:
+            return goes_to_flask is False or request.path not in self.service.routes
         from werkzeug.exceptions import HTTPException
 
         try:
@@ -77,15 +110,6 @@ class AddedToFlask:
         """Return whether a rule of the user's redirects a request, or has its path but not its method."""
         code = getattr(error, "code", None) or 0
         return 300 <= code < 400 or (code == 405 and path not in self.service.routes)
-
-    def is_mounted(self, path: str) -> bool:
-        """Return whether werkzeug's `DispatcherMiddleware` gives a path to another app than Flask."""
-        around: Any = self.app.wsgi_app
-        while around is not None:
-            if any(f"{path}/".startswith(f"{mount}/") for mount in getattr(around, "mounts", ())):
-                return True
-            around = getattr(around, "app", None)
-        return False
 
     def paths(self) -> Iterator[str]:
         """Yield the paths of the user's rules that have no variables."""

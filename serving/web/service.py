@@ -347,9 +347,14 @@ class Service(Generic[S]):
         """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
         return request.announces_body and isinstance(self.judge_head(request), Unauthorized)
 
-    def refusal(self, request: Request) -> Unauthorized | None:
-        """Return why a request to what a user has added is refused: its path is not open, and it has no key."""
-        if not self._is_closed(request.path):
+    def refusal(self, request: Request, may_be_ours: bool = False) -> Unauthorized | None:
+        """Return why a request to what a user has added is refused: its path is not open, and it has no key.
+
+        A path of the service's that `may_be_ours` is open if none of its operations needs a key.
+        """
+        ours = self.routes.get(request.path) if may_be_ours else None
+        is_closed = self._is_closed(request.path) if ours is None else not self._secured.isdisjoint(ours.values())
+        if not is_closed:
             return None
         try:
             self._authorize(request)

@@ -15,14 +15,11 @@ T = TypeVar("T")
 
 
 class WSGIEndpoint:
-    """The service as a WSGI app."""
+    """The service as what answers a WSGI app's requests."""
 
     def __init__(self, service: Service[Any]) -> None:
         self.service = service
         self.batcher = ThreadBatcher(service.queue)
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        return self.respond(wsgi_request(environ, self.batcher), start_response)
 
     def respond(
         self,
