@@ -1,6 +1,7 @@
 """The same request gives the same bytes under both frameworks, by either interface, without a server."""
 
 import asyncio
+import functools
 from typing import Any
 
 import pytest
@@ -46,6 +47,20 @@ def test_root_path_is_no_part_of_the_route(apps: dict[str, Any]) -> None:
     """Behind `uvicorn --root-path`, paths are those that the proxy's clients see."""
     case = Case("ping", "GET", "/ping")
     assert asyncio.run(call_asgi(apps["fastapi"], case, "/api")) == call(apps["fastapi"], case)
+
+
+@pytest.mark.parametrize("root_path", ["/", "/pi", "/ping/", "/api"])
+@pytest.mark.parametrize("path", ["/ping", "/nope", "/pin"])
+def test_root_path_ends_with_a_segment(apps: dict[str, Any], root_path: str, path: str) -> None:
+    """A path that has the root path's letters alone is not below it, as Starlette's router sees it."""
+    case = Case("ping", "GET", path)
+
+    async def under_root(asgi: Any, scope: Any, receive: Any, send: Any) -> None:
+        await asgi({**scope, "root_path": root_path}, receive, send)
+
+    for native in apps.values():
+        under = functools.partial(under_root, app.as_asgi(native))
+        assert asyncio.run(call_asgi(under, case)) == call(apps["fastapi"], case)
 
 
 def test_table_is_large_enough() -> None:

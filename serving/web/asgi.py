@@ -87,7 +87,9 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
             piece, more = message.get("body", b""), message.get("more_body", False)
         return piece
 
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path, root_path = scope["path"], scope.get("root_path", "")
+    if root_path and (path == root_path or path.startswith(f"{root_path}/")):  # as Starlette's `get_route_path`
+        path = path[len(root_path) :]
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
     return Request(scope["method"], path, query, header, read, batcher, scope.get(CLIENT_HAS_LEFT))
 

@@ -126,7 +126,10 @@ class FlaskOverASGI:
         async def receive_body() -> dict[str, Any]:
             return {"type": "http.request", "body": body}
 
-        await self.bridge({**scope, "headers": headers, "query_string": request.query.encode()}, receive_body, send)
+        # a2wsgi would cut a root path off whatever begins with its letters.
+        root_path = scope.get("root_path", "") if request.path != scope["path"] else ""
+        changed = {"headers": headers, "query_string": request.query.encode(), "root_path": root_path}
+        await self.bridge({**scope, **changed}, receive_body, send)
 
 
 class FastAPIOverWSGI:
