@@ -310,6 +310,26 @@ def test_route_for_options_alone_is_open(framework: str) -> None:
     assert b"leave" in call(native, Case("preflight", "OPTIONS", "/other", PREFLIGHT)).body
 
 
+def test_routes_of_included_routers_are_looked_into() -> None:
+    """A router in a router counts by its own routes: for OPTIONS alone without a key, and in hints if open."""
+    native = make_app("fastapi", open_paths=["/outer/inner/shown", "/plain"])
+    outer, inner = fastapi.APIRouter(prefix="/outer"), fastapi.APIRouter(prefix="/inner")
+    inner.options("/opt")(lambda: "leave")
+    inner.get("/opt")(lambda: "secret")
+    inner.api_route("/both", methods=["GET", "OPTIONS"])(lambda: "secret")
+    inner.get("/shown")(lambda: "hello")
+    outer.options("/opt")(lambda: "leave")
+    outer.add_route("/plain", lambda request: fastapi.Response("hello"))
+    outer.include_router(inner)
+    native.include_router(outer)
+    for path in ("/outer/opt", "/outer/inner/opt"):
+        assert b"leave" in call(native, Case("leave", "OPTIONS", path)).body
+    for method, path in [("GET", "/outer/opt"), ("GET", "/outer/inner/opt"), ("OPTIONS", "/outer/inner/both")]:
+        assert call(native, Case("closed", method, path)).status == 401, (method, path)
+    for path, near in [("/outer/inner/shwn", "/outer/inner/shown"), ("/plan", "/plain")]:
+        assert f"did you mean '{near}'?" in call(native, Case("hint", "GET", path)).json["detail"]
+
+
 def test_without_keys_all_is_open(framework: str) -> None:
     """Where nobody needs a key, what is added needs none, and hints name it."""
     native = app.create_app(make_settings(framework=framework))

@@ -161,14 +161,17 @@ class AddedToFastAPI:
 
     def _find(self, scope: Any) -> Any:
         """Return the route that the router would take: the first that has path and method, or the path alone."""
-        partial = None
+        found: Any = None
         for route in self.router.routes:
             match, _ = route.matches(scope)
             if match.name == "FULL":
-                return route
-            if match.name == "PARTIAL" and partial is None:
-                partial = route
-        return partial
+                found = route
+                break
+            if match.name == "PARTIAL" and found is None:
+                found = route
+        while hasattr(found, "effective_route_contexts"):  # an included router: on to its own route
+            _, _, found, _ = found._match(scope)
+        return found
 
     def _is_low_priority(self, scope: Any) -> bool:
         """Return whether one of FastAPI's own kind of routes for files, which it asks last, has a path."""
@@ -178,9 +181,12 @@ class AddedToFastAPI:
     def paths(self) -> Iterator[str]:
         """Yield the paths of the user's routes that have no variables."""
         for route in self.router.routes:
-            path = getattr(route, "path", "")
-            if hasattr(route, "endpoint") and "{" not in path and route.endpoint is not self.endpoint:
-                yield path
+            is_router = hasattr(route, "effective_route_contexts")
+            for one in route.effective_route_contexts() if is_router else [route]:
+                one = getattr(one, "starlette_route", None) or one
+                path, endpoint = getattr(one, "path", ""), getattr(one, "endpoint", None)
+                if endpoint not in (None, self.endpoint) and "{" not in path:
+                    yield path
 
 
 async def visit_asgi(visit: Visit, app: Any, scope: Any, receive: Any, send: Any) -> None:
