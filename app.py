@@ -343,7 +343,7 @@ def build_flask(service: Service[Any]) -> flask.Flask:
 
     added = AddedToFlask(app, endpoint, view)
     service.added_paths = added.paths
-    app.extensions["serving"] = FlaskBinding(service, is_bare, added, is_ours, answers_alone)
+    app.extensions["serving"] = FlaskBinding(service, is_bare, added, answers_alone)
     return app
 
 

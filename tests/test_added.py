@@ -300,6 +300,20 @@ def test_route_in_front_of_ours_is_closed_too(framework: str) -> None:
     assert call(native, Case("ready", "GET", "/health/ready")).status == 200
 
 
+def test_open_route_in_front_of_ours_gets_its_body() -> None:
+    """A bridge asks for the key of the route that answers, not of the one behind it."""
+    native = make_app("fastapi", open_paths=["/*"])
+
+    @native.get("/openapi.json")
+    async def echo(request: fastapi.Request) -> Any:
+        return fastapi.Response(await request.body())
+
+    native.router.routes.insert(0, native.router.routes.pop())
+    case = Case("echo", "GET", "/openapi.json", body=b"mine")
+    for answer in (call(native, case), call_wsgi(app.as_wsgi(native), case)):
+        assert (answer.status, answer.body) == (200, b"mine")
+
+
 def test_route_for_options_alone_is_open(framework: str) -> None:
     """What a user has written for preflights answers them, and a view that takes OPTIONS among others does not."""
     native = make_app(framework)

@@ -1,6 +1,7 @@
 """What a user adds to a framework's app: it needs a key as the service does, gets our request id, and is logged.
 
-`matches` of the two classes tells whether a route of the user's answers a request. Neither imports its framework.
+The two classes have the same verbs: `answers` tells of a request that the framework has looked at whether it goes to
+what a user has added, and `has` tells it before; `paths` are those to suggest.
 """
 
 from __future__ import annotations

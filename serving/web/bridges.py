@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from serving.errors import InternalError, ServingError
+from serving.errors import InternalError, ServingError, Unauthorized
 from serving.web.added import AddedToFastAPI, AddedToFlask
 from serving.web.asgi import CLIENT_HAS_LEFT, ASGIEndpoint, asgi_request, linger
 from serving.web.messages import Request, make_request_id, write_detail
@@ -40,19 +40,21 @@ class Binding:
     added: AddedToFlask | AddedToFastAPI
 
     def lacks_key(self, request: Request) -> bool:
-        """Return whether a request to what a user has added brings a body, which is not to be read without a key."""
-        return request.announces_body and self.service.refusal(request) is not None and self.added.has(request)
+        """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
+        if not request.announces_body:
+            return False
+        as_ours = isinstance(self.service.judge_head(request), Unauthorized)
+        as_added = self.service.refusal(request) is not None
+        return (as_ours or as_added) and (as_added if self.added.has(request) else as_ours)
 
 
 @dataclass(frozen=True)
 class FlaskBinding(Binding):
     """A service behind a Flask.
 
-    Asked with a path and a method, `is_ours` tells whether Flask asks the service, and `answers_alone` whether the
-    service may answer alone, since Flask has nothing to do for it.
+    `answers_alone` tells of a path and a method whether the service may answer alone: Flask has nothing to do for it.
     """
 
-    is_ours: Callable[[str, str], bool]
     answers_alone: Callable[[str, str], bool]
 
 
@@ -110,8 +112,7 @@ class FlaskOverASGI:
         if self.binding.answers_alone(request.path, request.method):
             await self.endpoint.respond(request, receive, send)
             return
-        is_ours = self.binding.is_ours(request.path, request.method)
-        if (is_ours and self.service.lacks_key(request)) or self.binding.lacks_key(request):
+        if self.binding.lacks_key(request):
             request.body, send = b"", send_and_close(receive, send)
         body = await request.read_body(self.service.settings.limits.max_body_bytes, keeps=not self.binding.is_bare())
         if isinstance(body, ServingError):
@@ -151,7 +152,7 @@ class FastAPIOverWSGI:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         self.start()
         request = wsgi_request(environ, self._endpoint.batcher)
-        if self.service.lacks_key(request) or self.binding.lacks_key(request):
+        if self.binding.lacks_key(request):
             request.body, start_response = b"", start_and_close(start_response)
         keeps = not self.binding.is_bare() or self.service.takes_body(request)
         body = run_now(request.read_body(self.service.settings.limits.max_body_bytes, keeps))

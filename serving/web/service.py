@@ -343,10 +343,6 @@ class Service(Generic[S]):
         found = self.judge_head(request)
         return isinstance(found, Operation) and bool(found.media_types)
 
-    def lacks_key(self, request: Request) -> bool:
-        """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
-        return request.announces_body and isinstance(self.judge_head(request), Unauthorized)
-
     def refusal(self, request: Request, may_be_ours: bool = False) -> Unauthorized | None:
         """Return why a request to what a user has added is refused: its path is not open, and it has no key.
 
