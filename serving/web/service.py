@@ -281,7 +281,7 @@ class Service(Generic[S]):
             response = await self._answer(request, found)
             response.request_id = request_id
             if self.observers:
-                operation = self._operation_of(request)
+                operation = found if isinstance(found, Operation) else self._operation_of(request)
                 self.show(Exchange(request, response, operation, began, time.perf_counter() - began))
             return response
         finally:
@@ -365,8 +365,7 @@ class Service(Generic[S]):
         return not path.startswith(self._open_folders) or ".." in path.split("/")
 
     def _find(self, request: Request) -> Operation:
-        methods = self.routes.get(request.path, {})
-        operation = methods.get("GET" if request.method == "HEAD" else request.method)
+        operation = self._operation_of(request)
         if operation is None:
             allowed = self._allowed(request.path)
             detail = f"{shorten(request.method)} is not allowed on {request.path}; use one of {allowed}"
