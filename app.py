@@ -84,7 +84,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 
 CONCURRENCY = "WEB_CONCURRENCY"  # the variable with a platform's number of workers
-OPTIONS = "gunicorn's options"  # the source of a value
+GUNICORN_OPTIONS = "gunicorn's options"  # the source of a value
 RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
@@ -172,9 +172,9 @@ def load_settings(
     for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
         # A path of an option starts from the working directory, one of the settings from their file.
         value = str(Path(options[name]).absolute()) if name in ("certfile", "keyfile") else options[name]
-        settings = settings.with_value(("server", name), value, OPTIONS)
+        settings = settings.with_value(("server", name), value, GUNICORN_OPTIONS)
     if "loglevel" in options:
-        settings = settings.with_value(("logging", "level"), options["loglevel"], OPTIONS)
+        settings = settings.with_value(("logging", "level"), options["loglevel"], GUNICORN_OPTIONS)
     _refuse_own_paths(settings)
     return settings
 
