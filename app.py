@@ -5,14 +5,15 @@ how all of it becomes an app. How each part works stands in `serving/`; how guni
 
 The path of a request, the same under both frameworks:
 
-1. the framework's route, or a shortcut in front of its router, makes a `Request` of it;
+1. the framework's route, or a shortcut in front of its router, makes a `Request` of it; what a user has added is
+   answered by the framework, if `AddedToFlask` or `AddedToFastAPI` has seen its key;
 2. `Service.respond` gives it an id, finds its `Operation`, and reads its body up to the limit;
-3. the operation's endpoint, such as `predict_body`, turns bytes into rows by the `Contract`, and calls
+3. the operation's endpoint, such as `predict_body`, turns bytes into rows by the `Contract` (`read_rows`), and calls
    `Service.predict` with them as a `Job`;
-4. a batcher (`LoopBatcher` or `ThreadBatcher`) puts together the jobs that wait at the same moment, and
-   `BatchQueue.call` calls `Model.predict_rows`: `Arrays.of_rows` makes X of them, and `Predictor.ask` calls the
-   estimator's `predict_proba`, and `predict` where the probabilities do not decide. (A body over 64 kB becomes X by
-   `LongBody`, and goes to `Model.predict`.)
+4. a batcher (`LoopBatcher` or `ThreadBatcher`) keeps it waiting, `BatchQueue.take` chooses the jobs that share a call,
+   and `BatchQueue.call` calls `Model.predict_rows`: `Arrays.of_rows` makes X of them, and `Predictor.ask` calls the
+   estimator's `predict_proba`, and `predict` where the probabilities do not decide, or a graph in its place. (A body
+   over 64 kB becomes X by `LongBody`, and goes to `Model.predict`.)
 5. the endpoint writes the `Response`, which observers are shown and which goes back byte for byte the same.
 
 Run it with `gunicorn -c gunicorn.conf.py`, or while developing with `flask --app app run --debug` or
