@@ -44,7 +44,11 @@ UNKNOWN_PARTS = (
 )
 # Functions that estimators keep, and that compute: any other may open files.
 KNOWN_FUNCTIONS = (
-    *("sklearn.metrics.", "sklearn.feature_selection._univariate_selection.", "sklearn.feature_selection._mutual_info."),
+    *(
+        "sklearn.metrics.",
+        "sklearn.feature_selection._univariate_selection.",
+        "sklearn.feature_selection._mutual_info.",
+    ),
     *("sklearn.feature_extraction.text.strip_", "sklearn.preprocessing._data.", "sklearn.neighbors._kde."),
     *("sklearn.gaussian_process.kernels.", "sklearn.decomposition._fastica.", "sklearn.neural_network._base."),
     "sklearn.cluster._kmeans._kmeans_single_",
