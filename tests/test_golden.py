@@ -88,12 +88,16 @@ def changed(index: int, **change: Any) -> list[Any]:
         ({"predictions": changed(0, probabilities={"setosa": 0.97, "versicolor": 0.03, "virginica": 0})}, "row 0 with"),
         ({"predictions": GOLDEN["predictions"][1:]}, "which should have as many predictions as rows"),
         ({"rows": [{"sepal_length": 1}] * 15}, "row 0 has the features 'sepal_length'; it should have"),
-        ({"rows": [ROW | {"sepal_length": "long"}] * 15}, "fails on the rows of iris.golden.json: ValueError"),
+        (
+            {"rows": [ROW] * 14 + [ROW | {"sepal_length": "1"}]},
+            r"has iris.golden.json beside it, of which row 14 does not fit: 'sepal_length': Input should be",
+        ),
+        ({"rows": [ROW, ROW | {"sepal_width": None}] + [ROW] * 13}, "row 1 does not fit: 'sepal_width': Input should"),
         ({"rows": []}, "in which rows should have at least 1 item"),
         ({"versions": 3}, "in which versions should be a table of keys"),
         ({"more": 3}, "in which more should not be there"),
     ],
-    ids=["class", "keys", "number", "fewer", "row", "cell", "empty", "versions", "unknown"],
+    ids=["class", "keys", "number", "fewer", "row", "cell", "null", "empty", "versions", "unknown"],
 )
 def test_other_answer_is_refused(iris: Path, changes: dict[str, Any], message: str) -> None:
     """The first row that differs is named; a file that is not what it should be is refused with the place."""
@@ -185,9 +189,10 @@ def test_example_is_tried_where_there_are_no_golden_rows(tmp_path: Path) -> None
     [
         ({"features": {"a": {}, "b": {"ge": 5}}}, {"a": 1.5, "b": 6}),
         ({"features": {"x0": {"type": "int", "le": 0}}}, {"x0": 0, "x1": 6}),
+        ({"features": {"b": {"choices": [9]}, "a": {"le": 0}}}, {"b": 9, "a": 0}),
         ({"model": {"outputs": ["up", "down"]}}, {"x0": 1.5, "x1": 6}),
     ],
-    ids=["renamed", "narrowed", "outputs"],
+    ids=["renamed", "narrowed", "chosen", "outputs"],
 )
 def test_golden_rows_outlive_the_settings(tmp_path: Path, changes: dict[str, Any], row: dict[str, float]) -> None:
     """What the settings rename or narrow later is no matter: the rows are the estimator's own."""
@@ -197,6 +202,19 @@ def test_golden_rows_outlive_the_settings(tmp_path: Path, changes: dict[str, Any
     describe(tmp_path / "model.joblib", "--trust", "--golden", rows)
     native = serve_estimator(tmp_path / "model.joblib", estimator, **changes)
     assert call(native, post_case(row)).status == 200
+
+
+@pytest.mark.parametrize("cell", [None, "1", True])
+@pytest.mark.parametrize("features", [{}, {"a": {"ge": 5}, "b": {"ge": 5}}], ids=["plain", "narrowed"])
+def test_golden_row_that_no_request_may_be_is_refused(tmp_path: Path, cell: Any, features: dict[str, Any]) -> None:
+    """What the estimator does not take is no golden row, whatever it answers to that, and whatever the settings say."""
+    estimator = LogisticRegression().fit(pd.DataFrame({"a": [0.0, 1.0], "b": [1.0, 0.0]}), [0, 1])
+    rows = [{"a": 1.0, "b": 0.0}, {"a": 1.0, "b": cell}]
+    predictions = [{"prediction": 1, "probabilities": {"0": None, "1": None}}] * 2
+    write(tmp_path / "model.golden.json", {"versions": running_versions(), "rows": rows, "predictions": predictions})
+    message = r"has model.golden.json beside it, of which row 1 does not fit: 'b': Input should be a valid number$"
+    with pytest.raises(ModelError, match=message):
+        serve_estimator(tmp_path / "model.joblib", estimator, features=features)
 
 
 def test_golden_rows_go_by_name(tmp_path: Path) -> None:

@@ -148,11 +148,23 @@ class Model:
 
     @functools.cached_property
     def known_rows(self) -> Rows:
-        """The golden rows, checked as a request's where they fit, or without them the contract's example."""
+        """The golden rows, checked as a request's, or without them the contract's example.
+
+        Rows that only the settings refuse are taken as they are. Raises `ModelError` for others that do not fit.
+        """
         if self.golden is None:
             return [self.contract.example]
         rows = [self._rename(row, index) for index, row in enumerate(self.golden.rows)]
-        return self.contract.check(rows) or rows
+        checked = self.contract.check(rows)
+        if checked is not None:
+            return checked
+        ordered = {name: rows[0][name] for name in self.contract.names}
+        widest = Contract(self.contract.inputs, _without_limits(self.contract), ordered)
+        for problem in widest.find_problems(rows):
+            index, *names = problem["loc"][1:]
+            where = f"row {index} does not fit: {listed(names)}: {problem['msg']}"
+            raise ModelError(f"has {self.golden_file} beside it, of which {where}")
+        return rows
 
     @property
     def golden_file(self) -> str:
@@ -199,6 +211,18 @@ class Model:
         """Answer the known rows, and the example of the API's description, before the first request does."""
         self.answer(self.known_rows, "its known rows")
         self.answer_example()
+
+
+def _without_limits(contract: Contract) -> dict[str, FeatureSettings]:
+    """Return features without what the settings may have narrowed: bounds, choices, and whole numbers."""
+    features: dict[str, FeatureSettings] = {}
+    for name, feature in contract.features.items():
+        column = contract.columns[name]
+        said = column.type if column else None
+        kind = "float" if feature.type == "int" else feature.type
+        missing = feature.missing or bool(column and column.missing)
+        features[name] = FeatureSettings(type=None if said else kind, missing=missing)
+    return features
 
 
 def load_model(
