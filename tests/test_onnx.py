@@ -1,7 +1,6 @@
 """ONNX Runtime in scikit-learn's place: the same answers, or none."""
 
 import copy
-import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,19 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import pandas as pd
 import pytest
-from catboost import CatBoostClassifier, CatBoostRegressor
-from lightgbm import LGBMClassifier, LGBMRegressor
-from onnxmltools import convert_lightgbm, convert_xgboost
-from onnxmltools.convert.common.data_types import FloatTensorType as BoostingFloats
+from catboost import CatBoostClassifier
 from skl2onnx import to_onnx
 from skl2onnx.common.data_types import FloatTensorType
-from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.compose import TransformedTargetRegressor, make_column_transformer
-from sklearn.datasets import load_diabetes, load_iris
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import (
@@ -37,7 +30,6 @@ from sklearn.ensemble import (
     RandomForestRegressor,
     StackingClassifier,
     VotingClassifier,
-    VotingRegressor,
 )
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -62,52 +54,36 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import SVC, SVR, LinearSVC, OneClassSVM
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
-from xgboost import XGBClassifier, XGBRegressor
 
 import app
 from model.describe import main
 from serving.errors import ModelError
-from serving.logs import configure_logging
-from serving.predictor.golden import TOLERANCE_OF_FLOAT32, Golden, Tolerance, is_close, running_versions, sizes_of
+from serving.predictor.golden import TOLERANCE_OF_FLOAT32, Tolerance, is_close, running_versions, sizes_of
 from serving.predictor.onnx_runtime import find_disagreement
 from serving.predictor.predictor import Predictor
-from serving.web.service import Service
 from tests.lib.apps import answers_of, call, make_settings, serve_estimator
-from tests.lib.artifacts import save, to_graph, variables
+from tests.lib.artifacts import to_graph
 from tests.lib.clients import post_case
+from tests.lib.graphs import (
+    CAT,
+    NAMES,
+    NUMBERS,
+    ROWS,
+    TABLE,
+    TARGET,
+    WIDE,
+    X,
+    agree,
+    make_beside,
+    prove_graph,
+    proven,
+    y,
+)
 from tests.lib.servers import PROJECT, Starter, gunicorn_environment, run
 from tests.lib.sizes import each_combination, each_worker
 
-X, y = load_iris(return_X_y=True)
-NAMES = np.array(["setosa", "versicolor", "virginica"])[y]
 GAPS = np.where(np.arange(X.size).reshape(X.shape) % 7, X, np.nan)
-NUMBERS, TARGET = load_diabetes(return_X_y=True)
-ROWS = [{f"x{column}": value for column, value in enumerate(row)} for row in X.tolist()]
 ONNX = {"model": {"runtime": "onnx"}}
-
-LGBM = {"n_estimators": 8, "n_jobs": 1, "verbosity": -1}
-XGB = {"n_estimators": 8, "n_jobs": 1}
-CAT = {"iterations": 8, "thread_count": 1, "verbose": 0, "allow_writing_files": False}
-
-
-def proven(path: Path, estimator: Any, features: Any = None, row: Any = None) -> Service[Any]:
-    """Return the service of an estimator in ONNX Runtime, proven with a golden row if there is one."""
-    model = save(estimator, path) | {"runtime": "onnx"}
-    settings = make_settings(model=model, features=features or {})
-    loaded = app.load(settings)
-    if row is not None:
-        answers = loaded.answer([row], "the golden row")
-        loaded = dataclasses.replace(loaded, golden=Golden(versions={}, rows=[row], predictions=answers))
-    service = app.make_service(settings, loaded)
-    assert service.model.predictor.graph is not None
-    return service
-
-
-def agree(service: Service[Any], X: Any) -> bool:
-    """Whether both runtimes answer X alike."""
-    assert service.model.predictor.graph is not None
-    expected = Predictor(service.model.predictor.estimator).ask(X)
-    return find_disagreement(service.model.predictor, X, expected) is None
 
 
 @pytest.mark.parametrize("labels", [NAMES, y, y - 1, y == 1], ids=["str", "int", "negative", "bool"])
@@ -198,9 +174,6 @@ def test_missing_values_are_answered_as_in_sklearn(tmp_path: Path, estimator: An
     assert agree(service, GAPS)
 
 
-TABLE = pd.DataFrame({"island": np.where(y, "Dream", "Biscoe"), "mass": X[:, 2] * 1000, "depth": X[:, 3], "year": y})
-
-
 @pytest.mark.parametrize(
     "last",
     [LogisticRegression(), RandomForestClassifier(n_estimators=10, random_state=0), HistGradientBoostingClassifier()],
@@ -240,20 +213,6 @@ def test_rows_beside_a_threshold_go_the_same_way(tmp_path: Path, estimator: Any)
     """A number on a threshold of a tree, or next to it in float32 or float64, is on the same side in both runtimes."""
     service = proven(tmp_path / "model.joblib", estimator.fit(X, y), row=ROWS[0])
     assert agree(service, make_beside(thresholds_of(estimator), X))
-
-
-def make_beside(thresholds: list[tuple[int, float]], X: Any) -> Any:
-    """Return rows with a number on each threshold, and on both sides of it."""
-    rows = []
-    for feature, threshold in thresholds:
-        near = np.float32(threshold)
-        below, above = (float(np.nextafter(near, np.float32(end))) for end in (-np.inf, np.inf))
-        beside = [np.nextafter(threshold, -np.inf), np.nextafter(threshold, np.inf), threshold - 1e-9, threshold + 1e-9]
-        for value in (threshold, float(near), below, above, *beside):
-            rows.append(X[len(rows) % len(X)].copy())
-            rows[-1][feature] = value
-    assert len(rows) > 100
-    return np.array(rows)
 
 
 @pytest.mark.parametrize("framework", app.FRAMEWORKS)
@@ -339,119 +298,6 @@ def test_votes_are_counted_as_in_sklearn(tmp_path: Path, voting: Any) -> None:
     service = proven(tmp_path / "model.joblib", estimator, row=ROWS[0])
     assert agree(service, X)
     assert service.model.predictor.estimator.steps[-1][1].flatten_transform is True
-
-
-@pytest.mark.parametrize("labels", [NAMES, y == 1], ids=["str", "bool"])
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        LGBMClassifier(**LGBM),
-        XGBClassifier(**XGB),
-        CatBoostClassifier(**CAT),
-        make_pipeline(StandardScaler(), LGBMClassifier(**LGBM)),
-        make_pipeline(StandardScaler(), XGBClassifier(**XGB)),
-        make_pipeline(StandardScaler(), CatBoostClassifier(**CAT)),
-        CalibratedClassifierCV(LGBMClassifier(**LGBM), cv=2),
-        CalibratedClassifierCV(XGBClassifier(**XGB), cv=2),
-        VotingClassifier([("l", LGBMClassifier(**LGBM)), ("x", XGBClassifier(**XGB)), ("n", GaussianNB())]),
-        VotingClassifier([("l", LGBMClassifier(**LGBM)), ("x", XGBClassifier(**XGB))], voting="soft"),
-        StackingClassifier([("l", LGBMClassifier(**LGBM)), ("x", XGBClassifier(**XGB))], LogisticRegression()),
-    ],
-    ids=[
-        *("lightgbm", "xgboost", "catboost", "lightgbm-last", "xgboost-last", "catboost-last"),
-        *("lightgbm-calibrated", "xgboost-calibrated", "hard", "soft", "stacked"),
-    ],
-)
-def test_boosting_answers_as_itself(tmp_path: Path, estimator: Any, labels: Any) -> None:
-    """Classifiers of other libraries are converted wherever they are, with classes of whatever type they take."""
-    parts = str(estimator)
-    if "XGB" in parts and labels is NAMES and not hasattr(estimator, "voting") and "Stacking" not in parts:
-        labels = np.where(y == 0, 0, 1)  # it takes no texts by itself
-    if "CatBoost" in parts and labels.dtype == bool:
-        labels = np.where(y > 0, "yes", "no")  # booleans it does not export
-    estimator = clone(estimator).fit(X, labels)
-    service = proven(tmp_path / "model.joblib", estimator, row=ROWS[0])
-    assert agree(service, X)
-    predictions = [answer["prediction"] for answer in answers_of(service.model.predictor, X)]
-    assert predictions == estimator.predict(X).ravel().tolist()
-
-
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        LGBMRegressor(**LGBM),
-        LGBMRegressor(objective="poisson", **LGBM),
-        XGBRegressor(**XGB),
-        CatBoostRegressor(**CAT),
-        VotingRegressor([("l", LGBMRegressor(**LGBM)), ("x", XGBRegressor(**XGB))]),
-    ],
-    ids=["lightgbm", "poisson", "xgboost", "catboost", "voting"],
-)
-def test_boosted_number_is_as_itself(tmp_path: Path, estimator: Any) -> None:
-    """Regressors of other libraries are converted too."""
-    assert agree(proven(tmp_path / "model.joblib", estimator.fit(NUMBERS, TARGET)), NUMBERS)
-
-
-@pytest.mark.parametrize("last", [LGBMClassifier(**LGBM), XGBClassifier(**XGB), CatBoostClassifier(**CAT)])
-def test_boosting_of_tables_answers_as_itself(tmp_path: Path, last: Any) -> None:
-    """Names of columns are no obstacle, behind a ColumnTransformer or alone."""
-    columns = make_column_transformer((OneHotEncoder(), ["island"]), (StandardScaler(), ["mass", "depth"]))
-    row = {"island": "Dream", "mass": 4700.0, "depth": 1.5}
-    service = proven(tmp_path / "model.joblib", make_pipeline(columns, last).fit(TABLE, y), row=row)
-    assert agree(service, TABLE)
-    numbers = TABLE[["mass", "depth"]]
-    alone = clone(last).fit(numbers, y)
-    service = proven(tmp_path / "model.joblib", alone, row={"mass": 4700.0, "depth": 1.5})
-    assert agree(service, numbers)
-
-
-def borders_of(estimator: Any) -> list[tuple[int, float]]:
-    """Return the thresholds of LightGBM, XGBoost or CatBoost, with the feature of each."""
-    if isinstance(estimator, CatBoostClassifier):
-        return [(feature, value) for feature, values in estimator.get_borders().items() for value in values]
-    is_light = isinstance(estimator, LGBMClassifier)
-    table = (estimator.booster_ if is_light else estimator.get_booster()).trees_to_dataframe()
-    pairs = zip(
-        table["split_feature" if is_light else "Feature"], table["threshold" if is_light else "Split"], strict=True
-    )
-    return [(int(name[-1]), value) for name, value in pairs if value == value]
-
-
-@pytest.mark.parametrize("estimator", [LGBMClassifier(**LGBM), XGBClassifier(**XGB), CatBoostClassifier(**CAT)])
-def test_rows_beside_a_border_go_the_same_way(tmp_path: Path, estimator: Any) -> None:
-    """LightGBM compares in float64, the others in float32, and so does what they are converted to."""
-    points = np.random.default_rng(0).normal(size=(300, 4))
-    estimator = clone(estimator).fit(points, (points[:, 0] + points[:, 1] > 0).astype(int))
-    assert agree(proven(tmp_path / "model.joblib", estimator, row=ROWS[0]), make_beside(borders_of(estimator), points))
-
-
-@pytest.mark.parametrize("library", ["lightgbm", "xgboost", "catboost"])
-@pytest.mark.parametrize("labels", [NAMES, np.where(y > 0, "yes", "no"), y, y + 5], ids=["str", "two", "int", "five"])
-def test_file_of_each_library_is_served(tmp_path: Path, library: str, labels: Any) -> None:
-    """What exporters write by default has maps of scores: their names of classes are kept."""
-    path, types = tmp_path / "model.onnx", [("X", BoostingFloats([None, 4]))]
-    if library == "lightgbm":
-        estimator: Any = LGBMClassifier(**LGBM).fit(X, labels)
-        path.write_bytes(convert_lightgbm(estimator, initial_types=types).SerializeToString())
-    elif library == "xgboost":
-        estimator = XGBClassifier(**XGB).fit(X, np.unique(labels, return_inverse=True)[1])
-        path.write_bytes(convert_xgboost(estimator, initial_types=types).SerializeToString())
-    else:
-        estimator = CatBoostClassifier(**CAT).fit(X, labels)
-        estimator.save_model(path, format="onnx")
-    answers = answers_of(prove_graph(path, path.read_bytes()).model.predictor, WIDE)
-    expected = answers_of(Predictor(estimator), WIDE)
-    assert all(map(is_close, answers, expected, [1.0] * len(WIDE), [TOLERANCE_OF_FLOAT32] * len(WIDE)))
-
-
-def test_missing_package_of_boosting_is_named(tmp_path: Path) -> None:
-    """Only what asks for it needs it, and then the message names the file to install."""
-    model = variables(save(LGBMClassifier(**LGBM).fit(X, y), tmp_path / "model.joblib"))
-    code = "import sys; sys.modules['onnxmltools'] = None; import app; app.create_app()"
-    changes = {"SERVING_MODEL__RUNTIME": "onnx", "SERVING_SETTINGS": "/dev/null", **model}
-    done = run(["python", "-c", code], **changes)
-    assert "needs onnxmltools to run in ONNX Runtime" in done.stderr
-    assert "pip install -r requirements-onnx-boosting.txt" in done.stderr
 
 
 @pytest.mark.parametrize("row", [None, {"x0": 0.0, "x1": 0.0}], ids=["example", "golden"])
@@ -575,14 +421,6 @@ def test_graph_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [answer["prediction"] for answer in golden["predictions"]] == [0, 0]
 
 
-def prove_graph(path: Path, graph: bytes) -> Service[Any]:
-    """Return the service of an .onnx file, proven."""
-    path.write_bytes(graph)
-    settings = make_settings(model={"path": str(path), "sha256": ""}, features={}, logging={"format": "json"})
-    configure_logging(settings.logging)
-    return app.make_service(settings)
-
-
 def export(estimator: Any, types: Any = None, **options: Any) -> bytes:
     """Convert an estimator of four features as its owner would, with the options of its converter."""
     types = types or [("X", FloatTensorType([None, 4]))]
@@ -592,9 +430,6 @@ def export(estimator: Any, types: Any = None, **options: Any) -> bytes:
 
 
 OPSETS = {"": 18, "ai.onnx.ml": 3}
-WIDE = (
-    (X.mean(axis=0) + np.random.default_rng(0).normal(0, 2, (400, 4)) * X.std(axis=0)).astype(np.float32).astype(float)
-)
 BOTH = np.where(y > 0, "yes", "no")
 VOTERS = [("a", LogisticRegression(max_iter=1000)), ("b", GaussianNB()), ("c", DecisionTreeClassifier(random_state=0))]
 
