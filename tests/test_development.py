@@ -54,10 +54,12 @@ def test_command_reloads(serve: Starter, project: Path, free_port: int, command:
         ("uvicorn app:app --reload --port {port}", "fastapi"),
     ],
 )
-def test_command_reloads_settings(serve: Starter, file: Path, free_port: int, command: str, framework: str) -> None:
+def test_command_reloads_settings(
+    serve: Starter, project: Path, file: Path, free_port: int, command: str, framework: str
+) -> None:
     """A change of the settings in force counts without a restart: a mistake is named, and what is mended is served."""
     edit(file, ('framework = "fastapi"', f'framework = "{framework}"'))
-    server = serve(command.format(port=free_port), PROJECT, free_port, SERVING_SETTINGS=str(file))
+    server = serve(command.format(port=free_port), project, free_port, SERVING_SETTINGS=str(file))
     edit(file, ('name = "iris"', 'name = "li ly"'))
     wait_until(lambda: "SettingsError: settings.toml: model.name is 'li ly'" in server.text, "the mistake to be named")
     edit(file, ('name = "li ly"', 'name = "rose"'))
