@@ -323,11 +323,9 @@ def test_number_near_zero_is_no_disagreement(tmp_path: Path, kind: str, row: Any
     assert agree(service, points)
 
 
-@pytest.mark.parametrize("kind", [LinearRegression, RidgeClassifier])
-def test_disagreement_in_an_output_is_not_hidden_by_a_larger_one(kind: Any) -> None:
-    """Each output, and the scores of each, have a size of their own."""
-    target = np.column_stack([X[:, 0], X[:, 1]])
-    right = kind().fit(X, target > np.median(target, axis=0) if kind is RidgeClassifier else target)
+def test_disagreement_in_an_output_is_not_hidden_by_a_larger_one() -> None:
+    """Each output has a size of its own."""
+    right = LinearRegression().fit(X, X[:, :2])
     right.coef_ = right.coef_ * [[1e9], [1.0]]
     wrong = copy.deepcopy(right)
     wrong.coef_ = right.coef_ * [[1.0], [1.1]]
