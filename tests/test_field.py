@@ -21,6 +21,7 @@ def build(case: ModelCase, folder: Path, framework: str) -> Any:
     return app.create_app(make_settings(framework=framework, model=model, **({"features": {}} | tables)))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
 def test_model_from_the_field(tmp_path: Path, framework: str, case: ModelCase) -> None:
     """A model is served as its owner expects, or refused in words that lead on."""

@@ -86,6 +86,7 @@ GAPS = np.where(np.arange(X.size).reshape(X.shape) % 7, X, np.nan)
 ONNX = {"model": {"runtime": "onnx"}}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("labels", [NAMES, y, y - 1, y == 1], ids=["str", "int", "negative", "bool"])
 @pytest.mark.parametrize(
     "estimator",

@@ -44,6 +44,7 @@ LGBM = {"n_estimators": 8, "n_jobs": 1, "verbosity": -1}
 XGB = {"n_estimators": 8, "n_jobs": 1}
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("labels", [NAMES, y == 1], ids=["str", "bool"])
 @pytest.mark.parametrize(
     "estimator",

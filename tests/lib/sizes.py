@@ -10,7 +10,7 @@ import pytest
 from tests.lib.servers import COMBINATIONS
 
 T = TypeVar("T")
-CROSSED = {"framework", "combination", "patient"}  # parameters that stand for who serves
+CROSSED = {"framework", "combination", "patient", "labels"}  # parameters that stand for who serves, or what any may say
 TWINS = [("fastapi", "uvicorn"), ("flask", "gevent")]  # each framework on the worker made for it
 is_full = False  # set by --full, before tests are collected
 
@@ -36,7 +36,7 @@ def share(cases: Sequence[T], combination: tuple[str, str]) -> Sequence[T]:
 
 
 def take_turns(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Leave each case of tests marked `in_turn` to one framework or combination, and return what is left out.
+    """Leave each case of tests marked `in_turn` to one of what is crossed with it, and return what is left out.
 
     Which one does not depend on what else is collected, so that a case that fails among all is there in its file alone.
     """
