@@ -24,6 +24,7 @@ MAX_VALUES = 65_536  # values of a row besides one for each feature: more are no
 ARRAY = re.compile(rb"[ \t\r\n]*\[")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 PLACE = re.compile(r"at line (\d+) column (\d+)$")  # of an error, as jiter names it
+NO_NUMBER = re.compile(rb"\W{0,2}(NaN|Infinity)")  # as Python writes them
 QUOTE, COMMA = b'",'
 LEVELS = np.zeros(256, np.int8)  # by how many levels a byte outside of strings leads on
 LEVELS[[*b"[{"]], LEVELS[[*b"]}"]] = 1, -1
@@ -52,7 +53,20 @@ def parse_json(body: Any, relocate: Callable[[str], str] = str) -> Any:
     try:
         return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
     except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {shorten(relocate(str(error)))}") from None
+        raise BadRequest(f"the body is not JSON: {shorten(relocate(str(error)))}{_cure(body, str(error))}") from None
+
+
+def _cure(body: bytes, error: str) -> str:
+    """Return what to do about a mistake that clients of some kinds make, to follow jiter's error."""
+    if body.startswith(b"\xef\xbb\xbf"):
+        return "; leave out the byte order mark"
+    if b"\0" in body[:4]:
+        return "; encode it as UTF-8"
+    if (place := PLACE.search(error)) is not None:
+        line = body.split(b"\n", int(place[1]))[int(place[1]) - 1]
+        if NO_NUMBER.match(line, max(0, int(place[2]) - 2)):
+            return "; a value that is missing is null"
+    return ""
 
 
 @contextlib.contextmanager
