@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from serving.settings import OtherNames, PathText, SettingsTable
 
@@ -20,7 +20,11 @@ def _check_address(address: str) -> str:
     return address
 
 
-Address = Annotated[str, AfterValidator(_check_address)]
+def _as_text(address: Any) -> Any:
+    return str(address) if isinstance(address, int) else address
+
+
+Address = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_address)]
 
 
 class ServerSettings(SettingsTable):

@@ -289,6 +289,7 @@ VARIABLES = [
     ("empty-name-of-a-row", "SERVING_FEATURES____GE", "1", ["SERVING_FEATURES____GE is not a setting; write SERVING"]),
     ("empty-name-in-json", "SERVING_FEATURES", '{"": {"ge": 1}}', ["environment: SERVING_FEATURES", "an empty name"]),
     ("keys-as-table", "SERVING_AUTH__API_KEYS", '{"a": 1}', ["** (a table); it should be a list"]),
+    ("port-alone", "SERVING_SERVER__BIND", "8000", ["SERVING_SERVER__BIND is 8000; it should be 'host:port' or"]),
     ("port-of-a-person", "SERVING_PORT", "8000", ["SERVING_PORT is not a setting", "'SERVING_SERVER__BIND'"]),
     ("host-of-a-person", "SERVING_SERVER__HOST", "::", ["SERVING_SERVER__HOST is not", "'SERVING_SERVER__BIND'"]),
     ("key-like-a-service", "SERVING_SERVER__SERVICE_PORT", "80", ["SERVICE_PORT is not a setting", "SERVER__BIND"]),
