@@ -81,7 +81,11 @@ def describe(path: Path, trust: bool, golden: Path | None) -> None:
     rows = read_rows(golden) if golden else known.rows if known else []
     inputs = read_inputs(estimator, [*settings.features, *(rows[0] if rows else ())])
     own = choose_settings(settings, path, inputs)
-    columns = name_columns(inputs, own.features, dict.fromkeys(name for row in rows for name in row))
+    try:
+        columns = name_columns(inputs, own.features, dict.fromkeys(name for row in rows for name in row))
+    except ModelError as error:
+        rule = f"those of {settings.source('features')} count only for the artifact that model.path names there"
+        raise ModelError(f"{error}; {rule}" if settings.features and not own.features else str(error)) from None
     rows = [{name: cell for name, cell in row.items() if columns.get(name, Column()) is not None} for row in rows]
     features = complete(columns, own.features, rows)
     with own.locate():

@@ -41,7 +41,7 @@ UVICORN = "server.worker_class = 'uvicorn'"
 INSTALL = "run pip install 'gunicorn[gevent]', as requirements.txt has it"
 PATCHED = (
     "without gevent it does not: gevent patches Python's standard library after the model's code was loaded, and "
-    f"starts no program in a thread; set {UVICORN}, or import what it needs in the function that needs it"
+    f"starts no program in a thread; set {UVICORN}, or have names of the library imported where they are used"
 )
 PERHAPS_PATCHED = f"gevent, which patches Python's standard library, may be why; see whether it starts with {UVICORN}"
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import lzma
 import pickle
+import subprocess
 import sys
 import types
 import zipfile
@@ -190,6 +191,14 @@ def test_missing_module_is_told(tmp_path: Path, module: str, message: str) -> No
     assert refusal_of(tmp_path / "m.pkl", naming(module)).startswith(expected)
     for name in ("empty", "raises"):
         sys.modules.pop(name, None)
+
+
+def test_class_of_a_notebook_is_told_by_describe(tmp_path: Path) -> None:
+    """`python -m model.describe`, which is `__main__` itself then, says the same as a server."""
+    (tmp_path / "m.pkl").write_bytes(naming("__main__"))
+    words = [sys.executable, "-m", "model.describe", str(tmp_path / "m.pkl"), "--trust"]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+    assert "needs 'Step', which a notebook or a script has defined; move it to a module" in done.stderr
 
 
 @pytest.mark.parametrize(

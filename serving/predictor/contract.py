@@ -48,7 +48,9 @@ class Contract:
         self.inputs = inputs
         self.columns = columns  # those that the estimator drops too
         self.names = list(used)
-        self.features = _complete_features(used, given, row or {})
+        row = row or {}
+        self.untyped = {name for name in used if name not in row and (name not in given or given[name].type is None)}
+        self.features = _complete_features(used, given, row)
         self.nullable = [name for name, feature in self.features.items() if feature.missing]
         row_schema = _row_schema(self.features)
         self.row = SchemaValidator(row_schema)

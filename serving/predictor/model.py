@@ -124,7 +124,8 @@ class Model:
             raise
         except Exception as error:  # what an estimator raises has no bounds
             if is_fault_of_code(error, rows):
-                problem = f"has code that fails on {what}: {tell(error)}{self._misfit}{self._guesses}"
+                texts = self._texts if "categor" in str(error) else ""
+                problem = f"has code that fails on {what}: {tell(error)}{self._misfit}{self._guesses}{texts}"
                 raise EstimatorError(problem) from error
             raise EstimatorError(f"fails on {what}{hint}: {tell(error)}{self._misfit}") from error
 
@@ -132,19 +133,29 @@ class Model:
     def _misfit(self) -> str:
         return find_misfit(self.path)
 
-    @property
+    @functools.cached_property
     def _guesses(self) -> str:
         """The features that are taken for numbers because nothing says what they are, for a message."""
         columns, features = self.contract.columns, self.contract.features
         numbers = [name for name, feature in features.items() if (feature.type, feature.example) == ("float", None)]
         guesses = [name for name in numbers if (column := columns[name]) and column.type is None]
-        what = "numbers" if guesses[1:] else "a number"
-        are = "are" if guesses[1:] else "is"
+        guesses = [name for name in guesses if name in self.contract.untyped]
+        what, are = ("numbers", "are") if guesses[1:] else ("a number", "is")
         return f"; {listed(guesses)} {are} taken for {what}, and other types go into [features]" if guesses else ""
+
+    @functools.cached_property
+    def _texts(self) -> str:
+        """The texts that might be categories to code of the user's, for a message."""
+        features = self.contract.features
+        texts = [name for name, feature in features.items() if (feature.type, feature.choices) == ("str", None)]
+        what, are = ("texts", "are") if texts[1:] else ("a text", "is")
+        return f"; {listed(texts)} {are} {what}: with choices in [features], categories" if texts else ""
 
     def without_hints(self, problem: str) -> str:
         """Return a message of `answer` without what it says of rows and types, which are not to blame."""
-        return problem.replace(self._example_hint, "").replace(self._guesses, "")
+        for hint in (self._example_hint, self._guesses, self._texts):
+            problem = problem.replace(hint, "")
+        return problem
 
     @functools.cached_property
     def known_rows(self) -> Rows:

@@ -133,7 +133,11 @@ def _find_missing(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error.obj, types.ModuleType):
         return error.obj.__name__, str(error.name)
     match = re.match(r"Can't get attribute '([^']+)' on <module '([^']+)'", str(error))
-    return (match[2], match[1]) if match else None
+    if match is None:
+        return None
+    # Python shows a module that `python -m` runs by another name than it has.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return "__main__" if spec is not None and spec.name == match[2] else match[2], match[1]
 
 
 def _find_failing(error: BaseException) -> tuple[str | None, str]:

@@ -115,6 +115,8 @@ def find_way(model: Model, answer: Callable[[Model], Any]) -> int:
     for position, way in enumerate(model.ways):
         try:
             with warnings.catch_warnings():
+                if position:  # which nobody has asked for
+                    warnings.simplefilter("ignore")
                 warnings.filterwarnings("error", NAMES_DIFFER)
                 answer(model.asked(position))
             return position

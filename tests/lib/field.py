@@ -477,6 +477,12 @@ MODELS = [
         refused="given a DataFrame instead: KeyError: 'weight' (in ByName.transform, ",
         settings={"features": {"size": {}, "mass": {}}},
     ),
+    ModelCase(
+        "step-that-wants-categories",
+        lambda: step(CATEGORIES, steps.Codes()),
+        refused="; 'city' is a text: with choices in [features], categories",
+        settings=TEXT,
+    ),
     ModelCase("selector-that-selects-nothing", fit_no_texts, {"size": 2, "weight": 1}, 2),
     in_onnx("lightgbm", lambda: LGBMClassifier(verbosity=-1, n_jobs=1).fit(NUMBERS, WORDS), ["high", "low"]),
     in_onnx("xgboost", lambda: XGBClassifier(n_jobs=1).fit(NUMBERS, NUMBERS[:, 0] > 0), [1, 0]),
