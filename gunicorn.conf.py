@@ -44,6 +44,7 @@ logger_class = hooks.GunicornLogger
 
 on_starting = hooks.on_starting  # the arbiter becomes a `Master`, whose reload is a transaction
 when_ready = hooks.when_ready
+pre_fork = hooks.pre_fork
 post_fork = hooks.post_fork
 post_worker_init = hooks.post_worker_init
 child_exit = hooks.child_exit

@@ -91,13 +91,18 @@ def when_ready(server: Master) -> None:
     server.announce()
 
 
+def pre_fork(server: Master, worker: Any) -> None:
+    """Note when a worker's start must be over. It does not do that itself: it may hang at its first step, and the time
+    of a new file, by another clock, is never over."""
+    give_time(worker.tmp, server.start_timeout_s)
+
+
 def post_fork(server: Master, worker: Any) -> None:
     """Prepare a worker. A signal that came while it was forked, as `Master.spawn_worker` tells, ends it here."""
     gc.freeze()  # or the collector would write to all that is shared with the master
     worker.handshake, worker.service = server.handshake, server.service
     server.reload_.drop_previous()
     allow_files()
-    give_time(worker.tmp, server.start_timeout_s)
     for number in worker.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, worker.SIGNALS)

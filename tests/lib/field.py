@@ -495,6 +495,6 @@ MODELS = [
     refused("old-tree", fit_old_tree, "was made with another scikit-learn (of an unknown version), here"),
     refused("old-module", lambda: pickle_of("sklearn.ensemble.forest"), "was made with another scikit-learn"),
     refused("notebook", lambda: pickle_of("__main__"), "needs 'Step', which a notebook or a script has defined"),
-    refused("no-module", lambda: pickle_of("mine"), "needs the module 'mine', which is neither installed, nor"),
+    refused("no-module", lambda: pickle_of("nowhere"), "needs the module 'nowhere', which is neither installed, nor"),
     refused("own-module", lambda: pickle_of("serving"), "'serving' is the service's own here; give yours another"),
 ]
