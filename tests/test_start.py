@@ -272,7 +272,7 @@ def test_hup_comes_too_late_for_gevent(serve: Starter, tmp_path: Path) -> None:
     server.stop()
 
 
-BLAME = "; without gevent it does not: gevent patches .* server.worker_class = 'uvicorn', or import what "
+BLAME = "; without gevent it does not: gevent patches .* server.worker_class = 'uvicorn', or have names of "
 PATCHED = {
     "fails": (Starting(True), rf"TypeError: .*{BLAME}"),
     "fails in a thread": (Starting(False), rf"fails on a known row in a thread: TypeError: .*{BLAME}"),
