@@ -180,7 +180,7 @@ def test_example_is_tried_where_there_are_no_golden_rows(tmp_path: Path) -> None
     features = {name: {"example": 0.0} for name in ROW}
     with pytest.raises(ModelError, match="fails on its example row: ValueError"):
         serve_estimator(tmp_path / "model.joblib", estimator, features=features)
-    with pytest.raises(ModelError, match="of which 'x0', 'x1', 'x2', 'x3' is made up; give examples in"):
+    with pytest.raises(ModelError, match="of which 'x0', 'x1', 'x2', 'x3' are made up; give examples in"):
         serve_estimator(tmp_path / "model.joblib", estimator)
 
 

@@ -209,8 +209,10 @@ class Model:
 
     @property
     def _example_hint(self) -> str:
-        made_up = listed([name for name, feature in self.contract.features.items() if feature.example is None])
-        return f", of which {made_up} is made up; give examples in [features], or golden rows" if made_up else ""
+        made_up = [name for name, feature in self.contract.features.items() if feature.example is None]
+        are = "are" if made_up[1:] else "is"
+        cure = "give examples in [features], or golden rows"
+        return f", of which {listed(made_up)} {are} made up; {cure}" if made_up else ""
 
     def note_python(self) -> None:
         """Log whether the golden rows are of another Python. Answers do not depend on it, so it is no warning."""
