@@ -462,7 +462,7 @@ MODELS = [
     ModelCase(
         "text-that-a-step-does-not-know",
         lambda: step(TEXTS, steps.LookedUp()),
-        refused="fails on its example row, of which 'city', 'size' is made up; give examples in [features], or golden",
+        refused="fails on its example row, of which 'city', 'size' are made up; give examples in [features], or golden",
         settings=TEXT,
     ),
     ModelCase(
