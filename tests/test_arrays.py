@@ -21,7 +21,7 @@ from werkzeug.test import EnvironBuilder
 import app
 from serving.errors import BadRequest, ContentTooLarge, ServingError, Unprocessable
 from serving.predictor.arrays import Arrays
-from serving.predictor.bodies import PART_BYTES, QUICK_BYTES, LongBody, cut_array, read_rows
+from serving.predictor.bodies import PART_BYTES, QUICK_BYTES, LongBody, cut_array, parse_json, read_rows
 from serving.predictor.contract import Contract
 from serving.predictor.golden import is_close
 from serving.predictor.inputs import read_inputs
@@ -335,3 +335,14 @@ def test_long_body_is_read_as_a_short_one(is_mixed: bool) -> None:
         assert parts == whole
         seen.add(whole[0] if isinstance(whole, tuple) else list)
     assert seen == {list, BadRequest, Unprocessable, ContentTooLarge}
+
+
+def test_error_in_many_lines_costs_no_more_than_the_body() -> None:
+    """The line in which a body is no JSON is found without a copy of each line."""
+    body = b" \n" * 1_000_000 + b"x"
+    tracemalloc.start()
+    with pytest.raises(BadRequest, match=r"at line 1000001 column 1$"):
+        parse_json(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * len(body)

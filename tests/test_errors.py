@@ -170,6 +170,7 @@ HOSTILE = [
     post("rows-of-arrays", json_array(json_array("[1]", 1000), 1000), 422),
     post("long-integers", json_array(f'{{"sepal_length":1{"0" * 4000}}}', 2000), 422),
     post("lists", json_array("[]", LONG // 3), 413),
+    post("lines", " \n" * (LONG // 2) + "x", 400),
     post("deep-lists", json_array(DEEP, LONG // 181), 413),
     post("deep-cell", f'{{"sepal_length":{json_array(DEEP, LONG // 181)}}}', 422),
     TWICE,

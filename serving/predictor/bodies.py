@@ -25,7 +25,7 @@ ARRAY = re.compile(rb"[ \t\r\n]*\[")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
 PLACE = re.compile(r"at line (\d+) column (\d+)$")  # of an error, as jiter names it
 NO_NUMBER = re.compile(rb"\W{0,2}(NaN|Infinity)")  # as Python writes them
-QUOTE, COMMA = b'",'
+QUOTE, COMMA, NEWLINE = b'",\n'
 LEVELS = np.zeros(256, np.int8)  # by how many levels a byte outside of strings leads on
 LEVELS[[*b"[{"]], LEVELS[[*b"]}"]] = 1, -1
 
@@ -63,10 +63,25 @@ def _cure(body: bytes, error: str) -> str:
     if b"\0" in body[:4]:
         return "; encode it as UTF-8"
     if (place := PLACE.search(error)) is not None:
-        line = body.split(b"\n", int(place[1]))[int(place[1]) - 1]
-        if NO_NUMBER.match(line, max(0, int(place[2]) - 2)):
+        line, column = int(place[1]), int(place[2])
+        if NO_NUMBER.match(body, _find_line(body, line) + max(0, column - 2)):
             return "; a value that is missing is null"
     return ""
+
+
+def _find_line(body: bytes, number: int) -> int:
+    """Return where a line begins, part by part: to split a body into millions of lines would take many times its size.
+
+    Lines are numbered from 1.
+    """
+    begin = 0
+    while number > 1:
+        ends = np.flatnonzero(np.frombuffer(body[begin : begin + PART_BYTES], np.uint8) == NEWLINE)
+        if len(ends) >= number - 1:
+            return begin + int(ends[number - 2]) + 1
+        number -= len(ends)
+        begin += PART_BYTES
+    return begin
 
 
 @contextlib.contextmanager
