@@ -85,10 +85,11 @@ def measure_us(call: Callable[[], Any], loops: int) -> float:
     """Return the least time of a call over loops, when nothing disturbs it."""
     times_s = []
     for _ in range(loops):
-        n_calls, begun_s = 0, time.perf_counter()
-        while (spent_s := time.perf_counter() - begun_s) < LOOP_S:
+        n_calls, spent_s, begun_s = 0, 0.0, time.perf_counter()
+        while spent_s < LOOP_S:
             call()
             n_calls += 1
+            spent_s = time.perf_counter() - begun_s
         times_s.append(spent_s / n_calls)
     return min(times_s) * 1e6
 

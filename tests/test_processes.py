@@ -259,7 +259,7 @@ def test_predict_that_forks_gives_one_answer(serve: Starter, tmp_path: Path, com
 @each_worker()
 def test_recycled_workers_lose_nothing(serve: Starter, combination: tuple[str, str]) -> None:
     """`max_requests` with jitter replaces workers under load, and every request is answered."""
-    requests = scale(500, 5000)
+    requests = scale(500, 2000)
     recycling = {
         "SERVING_SERVER__MAX_REQUESTS": str(requests // 10),
         "SERVING_SERVER__MAX_REQUESTS_JITTER": str(requests // 50),

@@ -256,12 +256,19 @@ def gunicorn_with(module: str, worker: str) -> str:
 
 
 def run(command: str | list[str], cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the installed ones to its end, and return how it ended and what it printed."""
+    """Run a command of the installed ones to its end, and return how it ended and what it printed.
+
+    A test that fails afterwards shows it too.
+    """
     words = words_of(command)
     env = os.environ | environment
     if prefork.takes(words):
-        return prefork.run(words, cwd, env, timeout=60)
-    return subprocess.run([BIN / words[0], *words[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+        done = prefork.run(words, cwd, env, timeout=60)
+    else:
+        program = [str(BIN / words[0]), *words[1:]]
+        done = subprocess.run(program, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    print(words, "ended with", done.returncode, done.stdout, done.stderr, sep="\n")
+    return done
 
 
 def run_gunicorn(options: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
