@@ -343,26 +343,30 @@ def _explain(kind: type[BaseModel], error: ValidationError, sources: Sources) ->
     # Of a list its items are wrong.
     lists = {key for key, problem in problems if not isinstance(problem["input"], list)}
     for key, problem in problems:
-        if key in lists and isinstance(problem["input"], list):
+        given = problem["input"]
+        if key in lists and isinstance(given, list):
             continue
         place = _place(key, sources)
+        is_variable = place.startswith("environment") and place == _source(key, sources)
         if problem["type"] == "extra_forbidden":
-            level = len(key) - 1
-            siblings = [known[level] for known in setting_keys(kind) if known[:level] == key[:level]]
-            row = _row_model(kind, key[0])
-            names = dict.fromkeys(siblings) if row is None else row.model_fields
-            right = _find_by_other_name(kind, key)
-            hint = f"did you mean {'.'.join(right[level:])!r}?" if right else nearest(key[-1], names)
-            lines.append(f"{place} is not a setting; {hint}")
+            lines.append(f"{place} is not a setting; {_hint_for_key(kind, key, is_variable)}")
         else:
-            given = problem["input"]
-            is_variable = isinstance(given, str) and place.startswith("environment")
-            as_json = (
-                f" as JSON, such as {IN_JSON[problem['type']]}" if is_variable and problem["type"] in NESTED else ""
-            )
-            seen = _masked(given) if _is_secret(kind, key) else repr(shorten(given))
-            shoulds.setdefault(f"{place} is {seen}", []).append(should(problem) + as_json)
+            as_json = is_variable and isinstance(given, str) and problem["type"] in NESTED
+            seen = _masked(given, problem["loc"]) if _is_secret(kind, key) else repr(shorten(given))
+            said = should(problem) + (f" as JSON, such as {IN_JSON[problem['type']]}" if as_json else "")
+            shoulds.setdefault(f"{place} is {seen}", []).append(said)
     return lines + [f"{what}; it should {' or '.join(options)}" for what, options in shoulds.items()]
+
+
+def _hint_for_key(kind: type[BaseModel], key: Key, is_variable: bool) -> str:
+    """Return what a key that is no setting, of the file or in a variable of its own, should have been."""
+    level = len(key) - 1
+    row = _row_model(kind, key[0])
+    names = [known[level] for known in setting_keys(kind) if known[:level] == key[:level]]
+    siblings = dict.fromkeys(names) if row is None else row.model_fields
+    if right := _find_by_other_name(kind, key):
+        return f"did you mean {variable_of(right) if is_variable else '.'.join(right[level:])!r}?"
+    return nearest(as_word(key[-1]), map(as_word, siblings)) if is_variable else nearest(key[-1], siblings)
 
 
 def _setting_of(kind: type[BaseModel], loc: list[str]) -> Key:
@@ -379,11 +383,12 @@ def _is_secret(kind: type[BaseModel], key: Key) -> bool:
     return table is not None and bool(table.secret_keys) and (len(key) == 1 or key[1] in table.secret_keys)
 
 
-def _masked(value: Any) -> str:
-    """Return what kind of value a secret is, without the secret."""
+def _masked(value: Any, loc: Iterable[int | str]) -> str:
+    """Return what kind of value a secret is, and the number of an item of a list, without the secret."""
     kinds = {str: "text" if value else "empty text", bool: "true or false", list: "a list", dict: "a table"}
     kinds |= {int: "a number", float: "a number", type(None): "null"}
-    return f"********** ({kinds.get(type(value), 'a date or a time')})"
+    items = [f", item {part + 1}" for part in loc if isinstance(part, int)]
+    return f"********** ({kinds.get(type(value), 'a date or a time')}{''.join(items)})"
 
 
 def should(problem: Any) -> str:
