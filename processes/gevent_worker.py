@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import re
 import resource
 import socket
 import time
@@ -45,6 +46,7 @@ log = structlog.get_logger()
 
 OWN_FILES = 100  # open files of a worker besides connections: listeners, libraries, logs, a model's
 LINGER_BYTES = 16_384  # bytes of one read from a client whose connection ends
+BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r\n-]")  # of a request (RFC 9110, 9.1; RFC 9112, 2.2)
 STATUSES = {  # of what gunicorn's parser refuses; all else is 400
     LimitRequestLine: 414,
     ExpectationFailed: 417,
@@ -125,6 +127,7 @@ class Client:
         self.patience_s = patience_s  # seconds after which a client that takes nothing is cut off
         self.has_yielded = False  # since it was last read from: between two requests once is enough
         self.takes_interim = False  # whether it may be asked if it is there: once for a request
+        self.has_begun = False  # whether it has sent anything
 
     def has_left(self) -> bool:
         """Return whether the client has left, whose request waits."""
@@ -143,7 +146,12 @@ class Client:
         if not self.has_yielded:
             gevent.sleep(0)
         self.has_yielded = False
-        return self.sock.recv(*size)
+        data = self.sock.recv(*size)
+        if not self.has_begun:
+            self.has_begun = True
+            if data and not BEGINNING.match(data):  # as TLS does, whose client waits for an answer before it goes on
+                raise RefusedHead(400)
+        return data
 
     def let_others(self, has_more: bool) -> None:
         """Let others have their turn before the next request."""

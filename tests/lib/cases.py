@@ -291,6 +291,8 @@ BAD = [
 
 # Bytes that are no HTTP request of ours; they are answered before any app: id, bytes, status.
 MALFORMED = [
+    ("tls-to-a-plain-port", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    ("no-token", b"\x00", 400),
     ("nonsense", b"nonsense\r\n\r\n", 400),
     ("bad-version", b"GET /ping HTTP/9.9\r\nHost: x\r\n\r\n", 400),
     ("space-in-target", b"GET /ping x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
