@@ -324,12 +324,16 @@ def test_number_near_zero_is_no_disagreement(tmp_path: Path, kind: str, row: Any
     assert agree(service, points)
 
 
-def test_disagreement_in_an_output_is_not_hidden_by_a_larger_one() -> None:
+@pytest.mark.parametrize(
+    "right",
+    [LinearRegression().fit(X, X[:, :3]), RidgeClassifier().fit(X, np.arange(len(X)) % 3)],
+    ids=["predictions", "decision scores"],
+)
+def test_disagreement_in_an_output_is_not_hidden_by_a_larger_one(right: Any) -> None:
     """Each output has a size of its own."""
-    right = LinearRegression().fit(X, X[:, :2])
-    right.coef_ = right.coef_ * [[1e9], [1.0]]
+    right.coef_ = right.coef_ * [[1e9], [1.0], [1.0]]
     wrong = copy.deepcopy(right)
-    wrong.coef_ = right.coef_ * [[1.0], [1.1]]
+    wrong.coef_ = right.coef_ * [[1.0], [1.1], [1.0]]
     assert find_disagreement(Predictor(right), X, Predictor(right).ask(X)) is None
     assert find_disagreement(Predictor(wrong), X, Predictor(right).ask(X)) is not None
 
