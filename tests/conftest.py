@@ -27,12 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Files whose servers are programs of their own with `--full`: their subject is the start, or what a program inherits.
+# Of the four combinations two are.
 PROGRAMS = {"test_development", "test_examples", "test_processes", "test_readme", "test_reload", "test_start"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the servers of a session are started
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    prefork.is_on = not (sizes.is_full and item.path.stem in PROGRAMS)
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    is_twin = parameters.get("combination", sizes.TWINS[0]) in sizes.TWINS
+    prefork.is_on = not (sizes.is_full and item.path.stem in PROGRAMS and is_twin)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which then reads the groups

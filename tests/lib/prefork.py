@@ -2,7 +2,7 @@
 
 Each has a session, an environment, a folder and an output of its own, and ends as a program does. Limits of resources
 and the seed of hashes are those of the process that forks it. What a shell has to start (`2>&-`) is started by one, and
-with `--full` each command of tests about the start is a program of its own.
+with `--full` commands of tests about the start are programs of their own.
 """
 
 import atexit
