@@ -192,18 +192,18 @@ class Slow(RegressorMixin, BaseEstimator):
 
 
 class Gated(Slow):
-    """One that, asked for 666, tells by a file that it has begun, and does not end until another file is there. It
-    notes in a third how many rows each call has."""
+    """One that notes in a file how many rows each call has. Asked for 666 it then tells by another that it has begun,
+    and does not end until a third is there."""
 
     def __init__(self, seconds: float, folder: Path) -> None:
         super().__init__(seconds)
         self.folder = folder
 
     def predict(self, X: Any) -> Any:
-        if 666 in X:
-            (self.folder / "begun").touch()
         with (self.folder / "calls").open("a") as file:
             file.write(f"{len(X)}\n")
+        if 666 in X:
+            (self.folder / "begun").touch()
         sleep_in_c(self.seconds)
         while 666 in X and not (self.folder / "open").exists():
             sleep_in_c(self.seconds)
