@@ -26,7 +26,7 @@ from serving.output import MAX_PENDING_BYTES, LossyOutput
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
 from tests.lib.load import Load, pause_s
-from tests.lib.servers import BIN, COMBINATIONS, GUNICORN, PROJECT, Server, find_free_port, wait_for_model
+from tests.lib.servers import BIN, GUNICORN, PROJECT, Server, find_free_port, wait_for_model
 from tests.lib.sizes import TWINS, scale
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
@@ -111,7 +111,7 @@ def test_broken_log_costs_nothing(tmp_path: Path, way: str) -> None:
     """No request fails; HUP is taken, a broken one refused, a killed worker replaced; TERM drains as ever."""
     in_turn = [TWINS[[*WAYS].index(way) % 2]]
     with ThreadPoolExecutor(2) as pool:  # two side by side, so that reloads have a core beside the load
-        pairs = scale(in_turn, COMBINATIONS)
+        pairs = scale(in_turn, TWINS)
         checks = [pool.submit(check_combination, tmp_path / "-".join(pair), pair, WAYS[way]) for pair in pairs]
         for pair, check in zip(pairs, checks, strict=True):
             assert check.exception() is None, (pair, check.exception())

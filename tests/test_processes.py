@@ -287,7 +287,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return deploy(tmp_path_factory.mktemp("large"), estimator)
 
 
-@each_worker()
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 @pytest.mark.xdist_group("large_model")
 def test_workers_share_the_model(serve: Starter, large_model: str, combination: tuple[str, str]) -> None:
     """With a model of 100 MB each worker has no more than 25 MB of its own, also after a reload."""
@@ -301,7 +301,7 @@ def test_workers_share_the_model(serve: Starter, large_model: str, combination: 
     server.stop()
 
 
-@each_worker()
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_collector_writes_to_nothing_shared(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """The garbage collector of a worker copies nothing of a model of half a million lists."""
     estimator = LogisticRegression().fit([[0.0, 0.0], [1.0, 1.0]], [0, 1])

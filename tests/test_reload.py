@@ -23,7 +23,6 @@ from tests.lib.estimators import SlowToLoad, Threading
 from tests.lib.load import Load, keeping_and_closing, pause_s
 from tests.lib.servers import (
     BIN,
-    COMBINATIONS,
     PROJECT,
     Server,
     Starter,
@@ -122,7 +121,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@each_worker()
+@pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_broken_reload_changes_nothing(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """Whatever is wrong, one line says so, no request fails, and the next good HUP is taken."""
     file = lay_out(tmp_path, *combination)
@@ -226,7 +225,7 @@ def first_line(server: Server) -> bytes:
 
 def test_dropped_address_is_drained(serve: Starter, tmp_path: Path, free_port: int) -> None:
     """Clients of an address that goes get their answers until it refuses them; none gets a reset."""
-    for combination in scale(TWINS, COMBINATIONS):
+    for combination in TWINS:
         file = lay_out(tmp_path, *combination)
         server = serve(SERVING_SETTINGS=str(file))
         edit(file, ("127.0.0.1:0", f"127.0.0.1:{free_port}"))
