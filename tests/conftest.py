@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files whose servers are programs of their own with `--full`: their subject is the start, or what a program inherits.
 # Of the four combinations two are.
-PROGRAMS = {"test_development", "test_examples", "test_processes", "test_readme", "test_reload", "test_start"}
+PROGRAMS = {"test_development", "test_examples", "test_readme", "test_reload", "test_start"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the servers of a session are started
