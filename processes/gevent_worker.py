@@ -33,7 +33,7 @@ from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers import ggevent
 
-from processes.patches import patch_fork
+from processes.patches import patch_fork, spare_end
 from processes.presence import has_left
 from processes.refusals import JUDGED, judge_head, origin_form, refuse
 from processes.sending import LOOK_S, Progress, count_acknowledged, count_unacknowledged, forget_unsent, note_cut_off
@@ -216,6 +216,7 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
     def patch(self) -> None:
         super().patch()
         patch_fork()
+        spare_end()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """End by a drain: gunicorn's own exit, which is made in a greenlet, is a traceback."""

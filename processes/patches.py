@@ -5,6 +5,8 @@ gevent is imported where it is used, so that uvicorn does without it.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import ssl
 import sys
@@ -37,6 +39,20 @@ def check_ssl() -> None:
 def _has_taken(kind: type, name: str) -> bool:
     values = [*getattr(sys.modules[name], "__dict__", {}).values()]
     return any(value is kind or type(value) is kind for value in values)
+
+
+def spare_end() -> None:
+    """Let this process, which is patched, end without tracebacks.
+
+    Where Flask is there, its handler of `logging` is one of the last things to go. `logging` then asks for its lock,
+    whose functions are gevent's and have gone by then.
+    """
+    atexit.register(_forget_handlers)
+
+
+def _forget_handlers() -> None:
+    logging.shutdown()
+    logging._handlerList.clear()  # type: ignore[attr-defined]  # of references that tell when a handler goes
 
 
 def patch_as_worker() -> None:

@@ -23,6 +23,7 @@ from tests.lib.estimators import SlowToLoad, Threading
 from tests.lib.load import Load, keeping_and_closing, pause_s
 from tests.lib.servers import (
     BIN,
+    GUNICORN,
     PROJECT,
     Server,
     Starter,
@@ -215,6 +216,16 @@ def test_everything_changes_by_reload_alone(serve: Starter, file: Path, free_por
     assert not [line for line in server.lines if line["event"] == "request" and line["path"] == "/predictions"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", old_port), timeout=5)
+
+
+def test_other_framework_ends_in_silence(serve: Starter, tmp_path: Path) -> None:
+    """What a worker of gevent's has inherited from a model's time under Flask is no traceback at its end."""
+    file = lay_out(tmp_path, "flask", "gevent")
+    server = serve(["bash", "-c", f"exec {GUNICORN}"], SERVING_SETTINGS=str(file))  # a program: a fork ends otherwise
+    edit(file, ('"flask"', '"fastapi"'))
+    assert server.reload()["event"] == "reloaded"
+    assert server.stop() == 0
+    assert [line["event"] for line in server.lines if line["level"] != "info"] == []
 
 
 def first_line(server: Server) -> bytes:
