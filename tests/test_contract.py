@@ -213,10 +213,16 @@ def test_names_of_settings_name_a_nameless_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [{"Authorization": "Bearer two"}, {"Authorization": "bearer one"}, {"X_API_Key": "one"}, {"X_API_Key": "clé"}],
+    [
+        {"Authorization": "Bearer two"},
+        {"Authorization": "bearer one"},
+        {"X_API_Key": "one"},
+        {"X_API_Key": "clé"},
+        {"X_API_Key": "one", "Authorization": "Bearer of-a-gateway"},
+    ],
 )
 def test_valid_key_is_let_in(framework: str, header: dict[str, str]) -> None:
-    """Either header carries a key, and any key of the list counts."""
+    """Either header carries a key, also beside another's token, and any key of the list counts."""
     native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one", "two", "clé"]}))
     assert call(native, post_case(ROW, **header)).status == 200
 

@@ -30,7 +30,7 @@ from serving.predictor.artifact import ModelSettings
 from serving.predictor.calls import BatchingSettings, BatchQueue, CallCost, Job
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
-from serving.settings import OtherNames, SettingsTable
+from serving.settings import OtherNames, SettingsTable, check_each_once
 from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
@@ -60,6 +60,9 @@ def _check_key(key: SecretStr) -> SecretStr:
     return key
 
 
+APIKey = Annotated[SecretStr, AfterValidator(_check_key)]
+
+
 def _check_open_path(path: str) -> str:
     if not re.fullmatch(r"/[^\s?#%*]*|/(?:[^\s?#%*]*/)?\*", path):
         rule = "a path should begin with '/', have no '?', '#' or '%', and '*' only in '/*' at its end"
@@ -73,7 +76,7 @@ class AuthSettings(SettingsTable):
     secret_keys = ("api_keys",)
     other_names: ClassVar[OtherNames] = {"api_keys": ("keys", "key", "token", "tokens")}
 
-    api_keys: list[Annotated[SecretStr, AfterValidator(_check_key)]] = Field(default_factory=list)
+    api_keys: Annotated[list[APIKey], AfterValidator(check_each_once)] = Field(default_factory=list)
     open_docs: bool = False
     open_paths: list[Annotated[str, AfterValidator(_check_open_path)]] = Field(default_factory=list)
 
@@ -384,10 +387,13 @@ class Service(Generic[S]):
         return self.routes.get(request.path, {}).get("GET" if request.method == "HEAD" else request.method)
 
     def _authorize(self, request: Request) -> None:
-        """Compare the key in constant time with every key, so that the time taken tells nothing."""
+        """Compare what is offered in constant time with every key, so that the time taken tells nothing.
+
+        A gateway may add a token of its own, beside which a key in the other field counts.
+        """
         scheme, _, token = (request.header("authorization") or "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else request.header("x-api-key") or ""
-        matches = [hmac.compare_digest(key.encode("latin-1"), known) for known in self._keys]
+        offered = [token.strip() if scheme.lower() == "bearer" else "", request.header("x-api-key") or ""]
+        matches = [hmac.compare_digest(key.encode("latin-1"), known) for key in offered for known in self._keys]
         if not any(matches):
             detail = "no valid API key; send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
             raise Unauthorized(detail, lingers=request.announces_body)
