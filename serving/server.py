@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from serving.settings import OtherNames, PathText, SettingsTable
+from serving.settings import OtherNames, PathText, SettingsTable, check_each_once
 
 MAX_WORKERS = 1000  # each is a process
 ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})|unix:[^\x00-\x1f]+", re.ASCII)
@@ -39,7 +39,7 @@ class ServerSettings(SettingsTable):
 
     worker_class: Literal["auto", "uvicorn", "gevent"] = "auto"
     workers: Annotated[PositiveInt, Field(le=MAX_WORKERS)] | Literal["auto"] = "auto"
-    bind: Address | Annotated[list[Address], Field(min_length=1)] = "127.0.0.1:8000"
+    bind: Address | Annotated[list[Address], Field(min_length=1), AfterValidator(check_each_once)] = "127.0.0.1:8000"
     backlog: Annotated[PositiveInt, Field(lt=2**31)] = 2048
     timeout: NonNegativeInt = 30
     graceful_timeout: PositiveInt = 30

@@ -223,8 +223,9 @@ def _hint(kind: type[SettingsFile], variable: str, key: Key) -> str:
     """Return what a variable that is no setting should have been."""
     if len(key) > 1 and _has_rows(kind, key[0]):
         return f"write {variable_of([key[0]])}__NAME or {variable_of([key[0]])}__NAME__KEY, without an empty name"
-    right = _find_by_other_name(kind, key) or _find_by_other_name(kind, (key[-1].rpartition("_")[2],))
-    if right:
+    last = key[-1].rpartition("_")[2]  # of `log_level`
+    places = (key, (*key[:-1], last), (last,))
+    if right := next(filter(None, (_find_by_other_name(kind, place) for place in places)), None):
         return f"did you mean {variable_of(right)!r}?"
     return nearest(variable, map(variable_of, setting_keys(kind)))
 

@@ -169,10 +169,14 @@ def naming(module: str, name: str = "Step", version: str = "0.21.3") -> bytes:
         ("app.steps", "needs the module 'app.steps', but 'app' is the service's own here; give yours another name"),
         ("serving.steps", "needs the module 'serving.steps', but 'serving' is the service's own here; give yours an"),
         ("processes", "needs 'Step' of the module 'processes', but 'processes' is the service's own here; give yours"),
-        ("tests", "needs 'Step' of the module 'tests', but 'tests' is {project}/tests/__init__.py here; modules are"),
-        ("empty", "needs 'Step' of the module 'empty', but 'empty' is {folder}/empty.py here; modules are looked for"),
+        (
+            "tests",
+            "needs 'Step' of the module 'tests', but 'tests' is {project}/tests/__init__.py here, which lacks it; m",
+        ),
+        ("empty", "needs 'Step' of the module 'empty', but 'empty' is {folder}/empty.py here, which lacks it; modules"),
         ("cut", "needs {folder}/cut.py, which is no Python in line 1: '(' was never closed"),
-        ("lacks", "needs the module 'nowhere', which is neither installed, nor in the settings file's folder"),
+        ("lacks", "needs the module 'nowhere' for {folder}/lacks.py, line 1, which is neither installed, nor in the"),
+        ("nul", "needs a module, which is no Python: source code string cannot contain null bytes"),
         ("fails", "runs code that fails: {folder}/fails.py, line 2: AttributeError: module 'numpy' has no attribute"),
         ("raises", "runs code that fails: {folder}/raises.py, line 3: ValueError: cannot reshape array of size 3"),
     ],
@@ -182,6 +186,7 @@ def test_missing_module_is_told(tmp_path: Path, module: str, message: str) -> No
     """The line says what is missing, where it was looked for, and what to do; nothing is called damaged."""
     (tmp_path / "empty.py").touch()
     (tmp_path / "cut.py").write_text("(")
+    (tmp_path / "nul.py").write_text("\0")
     (tmp_path / "lacks.py").write_text("import nowhere")
     (tmp_path / "fails.py").write_text("import numpy\nnumpy.int")
     (tmp_path / "raises.py").write_text(

@@ -268,6 +268,14 @@ VARIABLES = [
         "x",
         ["SERVER__HOST is not a setting; did you mean 'SERVING_SERVER__BIND'?"],
     ),
+    ("key-twice", "SERVING_AUTH__API_KEYS", '["a", "a"]', ["API_KEYS is ********** (a list); it should have each"]),
+    ("address-twice", "SERVING_SERVER__BIND", '["x:1", "x:1"]', ["BIND is ['x:1', 'x:1']; it", "have each value once"]),
+    (
+        "one-letter-of-a-key",
+        "SERVING_AUTH__API_KEY",
+        "x",
+        ["API_KEY is not a setting; did you mean 'SERVING_AUTH__API_K"],
+    ),
     ("other-name-without-a-table", "SERVING_LOG_LEVEL", "info", ["LOG_LEVEL is not", "mean 'SERVING_LOGGING__LEVEL'?"]),
     (
         "other-name-in-a-row",

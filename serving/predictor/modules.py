@@ -76,15 +76,16 @@ def explain(error: BaseException, data: bytes, folder: Path) -> str | None:
     """Return why an artifact of these bytes fails to load, where its bytes are whole; None where they may not be."""
     if isinstance(error, DAMAGES):
         return None
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return _explain_module(error.name, data, folder)
     module, place = _find_failing(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return _explain_module(error.name, data, folder, f" for {place}" if module else "")
     if module is None and (missing := _find_missing(error)):
         if _is_folder(missing[0]):
             return _explain_module(missing[0], data, folder)
         return _explain_lack(missing[0], f"{missing[1]!r} of the module {missing[0]!r}", data, folder)
     if isinstance(error, SyntaxError):
-        return f"needs {error.filename}, which is no Python in line {error.lineno}: {error.msg}"
+        line = f" in line {error.lineno}" if error.lineno else ""
+        return f"needs {error.filename or 'a module'}, which is no Python{line}: {error.msg}"
     if isinstance(error, UnicodeDecodeError):
         return "was made by Python 2; save it anew"
     if module is not None:
@@ -93,12 +94,14 @@ def explain(error: BaseException, data: bytes, folder: Path) -> str | None:
     return _of_another("sklearn", data, reason_of(error)) if is_refusal and find_sklearn_version(data) else None
 
 
-def _explain_module(name: str, data: bytes, folder: Path) -> str:
+def _explain_module(name: str, data: bytes, folder: Path, user: str = "") -> str:
     parent = name.rpartition(".")[0]
     if name.partition(".")[0] in OWN_MODULES or _file_of(parent):
         return _explain_lack(parent or name, f"the module {name!r}", data, folder)
     where = f"neither installed, nor in the settings file's folder {folder}"
-    return f"needs the module {name!r}, which is {where}; install it, put it there, or name its folder in PYTHONPATH"
+    return (
+        f"needs the module {name!r}{user}, which is {where}; install it, put it there, or name its folder in PYTHONPATH"
+    )
 
 
 def _explain_lack(module: str, what: str, data: bytes, folder: Path) -> str:
@@ -113,7 +116,7 @@ def _explain_lack(module: str, what: str, data: bytes, folder: Path) -> str:
     other = _of_another(module, data, f"it needs {what}")
     place = _file_of(module) or "part of Python"
     order = f"modules are looked for in PYTHONPATH, then among installed ones, then in {folder}"
-    return other or f"needs {what}, but {module!r} is {place} here; {order}"
+    return other or f"needs {what}, but {module!r} is {place} here, which lacks it; {order}"
 
 
 def _file_of(module: str) -> str | None:
