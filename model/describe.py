@@ -164,7 +164,8 @@ def write_golden(model: Model, rows: list[dict[str, Any]]) -> None:
 def print_model(path: Path, data: bytes, trusted_types: list[str], settings: app.Settings) -> None:
     """Print the [model] table of an artifact, none of which needs it to be loaded."""
     print("[model]")
-    print_key("path", Path(os.path.relpath(path, settings.folder)).as_posix())
+    place, folder = Path(os.path.abspath(path)), Path(os.path.abspath(settings.folder))
+    print_key("path", (place.relative_to(folder) if place.is_relative_to(folder) else place).as_posix())
     print_key("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:64])
     print_key("sha256", hashlib.sha256(data).hexdigest())
     print_key("trusted_types", trusted_types)

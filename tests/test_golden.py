@@ -352,15 +352,18 @@ def describe(*words: Any, status: int = 0, **environment: str) -> Printed:
     [("boosting", ".skops"), ("native-categories", ".joblib"), ("several-outputs", ".pickle"), ("numbers", ".pkl")],
 )
 def test_description_is_ready_to_paste(tmp_path: Path, name: str, suffix: str) -> None:
-    """What is printed with `--trust` is the whole of a settings file that serves the artifact."""
+    """What is printed with `--trust` is the whole of a settings file that serves the artifact, wherever it stands."""
     path = tmp_path / f"model{suffix}"
     estimator, table = fitted(name)
     save(estimator, path)
     printed = describe(path, "--trust").stdout
-    file = write(tmp_path / "settings.toml", printed.replace(os.path.relpath(path, PROJECT), path.name))
-    settings = app.load_settings(file)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    settings = app.load_settings(Path(write(elsewhere / "settings.toml", printed)))
     assert tomllib.loads(printed)["features"].keys() == set(table)
     assert call(app.create_app(settings), post_case(rows_of(table))).status == 200
+    beside = describe(path, "--trust", SERVING_SETTINGS=write(tmp_path / "settings.toml", printed)).stdout
+    assert tomllib.loads(beside)["model"]["path"] == path.name
 
 
 def test_description_shows_what_the_estimator_says(tmp_path: Path) -> None:
