@@ -136,10 +136,10 @@ class Model:
     @functools.cached_property
     def _guesses(self) -> str:
         """The features that are taken for numbers because nothing says what they are, for a message."""
-        columns, features = self.contract.columns, self.contract.features
-        numbers = [name for name, feature in features.items() if (feature.type, feature.example) == ("float", None)]
+        columns, untyped = self.contract.columns, self.contract.untyped
+        features = [(name, feature) for name, feature in self.contract.features.items() if name in untyped]
+        numbers = [name for name, feature in features if (feature.type, feature.example) == ("float", None)]
         guesses = [name for name in numbers if (column := columns[name]) and column.type is None]
-        guesses = [name for name in guesses if name in self.contract.untyped]
         what, are = ("numbers", "are") if guesses[1:] else ("a number", "is")
         return f"; {listed(guesses)} {are} taken for {what}, and other types go into [features]" if guesses else ""
 

@@ -57,7 +57,7 @@ def add_module_folder(folder: Path) -> None:
 
 def find_sklearn_version(data: bytes) -> str | None:
     """Return another version of scikit-learn than this one with which an artifact says that it was made."""
-    with contextlib.suppress(ModelError, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, *DAMAGES):
+    with contextlib.suppress(ModelError, OSError, ValueError, RuntimeError, *DAMAGES):
         unpackers = UNPACKERS | {b"PK": skops_file.unpack}
         data = next((unpack(data) for start, unpack in unpackers.items() if data.startswith(start)), data)
     found = (match.group(1).decode() for match in VERSION.finditer(data))

@@ -185,13 +185,14 @@ def keep_answered(rows: list[dict[str, Any]], predictor: Predictor, arrays: Arra
 
 def scales_of(predictor: Predictor, y: Any, scores: Any) -> tuple[Any, Any]:
     """Return the sizes of predictions and of scores, to which the tolerance of each is relative."""
-    y = as_array(y)
     is_share = scores is None or predictor.score == "probabilities"
-    return scale_of(y) if y.dtype.kind == "f" else 1.0, 1.0 if is_share else scale_of(scores)
+    return scale_of(as_array(y)), 1.0 if is_share else scale_of(scores)
 
 
 def scale_of(values: Any) -> Any:
-    """Return the size of the largest number in each column: outputs differ in size."""
+    """Return the size of the largest number in each column, as outputs differ in size, or 1 if they are none."""
+    if values.dtype.kind not in "fiu":
+        return 1.0
     return np.where(np.isfinite(values), np.abs(values), 0.0).max(axis=0, initial=0.0)
 
 
