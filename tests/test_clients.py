@@ -505,12 +505,13 @@ def test_connections_that_are_reset_are_forgotten(serve: Starter) -> None:
     (pid,) = server.worker_pids
     n_files = count_files(pid)
     for raw, reads in [(PING, True), (b"", False)]:
-        reset_many(server, 1000, raw, reads)
-        wait_until(lambda: count_files(pid) <= n_files, "the connections to be gone")
-        before_mb = private_mb(pid)
-        reset_many(server, 2000, raw, reads)
-        wait_until(lambda: count_files(pid) <= n_files, "the connections to be gone")
-        assert private_mb(pid) - before_mb < 6, raw
+        grown_mb: list[float] = []
+        for _ in range(3):
+            before_mb = private_mb(pid)
+            reset_many(server, 1500, raw, reads)
+            wait_until(lambda: count_files(pid) <= n_files, "the connections to be gone")
+            grown_mb.append(private_mb(pid) - before_mb)
+        assert min(grown_mb) < 2, (raw, grown_mb)  # many at once need more, but once; one that is kept has 11 kB
     reset_many(server, 1000, PING * 20, False)
     wait_until(lambda: count_files(pid) <= n_files, "the connections to be gone")
     server.stop()
