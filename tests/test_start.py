@@ -519,7 +519,7 @@ def test_taken_port_is_one_line(tmp_path: Path) -> None:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         address = f"127.0.0.1:{sock.getsockname()[1]}"
-        environment = gunicorn_environment("fastapi", "uvicorn", SERVING_LOGGING__LEVEL="warning")
+        environment = gunicorn_environment("fastapi", "uvicorn", SERVING_LOGGING__LEVEL="error")
         file = tmp_path / "serving.pid"
         by_variable = run_gunicorn(f"--pid {file}", **environment | {"SERVING_SERVER__BIND": address})
         by_option = run_gunicorn(f"--bind {address}", **environment)
