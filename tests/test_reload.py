@@ -41,27 +41,20 @@ from tests.lib.sizes import TWINS, each_worker, scale, share
 @pytest.mark.alone
 @each_worker()
 def test_reloads_lose_nothing(serve: Starter, combination: tuple[str, str]) -> None:
-    """HUPs under load: every request is answered 200, and none waits for a reload, on connections old and new."""
+    """HUPs under load: every request is answered 200, and none waits for a second, on connections old and new."""
     reloads, requests = scale((3, 500), (10, 1000))
     server = serve(**gunicorn_environment(*combination, SERVING_SERVER__WORKERS="2", SERVING_LOGGING__ACCESS="false"))
     kept, closed = keeping_and_closing(server, post_case(ROW))
     with kept, closed:
-        reloads_s = [time_of_reload(server, kept, closed, requests) for _ in range(reloads)]
+        for _ in range(reloads):
+            assert server.reload()["event"] == "reloaded"
+            kept.wait_for(requests)
+            closed.wait_for(requests)
     server.stop()
     assert kept.count + closed.count >= 2 * reloads * requests
     for load in (kept, closed):
         assert (load.failures, [*load.answers]) == ([], [200])
-        assert max(load.took_s) < max(1, min(reloads_s))
-
-
-def time_of_reload(server: Server, kept: Load, closed: Load, requests: int) -> float:
-    """Return the seconds that a reload takes, once so many more requests of either load are answered after it."""
-    started = time.monotonic()
-    assert server.reload()["event"] == "reloaded"
-    took_s = time.monotonic() - started
-    kept.wait_for(requests)
-    closed.wait_for(requests)
-    return took_s
+        assert max(load.took_s) < 1
 
 
 def save_slow(path: Path) -> dict[str, str]:
@@ -97,7 +90,7 @@ def test_slow_load_stalls_nothing(serve: Starter, tmp_path: Path, combination: t
     assert (load.failures, [*load.answers]) == ([], [200])
     assert load.count >= requests
     assert took_s > 2 * load_s  # or nothing was slow
-    assert max(load.took_s) < load_s
+    assert max(load.took_s) < 1
 
 
 def truncate_model(file: Path) -> None:
