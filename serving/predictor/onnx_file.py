@@ -223,7 +223,7 @@ def _answers_many(model: OnnxModel, X: Any) -> bool:
     alone = [model.ask(X[row : row + 1]) for row in range(len(y))]
     if differs(np.concatenate([some for some, _ in alone]), y, scale_of(y)).any():
         return False
-    size = 1.0 if scores is None else scale_of(scores).max(initial=0.0)  # of all, as they may be probabilities
+    size = 1.0 if scores is None else np.max(scale_of(scores), initial=0.0)  # of all, as they may be probabilities
     return scores is None or not differs(np.concatenate([some for _, some in alone]), scores, size).any()
 
 
