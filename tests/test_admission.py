@@ -220,7 +220,7 @@ def test_late_jobs_are_not_predicted() -> None:
 @each_worker()
 def test_overload_is_refused_and_forgotten(serve: Starter, tmp_path: Path, combination: tuple[str, str]) -> None:
     """At several times what a slow estimator can do, each answer is 200, 429 or 503, in time; health and memory are
-    as ever; and a second or two later a request takes what it took before."""
+    as ever; and a second later a request takes what it took before."""
     file = deploy(tmp_path, Slow(0.02))
     limits = {"SERVING_LIMITS__REQUEST_TIMEOUT_S": "2", "SERVING_LIMITS__MAX_QUEUED_ROWS": "50"}
     batching = {"SERVING_BATCHING__MAX_ROWS": "1", "PYTHONPATH": str(PROJECT), "SERVING_LOGGING__ACCESS": "false"}
@@ -241,8 +241,7 @@ def test_overload_is_refused_and_forgotten(serve: Starter, tmp_path: Path, combi
     assert statistics.median(health_s) < min(0.5, statistics.median(took_s) / 2)
     assert resident_mb(worker) < before_mb + 100
     time.sleep(1)
-    medians = (statistics.median(time_of(server, case) for _ in range(10)) for _ in range(5))
-    assert any(median < 2 * alone_s for median in medians)  # on cores that others may have for a while
+    assert statistics.median(time_of(server, case) for _ in range(10)) < 2 * alone_s
     assert server.worker_pids == [worker]
     server.stop()
 
