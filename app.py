@@ -43,30 +43,26 @@ from serving.errors import (
     SettingsError,
     StartupError,
     Unauthorized,
-    Unavailable,
     errors_about,
     exit_on_startup_error,
 )
 from serving.logs import LoggingSettings, configure_logging, telling_versions
 from serving.output import protect_output
 from serving.predictor.artifact import ModelSettings
-from serving.predictor.bodies import LONG_BYTES, PART_BYTES, LongBody, read_rows
-from serving.predictor.calls import BatchingSettings, Job
+from serving.predictor.calls import BatchingSettings
 from serving.predictor.features import FeatureSettings
 from serving.predictor.golden import golden_path
 from serving.predictor.model import Model, Report, load_model
-from serving.predictor.predictions import Predictions
 from serving.predictor.proof import Proof, prove
 from serving.server import MAX_WORKERS, ServerSettings
 from serving.settings import PROJECT, OtherNames, SettingsFile, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
+from serving.web import documentation, endpoints
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
-from serving.web.messages import JSON, Request, Response
-from serving.web.openapi import document_json_of, document_of
+from serving.web.documentation import document_of
 from serving.web.service import (
-    STOPPING,
     VISIT,
     AccessLog,
     AuthSettings,
@@ -86,7 +82,6 @@ __all__ = ["Settings", "as_asgi", "as_wsgi", "create_app", "load_settings"]
 
 CONCURRENCY = "WEB_CONCURRENCY"  # the variable with a platform's number of workers
 GUNICORN_OPTIONS = "gunicorn's options"  # the source of a value
-RESTART_S = 5.0  # seconds until a service that stops may be there again
 
 # Settings: a table for each part, owned by the part -------------------------------------------------------------------
 
@@ -205,97 +200,20 @@ def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
     return given | {"wsgi_app": next(iter(given["args"]), None)}
 
 
-# Endpoints: bytes in, bytes out, no framework -------------------------------------------------------------------------
+# The table of operations ----------------------------------------------------------------------------------------------
+
+DIALECTS = (endpoints, documentation)  # each gives rows of the table
 
 
-async def predict_query(service: Service[Any], request: Request) -> Response:
-    rows = service.model.contract.parse_query(request.query)
-    return Response(await service.predict(request, Job(len(rows), rows, Predictions.render)))
-
-
-async def predict_body(service: Service[Any], request: Request) -> Response:
-    max_rows = service.settings.limits.max_rows
-    if len(cast(bytes, request.body)) > PART_BYTES:
-        return await predict_long(service, request, max_rows)
-    rows, is_array = read_rows(service.model.contract, request.take_body(), max_rows)
-    if not rows:
-        return Response([b"[]"])
-    answers = await service.predict(request, Job(len(rows), rows, Predictions.render))
-    return Response([b"[%b]" % b",".join(answers)] if is_array else answers)
-
-
-async def predict_long(service: Service[Any], request: Request, max_rows: int) -> Response:
-    """Answer a body that is decoded in parts: one over 256 kB beside other requests."""
-    body = LongBody(service.model.arrays, request.take_body(), max_rows)
-    if body.size > LONG_BYTES:
-        job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_alone=True)
-    else:
-        X = body.decode()
-        if X is None:
-            return Response(body.encode(None))
-        job = Job(body.n_rows, encode=body.encode, X=X, is_alone=True)
-    try:
-        return Response(await service.predict(request, job))
-    finally:
-        request.rows = job.n_rows
-
-
-async def live(service: Service[Any], request: Request) -> Response:
-    return Response.of({"status": "live"})
-
-
-async def ready(service: Service[Any], request: Request) -> Response:
-    if STOPPING.is_set():
-        raise Unavailable("the service is ending", RESTART_S)
-    return Response.of({"status": "ready", **service.identity})
-
-
-async def openapi(service: Service[Any], request: Request) -> Response:
-    return Response([document_json_of(service)])
-
-
-def operations() -> Iterator[Operation]:
+def operations(settings: Settings) -> Iterator[Operation]:
     """Yield the table from which routes, answers and the OpenAPI document are made."""
-    yield Operation(
-        "GET",
-        "/predictions",
-        "predict_query",
-        "Predict one row, given as query parameters",
-        predict_query,
-        takes_query=True,
-        answer_schema="Prediction",
-        errors=(400, 401, 408, 413, 422, 429, 500, 503),
-        is_hot=True,
-    )
-    yield Operation(
-        "POST",
-        "/predictions",
-        "predict_body",
-        "Predict one row, or each row of an array in its order",
-        predict_body,
-        media_types=(JSON,),
-        answer_schema="Prediction",
-        errors=(400, 401, 408, 413, 415, 422, 429, 500, 503),
-        is_hot=True,
-    )
-    yield Operation("GET", "/ping", "ping", "Whether the process answers", live, access="open")
-    yield Operation("GET", "/health/live", "live", "Whether the process answers", live, access="open")
-    yield Operation("GET", "/health/ready", "ready", "Whether the model is usable", ready, errors=(503,), access="open")
-    yield Operation(
-        "GET",
-        "/openapi.json",
-        "openapi",
-        "This document",
-        openapi,
-        answer_schema="Document",
-        errors=(401,),
-        access="docs",
-    )
+    for dialect in DIALECTS:
+        yield from dialect.operations(settings)
 
 
 def _refuse_own_paths(settings: Settings) -> None:
     """Raise `SettingsError` if a path that is to be open is the service's own."""
-    for operation in operations():
+    for operation in operations(settings):
         if operation.path in settings.auth.open_paths:
             cure = "set auth.open_docs" if operation.access == "docs" else "list paths that you have added"
             place = settings.place("auth", "open_paths")
@@ -316,8 +234,9 @@ def build_flask(service: Service[Any]) -> flask.Flask:
     endpoint = WSGIEndpoint(service)
     app, view = _make_flask(endpoint)
     inner = app.wsgi_app
-    for path, methods in service.routes.items():
-        app.add_url_rule(path, service.names[path], view, methods=[*methods], provide_automatic_options=False)
+    for path, name in service.names.items():
+        methods = [*service.routes[path]]
+        app.add_url_rule(path, name, view, methods=methods, provide_automatic_options=False)
 
     def is_ours(path: str, method: str) -> bool:
         is_known = method in service.routes.get(path, ()) or method == "HEAD"
@@ -491,7 +410,7 @@ def make_service(settings: Settings, model: Model | None = None, proof: Proof | 
     Raises `StartupError`.
     """
     model = model or load(settings)
-    service = Service(settings, model, proof or prove_here(settings, model), operations(), observers(settings))
+    service = Service(settings, model, proof or prove_here(settings, model), operations(settings), observers(settings))
     if proof is None:
         service.model.warm_up()
     return service

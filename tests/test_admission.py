@@ -30,7 +30,7 @@ from serving.predictor.bodies import LongBody
 from serving.predictor.calls import BatchQueue, CallCost, Job, Line
 from serving.predictor.contract import Contract
 from serving.predictor.inputs import read_inputs
-from serving.predictor.predictions import Predictions
+from serving.predictor.predictions import Predictions, Template
 from tests.lib.artifacts import deploy
 from tests.lib.cases import QUERY, Case
 from tests.lib.clients import ROW, post_case, read_answer
@@ -55,7 +55,7 @@ def headers_of(server: Server, case: Case) -> tuple[int, dict[str, str]]:
 
 
 def predict(rows: Any) -> Predictions:
-    return Predictions(b"{}", [])
+    return Predictions(Template(b"{}", {}), [])
 
 
 def waiting(queue: BatchQueue, *n_rows: int) -> list[Job]:
@@ -137,7 +137,7 @@ def test_jobs_that_were_given_up_are_not_predicted() -> None:
             job.error = Unavailable("late", 1.0)
         if len(rows) > 1:
             raise ValueError
-        return Predictions(b"%b", [np.arange(len(rows))])
+        return Predictions(Template(b"%b", {}), [np.arange(len(rows))])
 
     queue = BatchQueue(predict, predict, 8, 0.0)
     jobs = [Job(1, [{"x0": number}]) for number in range(4)]
@@ -202,7 +202,7 @@ def test_late_jobs_are_not_predicted() -> None:
 
     def predict(rows: list[Any]) -> Predictions:
         calls.append(len(rows))
-        return Predictions(b"%b", [np.arange(len(rows))])
+        return Predictions(Template(b"%b", {}), [np.arange(len(rows))])
 
     queue = BatchQueue(predict, predict, 8, 0.0, timeout_s=10.0, cost=CallCost(1.0))
     late, hurried, good = waiting(queue, 1, 2, 3)

@@ -31,7 +31,7 @@ from serving.predictor.calls import INLINE_S, BatchQueue, CallCost, Job, measure
 from serving.predictor.contract import Rows
 from serving.predictor.golden import Golden, is_close
 from serving.predictor.model import make_model
-from serving.predictor.predictions import Predictions
+from serving.predictor.predictions import Predictions, Template
 from serving.predictor.predictor import Predictor
 from serving.predictor.proof import Proof, find_dependence
 from serving.web.bridges import Binding
@@ -46,6 +46,7 @@ from tests.lib.sizes import each_worker
 
 N_CLIENTS = 64
 N_REQUESTS = 20  # of each client
+NOTHING = Predictions(Template(b"{}", {}), [])
 
 
 def serve_noting(framework: str, **batching: Any) -> tuple[estimators.Noting, Any]:
@@ -285,7 +286,7 @@ def test_call_far_longer_than_expected_moves_later_ones_out_of_the_loop(
 
     def predict(rows: Rows) -> Predictions:
         clock.pass_s(took_s)
-        return Predictions(b"{}", [])
+        return NOTHING
 
     queue = BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=CallCost(1e-4, 1e-5))
     job = Job(n_rows, [{}] * n_rows)
@@ -300,7 +301,7 @@ def test_call_that_was_disturbed_once_returns_to_the_loop(clock: Clock) -> None:
 
     def predict(rows: Rows) -> Predictions:
         clock.pass_s(delays.pop(0) if delays else 1e-4)
-        return Predictions(b"{}", [])
+        return NOTHING
 
     queue = BatchQueue(predict, predict, max_rows=256, max_wait_s=0, cost=CallCost(*measure(predict, {})))
     jobs = [Job(1, [{}])]
@@ -530,7 +531,7 @@ def ask_at_once(native: Any, payloads: Sequence[Any]) -> list[Answer]:
 
 def test_writing_is_a_part_of_the_call() -> None:
     """What takes long to write is expected to take as long, so that later calls run beside the loop."""
-    queue = BatchQueue(lambda rows: Predictions(b"{}", []), lambda X: Predictions(b"{}", []), 256, 0.0)
+    queue = BatchQueue(lambda rows: NOTHING, lambda X: NOTHING, 256, 0.0)
     job = Job(1, [{}], lambda predictions: time.sleep(11 * INLINE_S) or "written")
     assert not queue.needs_thread([job])
     assert queue.call([job]) == []
@@ -540,7 +541,7 @@ def test_writing_is_a_part_of_the_call() -> None:
 
 def test_decoding_is_no_call_that_might_not_end() -> None:
     """A body that takes long to decode does not cost its worker, which ends for a prediction that never ends."""
-    queue = BatchQueue(lambda rows: Predictions(b"{}", []), lambda X: Predictions(b"{}", []), 256, 0.0)
+    queue = BatchQueue(lambda rows: NOTHING, lambda X: NOTHING, 256, 0.0)
     called: list[float | None] = []
 
     def decode() -> list[float]:

@@ -10,7 +10,7 @@ from openapi_spec_validator import validate
 import app
 from serving import VERSION
 from serving.predictor.model import make_model
-from serving.web import openapi
+from serving.web import documentation
 from tests.lib.apps import call, make_settings
 from tests.lib.cases import BAD, GOOD, Case
 from tests.lib.clients import ROW, post_case
@@ -41,7 +41,7 @@ def test_document_is_valid(document: dict[str, Any]) -> None:
 def test_document_lists_the_table(document: dict[str, Any]) -> None:
     """Each operation of the table is in the document, and nothing else is."""
     listed = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
-    assert listed == {(operation.method, operation.path) for operation in [*app.operations()]}
+    assert listed == {(operation.method, operation.path) for operation in [*app.operations(make_settings())]}
 
 
 def test_document_asks_the_model_nothing() -> None:
@@ -49,7 +49,7 @@ def test_document_asks_the_model_nothing() -> None:
     estimator = Noting()
     service = app.make_service(make_settings(features={}), make_model(estimator, Path("model.joblib"), {}))
     estimator.calls.clear()
-    assert openapi.document_of(service)["components"]["schemas"]["Prediction"]["required"] == ["prediction"]
+    assert documentation.document_of(service)["components"]["schemas"]["Prediction"]["required"] == ["prediction"]
     assert estimator.calls == []
 
 
@@ -121,8 +121,12 @@ def test_native_apps_know_routes_and_document(native: Any, document: dict[str, A
     flask = app.create_app(make_settings(framework="flask"))
     assert native.openapi() == document
     assert native.url_path_for("predict_query") == "/predictions"
-    assert {operation.path for operation in [*app.operations()]} <= {route.path for route in native.routes}
-    assert {operation.path for operation in [*app.operations()]} <= {rule.rule for rule in flask.url_map.iter_rules()}
+    assert {operation.path for operation in [*app.operations(make_settings())]} <= {
+        route.path for route in native.routes
+    }
+    assert {operation.path for operation in [*app.operations(make_settings())]} <= {
+        rule.rule for rule in flask.url_map.iter_rules()
+    }
 
 
 def test_native_apps_can_be_extended() -> None:

@@ -56,7 +56,7 @@ def build(observe: Observer, framework: str, **changes: Any) -> Any:
     """Return an app with one operation more, and an observer."""
     settings = make_settings(framework=framework, **changes)
     made = app.make_service(settings)
-    service = Service(settings, made.model, made.proof, [*app.operations(), ROW_OF_THE_TABLE], [observe])
+    service = Service(settings, made.model, made.proof, [*app.operations(settings), ROW_OF_THE_TABLE], [observe])
     return app.FRAMEWORKS[framework](service)
 
 

@@ -14,6 +14,7 @@ import app
 from serving import VERSION
 from serving.predictor.artifact import OLDEST_SKLEARN
 from serving.predictor.features import FeatureSettings
+from tests.lib.apps import make_settings
 from tests.lib.artifacts import copy_project
 from tests.lib.pages import HASH, console_steps, paste, rounded
 from tests.lib.servers import BIN, PROJECT, SERVE_COMMANDS, Server, Starter, gunicorn_environment, run
@@ -86,7 +87,7 @@ def test_status_table_lists_every_error() -> None:
     """Every status that an operation can answer with is explained."""
     rows = re.findall(r"^\| ([\d, ]+) \|", PAGES["http.md"], re.MULTILINE)
     listed = {int(status) for row in rows for status in row.split(",")}
-    assert {status for operation in [*app.operations()] for status in operation.errors} <= listed
+    assert {status for operation in [*app.operations(make_settings())] for status in operation.errors} <= listed
 
 
 def test_version_is_the_newest_of_the_changelog() -> None:

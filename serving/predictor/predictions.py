@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
@@ -16,15 +17,36 @@ PIECE_ROWS = 1000
 ALL = slice(None)
 
 
+@dataclass(frozen=True)
+class Template:
+    """The JSON of one answer, with a hole for a value of each column, and the same of each part of it, by name."""
+
+    whole: bytes
+    parts: Mapping[str, tuple[bytes, slice]]  # with the columns of it
+
+    @classmethod
+    def of(cls, answer: dict[str, Answer]) -> Template:
+        """Return the template of an answer."""
+        parts: dict[str, tuple[bytes, slice]] = {}
+        begin = 0
+        for name, part in answer.items():
+            end = begin + len([*leaves_of(part)])
+            parts[name] = write_template(part), slice(begin, end)
+            begin = end
+        return cls(write_template(answer), parts)
+
+
 class Predictions:
     """The answers to n_samples rows, or to a part of the rows of a call.
 
-    `template` is the JSON of one answer, with a hole for a value of each of the columns, (n_samples,) each.
+    `template` has a hole for a value of each of the columns, (n_samples,) each.
     """
 
     __slots__ = ("_all_columns", "_rendered", "_rows", "template")
 
-    def __init__(self, template: bytes, columns: list[Array], of: Predictions | None = None, rows: slice = ALL) -> None:
+    def __init__(
+        self, template: Template, columns: list[Array], of: Predictions | None = None, rows: slice = ALL
+    ) -> None:
         self.template = template
         self._all_columns = columns
         self._rows = rows
@@ -33,6 +55,11 @@ class Predictions:
     def part(self, start: int, stop: int) -> Predictions:
         """Return the answers to some of the rows. All parts share what is rendered."""
         return Predictions(self.template, self._all_columns, self, slice(start, stop))
+
+    def only(self, name: str) -> Predictions:
+        """Return one part of the answers, such as "prediction"."""
+        template, columns = self.template.parts[name]
+        return Predictions(Template(template, {}), self._all_columns[columns], rows=self._rows)
 
     @property
     def columns(self) -> list[Array]:
@@ -57,7 +84,8 @@ class Predictions:
         return pieces
 
     def _write(self, columns: list[Array]) -> list[bytes]:
-        return [self.template % row for row in zip(*map(_write_values, columns), strict=True)]
+        template = self.template.whole
+        return [template % row for row in zip(*map(_write_values, columns), strict=True)]
 
 
 def leaves_of(answer: Any) -> Iterator[Array]:

@@ -20,7 +20,7 @@ from serving.errors import ModelError, listed, reason_of
 from serving.predictor.arrays import Arrays
 from serving.predictor.contract import Rows
 from serving.predictor.inputs import Array, Inputs, find_parts, is_opaque, type_of
-from serving.predictor.predictions import Answer, Predictions, as_key, leaves_of, write_template
+from serving.predictor.predictions import Answer, Predictions, Template, as_key, leaves_of
 
 
 def prepare(estimator: Any, arrays: Arrays, outputs: Sequence[str] = ()) -> Predictor:
@@ -101,7 +101,7 @@ class Predictor:
         self._tie = _find_tie(estimator) if self.score == "probabilities" and self.classes is not None else None
         self._assume_finite = assume_finite
         self._output = "default"  # what transformers hand on
-        self._templates: dict[int, bytes] = {}  # of an answer's JSON, by the number of its values
+        self._templates: dict[int, Template] = {}  # of an answer's JSON, by the number of its values
 
     def with_graph(self, make: Callable[[Predictor], Graph], score: str | None = None) -> Predictor:
         """Return a predictor that answers by a graph, which is made for it.
@@ -148,7 +148,7 @@ class Predictor:
             raise ModelError(f"gives {listed([*lengths])} answers to {len(X)} rows")
         # The same columns are named alike in each call.
         if len(columns) not in self._templates:
-            self._templates[len(columns)] = write_template(answer)
+            self._templates[len(columns)] = Template.of(answer)
         return Predictions(self._templates[len(columns)], columns)
 
     def ask(self, X: Any) -> tuple[Any, Any]:

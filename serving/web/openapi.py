@@ -7,7 +7,6 @@ from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
-from pydantic_core import to_json
 
 from serving import VERSION
 from serving.predictor.contract import Contract
@@ -42,23 +41,6 @@ class ValidationProblem(BaseModel):
 NUMBER = {"type": ["number", "null"]}  # what is no number in JSON is null
 
 
-def document_of(service: Service[Any]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a service, which is made once."""
-    if "openapi" not in service.made_once:
-        service.made_once["openapi"] = describe_api(service)
-    document: dict[str, Any] = service.made_once["openapi"]
-    return document
-
-
-def document_json_of(service: Service[Any]) -> bytes:
-    """Return the document as it is sent, rendered once: a model of many features makes it long."""
-    if "openapi.json" not in service.made_once:
-        rendered = to_json(document_of(service), inf_nan_mode="strings", fallback=str)
-        service.made_once["openapi.json"] = rendered
-    document: bytes = service.made_once["openapi.json"]
-    return document
-
-
 def describe_api(service: Service[Any]) -> dict[str, Any]:
     """Make the OpenAPI 3.1 document from the table of operations."""
     contract, sample, auth = service.model.contract, service.model.answer_example(), service.settings.auth
@@ -66,7 +48,7 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
     example = (contract.example, sample) if contract.is_known else (None, None)
     paths: dict[str, Any] = {}
     for operation in service.operations:
-        described = _describe(operation, schemas, example, operation.needs_key(auth))
+        described = _describe(service, operation, schemas, example)
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -138,8 +120,9 @@ def _describe_object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
-def _describe(operation: Operation, schemas: Mapping[str, Any], example: Any, secured: bool) -> dict[str, Any]:
+def _describe(service: Service[Any], operation: Operation, schemas: Mapping[str, Any], example: Any) -> dict[str, Any]:
     """Describe an operation; `example` is a row and its prediction."""
+    secured = operation.needs_key(service.settings.auth)
     described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
     row, answer = example if operation.answer_schema == "Prediction" else (None, None)
     schema: dict[str, Any] = _reference(operation.answer_schema)
@@ -155,13 +138,15 @@ def _describe(operation: Operation, schemas: Mapping[str, Any], example: Any, se
     if operation.media_types:
         rows = _content(_one_or_many(_reference("Features")), row)
         content = {media_type: rows.get(media_type, {}) for media_type in operation.media_types}
+        content |= operation.request_content(service) if operation.request_content else {}
         described["requestBody"] = {"required": True, "content": content}
     given = _content(schema, answer) if operation.answer_media_type == JSON else {operation.answer_media_type: {}}
+    given |= operation.answer_content(service) if operation.answer_content else {}
     described["responses"] = {"200": _answer_described(200, given)}
     for status in operation.errors:
         if status != 401 or secured:
             problem = _content(_reference("ValidationProblem" if status == 422 else "Problem"))
-            content = problem if operation.write_error is write_detail else {}
+            content = problem if operation.write_error is write_detail else dict(operation.error_content)
             described["responses"][str(status)] = _answer_described(status, content)
     if secured:
         described["security"] = [{"bearer": []}, {"api_key": []}]

@@ -7,8 +7,8 @@ import hmac
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import structlog
@@ -35,6 +35,7 @@ from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_
 
 log = structlog.get_logger()
 JSON_BASED = re.compile(r"application/[^/\s]+\+json")  # RFC 6839, section 3.1
+VARIABLE = re.compile(r"[<>{}]")  # in a path that a framework would take for a pattern: it gets no route of its own
 VISIT = "serving.visit"  # in a scope or an environ: the `Visit` that a request is
 UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii", ""}  # names of it, and of a part of it
 STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
@@ -118,6 +119,9 @@ class Operation:
     takes_query: bool = False  # one row, given as query parameters
     answer_schema: str = "Status"  # of JSON
     answer_media_type: str = JSON
+    request_content: Callable[[Service[Any]], Mapping[str, Any]] | None = None  # in OpenAPI, where not rows in JSON
+    answer_content: Callable[[Service[Any]], Mapping[str, Any]] | None = None
+    error_content: Mapping[str, Any] = field(default_factory=dict)  # where `write_error` is not the usual one
     errors: Sequence[int] = ()
     access: Literal["key", "docs", "open"] = "key"  # "docs": as `auth.open_docs` says
     is_hot: bool = False  # answered in front of the framework's router, unless the user has added something
@@ -239,11 +243,12 @@ class Service(Generic[S]):
         self.made_once: dict[str, Any] = {}  # what operations make of it for the first request
         self.added_paths: Callable[[], Iterable[str]] = tuple  # those of a user's routes, for the hints of a 404
         self.routes: dict[str, dict[str, Operation]] = {}
-        self.names: dict[str, str] = {}  # of routes, by path
+        self.names: dict[str, str] = {}  # of the frameworks' routes, by path
         self.hot: dict[str, set[str]] = {}  # methods that are answered in front of the router, by path
         for operation in self.operations:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
-            self.names.setdefault(operation.path, operation.name)
+            if not VARIABLE.search(operation.path):
+                self.names.setdefault(operation.path, operation.name)
             if operation.is_hot:
                 methods = {operation.method, "HEAD"} if operation.method == "GET" else {operation.method}
                 self.hot.setdefault(operation.path, set()).update(methods)
