@@ -24,7 +24,7 @@ from serving.errors import LIKELY_NAMES, Unprocessable, nearest
 from serving.predictor.bodies import QUICK_BYTES, collector_off
 from serving.predictor.contract import MAX_DETAIL_BYTES, MAX_HINTS, MAX_PROBLEMS, Contract
 from serving.predictor.inputs import read_inputs
-from serving.web import openapi
+from serving.web import documentation
 from tests.lib.apps import call, make_service, make_settings
 from tests.lib.artifacts import deploy
 from tests.lib.cases import FLOWER, JSON, QUERY, Case, get, post
@@ -286,7 +286,10 @@ def test_names_of_features_are_whole_and_others_are_not(apps: dict[tuple[str, st
             header("type", "Content-Type", "text/" + "x" * 1000),
             "Content-Type is 'text/xxx…xxx'; use 'application/json'",
         ),
-        (header("encoding", "Content-Encoding", "x" * 1000), "Content-Encoding is 'xxx…xxx'; send the body as it is"),
+        (
+            header("encoding", "Content-Encoding", "x" * 1000),
+            "Content-Encoding is 'xxx…xxx'; use one of 'gzip', 'deflate', or send the body as it is",
+        ),
         (header("length", "Content-Length", "1" * 1000), "Content-Length is '111…111'; it should be a number of bytes"),
         (Case("method", "M" * 1000, "/ping"), "MMM…MMM is not allowed on /ping; use one of GET, HEAD, OPTIONS"),
     ],
@@ -437,13 +440,13 @@ def test_document_is_rendered_once(
     case = Case("openapi", "GET", "/openapi.json")
     first = call(apps[framework, "long"], case)
     rendered: list[Any] = []
-    render = openapi.to_json
+    render = documentation.to_json
 
     def note(value: Any, **options: Any) -> bytes:
         rendered.append(value)
         return render(value, **options)
 
-    monkeypatch.setattr(openapi, "to_json", note)
+    monkeypatch.setattr(documentation, "to_json", note)
     assert call(apps[framework, "long"], case) == first
     assert not [value for value in rendered if "openapi" in value]
     assert first.json["openapi"] == "3.1.0"

@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from serving.errors import TooManyRequests
+from serving.errors import ServingError, TooManyRequests
 from serving.predictor.calls import BatchQueue, Job, Line
 
 T = TypeVar("T")
@@ -59,6 +59,11 @@ class LoopBatcher:
             self.queue.give_up(job)
             raise
         return job.result()
+
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Return what some work returns, which is done beside the loop. Raises what it raises."""
+        trying = natively(functools.partial(Attempt, work), "decode")
+        return (await self.loop.run_in_executor(self._decoding, trying)).result()
 
     def _read(self, job: Job) -> None:
         """Decode a job beside the loop, and then let it wait for its call."""
@@ -183,6 +188,12 @@ class ThreadBatcher:
             raise
         return self._wait_for(job)
 
+    async def beside(self, work: Callable[[], T]) -> T:
+        """Return what some work returns; it blocks, but not the greenlets of others. Raises what it raises."""
+        with self._decoding:
+            attempt = natively(functools.partial(Attempt, work), "decode")()
+        return attempt.result()
+
     def _read(self, job: Job) -> bool:
         """Decode a job, and return whether it then has rows to predict."""
         while not self._decoding.acquire(timeout=LOOK_S):
@@ -240,6 +251,29 @@ class ThreadBatcher:
         for job in jobs if not halves else ():
             job.waiter.release()
         return halves
+
+
+class Attempt(Generic[T]):
+    """What some work returns or raises. Gevent's threads would print what is raised in them."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._error: Exception | None = None
+        try:
+            self._returned = work()
+        except Exception as error:
+            if isinstance(error, ServingError):
+                error.__traceback__ = None  # which would keep all that was worked on
+            self._error = error
+
+    def result(self) -> T:
+        """Return what was returned. Raises what was raised, once."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._returned
+        finally:
+            del error  # with its traceback it would be a cycle
 
 
 def natively(call: Callable[[], T], name: str) -> Callable[[], T]:

@@ -31,6 +31,7 @@ from serving.predictor.calls import BatchingSettings, BatchQueue, CallCost, Job
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
 from serving.settings import OtherNames, SettingsTable, check_each_once
+from serving.web.encodings import ENCODINGS, IDENTITY, QUICK_BYTES, encoding_of, inflate
 from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
@@ -115,7 +116,7 @@ class Operation:
     summary: str
     endpoint: Endpoint
     media_types: Sequence[str] = ()
-    encodings: Sequence[str] = ("identity",)
+    encodings: Sequence[str] = ENCODINGS
     takes_query: bool = False  # one row, given as query parameters
     answer_schema: str = "Status"  # of JSON
     answer_media_type: str = JSON
@@ -136,9 +137,9 @@ class Operation:
     def check_media_type(self, request: Request) -> None:
         """Raise `UnsupportedMediaType` for a body that it does not take."""
         encoding = request.header("content-encoding")
-        if encoding is not None and encoding not in self.encodings:
+        if encoding is not None and encoding_of(encoding) not in self.encodings:
             problem = f"Content-Encoding is {shorten(encoding)!r}"
-            others = [name for name in self.encodings if name != "identity"]
+            others = [name for name in self.encodings if name != IDENTITY]
             rule = f"use one of {listed(others)}, or send" if others else "send"
             raise UnsupportedMediaType(f"{problem}; {rule} the body as it is")
         given = request.header("content-type")
@@ -318,12 +319,22 @@ class Service(Generic[S]):
                 return Response([b""], 204, {"Allow": found}, media_type="")
             if takes_body:
                 found.check_media_type(request)
+                await self._inflate(request)
             return await found.endpoint(self, request)
         except ServingError as error:
             return write(error)
         except Exception:  # the outermost edge: whatever failed, the client learns no internals
             log.exception("request_failed", method=request.method, path=request.path)
             return write(InternalError("internal error; the log has it under this X-Request-ID"))
+
+    async def _inflate(self, request: Request) -> None:
+        """Put what a compressed body has inside in its place. Raises `BadRequest`, `ContentTooLarge`."""
+        encoding = encoding_of(request.header("content-encoding"))
+        if encoding == IDENTITY or not request.body:
+            return
+        body = request.take_body()
+        work = functools.partial(inflate, body, encoding, self.settings.limits.max_body_bytes)
+        request.body = work() if len(body) <= QUICK_BYTES else await request.batcher.beside(work)
 
     def _error_writer(self, request: Request) -> Callable[[ServingError], Response]:
         """Return the `write_error` for a request without an operation: that of its path, or of its scope."""
