@@ -60,7 +60,7 @@ from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
 from serving.web import documentation, endpoints
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
-from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
+from serving.web.bridges import Binding, as_asgi, as_wsgi
 from serving.web.documentation import document_of
 from serving.web.service import (
     VISIT,
@@ -72,7 +72,7 @@ from serving.web.service import (
     Service,
     Visit,
 )
-from serving.web.wsgi import WSGIEndpoint, run_now, wsgi_request
+from serving.web.wsgi import WSGIEndpoint, pieces_of, run_now, wsgi_request
 
 if TYPE_CHECKING:
     import fastapi
@@ -263,7 +263,7 @@ def build_flask(service: Service[Any]) -> flask.Flask:
 
     added = AddedToFlask(app, endpoint, view)
     service.added_paths = added.paths
-    app.extensions["serving"] = FlaskBinding(service, is_bare, added, answers_alone)
+    app.extensions["serving"] = Binding(service, is_bare, added, answers_alone)
     return app
 
 
@@ -284,7 +284,7 @@ def _make_flask(endpoint: WSGIEndpoint) -> tuple[flask.Flask, Callable[..., flas
     def view(refused: Unauthorized | None = None) -> flask.Response:
         request = wsgi_request(flask.request.environ, endpoint.batcher)
         response = run_now(endpoint.service.respond(request, refused, flask.request.environ.get(VISIT)))
-        answer = flask.Response(response.pieces, response.status_line)
+        answer = flask.Response(pieces_of(response), response.status_line)
         answer.headers = Headers(response.headers)
         return answer
 
@@ -334,10 +334,13 @@ def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
         is_more = _has_middleware(app) or app.router.default is not unmatched
         return not is_more and (len(app.routes), len(app.exception_handlers)) == before
 
+    def answers_alone(path: str, method: str) -> bool:
+        return method in service.hot.get(path, ()) and not _has_middleware(app)
+
     added = AddedToFastAPI(app, endpoint)
     app.router.middleware_stack = added.guard
     service.added_paths = added.paths
-    app.state.serving = Binding(service, is_bare, added)
+    app.state.serving = Binding(service, is_bare, added, answers_alone)
     app.openapi = lambda: document_of(service)  # type: ignore[method-assign]
     return app
 

@@ -91,11 +91,26 @@ class Answer(gunicorn.http.wsgi.Response):
 
 
 class TimedBody:
-    """The body of a request, which has to come in time."""
+    """The body of a request, which has to come in time: whole, or piece by piece if it is read as a stream."""
 
     def __init__(self, body: Any, timeout_s: float) -> None:
         self.body = body
+        self.timeout_s = timeout_s
         self.end = time.monotonic() + timeout_s
+
+    def time_piece(self, is_waited_for: bool) -> None:
+        """Let the next piece of the body have its own time, if it is waited for."""
+        self.end = time.monotonic() + self.timeout_s
+
+    def read1(self, size: int) -> Any:
+        """Read what is there, but wait for a byte at least: gunicorn's own `read` waits for all."""
+        held = self.body.buf.tell()
+        if held:
+            return self.body.read(min(size, held))
+        first = self._in_time(self.body._read_reader, 1)
+        reader = self.body.reader
+        more = min(size - 1, (reader.unreader if hasattr(reader, "unreader") else reader).buf.tell())
+        return first + self.body._read_reader(more) if first and more else first
 
     def read(self, *size: Any) -> Any:
         return self._in_time(self.body.read, *size)

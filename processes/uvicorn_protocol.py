@@ -17,7 +17,7 @@ from processes.refusals import JUDGED, HeadLimits, judge_head, origin_form, refu
 from processes.transport import CoalescingTransport, Sending
 from processes.worker import SETTLE_S
 from serving.errors import BodyCutShort, BodyTooSlow, ServingError
-from serving.web.asgi import CLIENT_HAS_LEFT, CUT_SHORT
+from serving.web.asgi import CLIENT_HAS_LEFT, CUT_SHORT, TIME_PIECE
 
 MAX_UNPARSED_BYTES = 1_048_576  # bytes without a whole head: more than a request line and 100 fields have
 PIECE_BYTES = 256  # smallest piece, in bytes, of a body with empty lines in it that the parser gets
@@ -73,7 +73,8 @@ class Protocol(HttpToolsProtocol):
     refusal = 400
     unparsed_bytes = 0  # received since the last head or piece of a body was whole
     failed = False
-    body_timer: Any = None  # until the body that is being received must be whole
+    body_timer: Any = None  # until the body that is being received, or its next piece, must be there
+    times_pieces = False  # of this body, which the app reads piece by piece
     n_requests = 0
     takes_interim = True  # whether it knows HTTP/1.1
     was_asked = False  # whether it is there, in the request that waits
@@ -141,9 +142,8 @@ class Protocol(HttpToolsProtocol):
                 self._hold(data)
                 if not self.is_busy:
                     self._queue_up()
-        cycle = self.cycle
-        if self.body_timer is None and cycle is not None and cycle.more_body and not cycle.response_complete:
-            self.body_timer = self.loop.call_later(self.shared.request_timeout_s, self._cut_short, BodyTooSlow)
+        if self.body_timer is None and not self.times_pieces:
+            self._start_body_timer()
         if self.unparsed_bytes > self.shared.head_limits.field_size and not self.failed:
             self._check_unparsed()
 
@@ -199,7 +199,9 @@ class Protocol(HttpToolsProtocol):
             if version == "1.0":
                 # Which such a client does not know (RFC 9110, section 10.1.1).
                 self.expect_100_continue = self.takes_interim = False
+            self.times_pieces = False
             self.scope[CLIENT_HAS_LEFT] = self.has_left  # type: ignore[literal-required]
+            self.scope[TIME_PIECE] = self.time_piece  # type: ignore[literal-required]
             super().on_headers_complete()
             self.n_requests += 1
             if self.n_requests == self.shared.max_requests:
@@ -270,6 +272,18 @@ class Protocol(HttpToolsProtocol):
             super().on_message_complete()
             self.headers = None  # until the next request begins
 
+    def time_piece(self, is_waited_for: bool) -> None:
+        """Let the next piece of the body have its own time, as long as the app waits for it."""
+        self.times_pieces = True
+        self._stop_body_timer()
+        if is_waited_for:
+            self._start_body_timer()
+
+    def _start_body_timer(self) -> None:
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and not cycle.response_complete:
+            self.body_timer = self.loop.call_later(self.shared.request_timeout_s, self._cut_short, BodyTooSlow)
+
     def _stop_body_timer(self) -> None:
         if self.body_timer is not None:
             self.body_timer.cancel()
@@ -279,7 +293,8 @@ class Protocol(HttpToolsProtocol):
         self._stop_body_timer()
         self._unset_keepalive_if_required()  # which uvicorn does only where there was no error
         if self.scope is not None:
-            cast(Any, self.scope).pop(CLIENT_HAS_LEFT, None)  # or both would wait for the garbage collector
+            for name in (CLIENT_HAS_LEFT, TIME_PIECE):
+                cast(Any, self.scope).pop(name, None)  # or both would wait for the garbage collector
         self.held = b""
         self.shared.sending.forget(self.transport)
         super().connection_lost(exc)

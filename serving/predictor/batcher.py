@@ -65,6 +65,10 @@ class LoopBatcher:
         trying = natively(functools.partial(Attempt, work), "decode")
         return (await self.loop.run_in_executor(self._decoding, trying)).result()
 
+    async def pause(self, seconds: float) -> None:
+        """Wait."""
+        await asyncio.sleep(seconds)
+
     def _read(self, job: Job) -> None:
         """Decode a job beside the loop, and then let it wait for its call."""
         try:
@@ -193,6 +197,10 @@ class ThreadBatcher:
         with self._decoding:
             attempt = natively(functools.partial(Attempt, work), "decode")()
         return attempt.result()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait; it blocks, but not the greenlets of others."""
+        time.sleep(seconds)  # noqa: ASYNC251 — under WSGI whatever is awaited blocks
 
     def _read(self, job: Job) -> bool:
         """Decode a job, and return whether it then has rows to predict."""

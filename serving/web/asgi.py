@@ -15,6 +15,7 @@ from serving.web.service import VISIT, Service, Visit
 
 # In a scope: the error by which a body ended before its end, and what tells whether the client has left.
 CUT_SHORT, CLIENT_HAS_LEFT = "serving.cut_short", "serving.client_has_left"
+TIME_PIECE = "serving.time_piece"  # in a scope: what is told whether the next piece of the body has to come in time
 
 
 async def receive_unless_cut(scope: Any, receive: Any) -> Any:
@@ -55,6 +56,12 @@ class ASGIEndpoint:
         await send(response.start_message)
         for piece in pieces:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if response.rest is not None:
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+            last = b""
+            async with contextlib.aclosing(response.rest) as rest:
+                async for piece in rest:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
         if response.lingers:
             await send({"type": "http.response.body", "body": last, "more_body": True})
             await linger(receive)
@@ -91,7 +98,9 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
     if root_path and (path == root_path or path.startswith(f"{root_path}/")):  # as Starlette's `get_route_path`
         path = path[len(root_path) :]
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
-    return Request(scope["method"], path, query, header, read, batcher, scope.get(CLIENT_HAS_LEFT))
+    may_stream = scope.get("http_version") != "1.0"
+    time_piece, client_has_left = scope.get(TIME_PIECE), scope.get(CLIENT_HAS_LEFT)
+    return Request(scope["method"], path, query, header, read, batcher, client_has_left, time_piece, may_stream)
 
 
 async def linger(receive: Any) -> None:

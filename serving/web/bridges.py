@@ -11,9 +11,9 @@ import concurrent.futures
 import functools
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
@@ -21,6 +21,7 @@ from serving.errors import InternalError, ServingError, Unauthorized
 from serving.web.added import AddedToFastAPI, AddedToFlask
 from serving.web.asgi import CLIENT_HAS_LEFT, ASGIEndpoint, asgi_request, linger
 from serving.web.messages import Request, make_request_id, write_detail
+from serving.web.relay import Relay
 from serving.web.service import Service
 from serving.web.wsgi import WSGIEndpoint, find_client_has_left, run_now, wsgi_request
 
@@ -33,11 +34,16 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Binding:
-    """A service behind a framework's app. An app that `is_bare` has nothing of a user's that could read a body."""
+    """A service behind a framework's app.
+
+    An app that `is_bare` has nothing of a user's that could read a body. `answers_alone` tells of a path and a method
+    whether the service may answer alone: the framework has nothing to do for it.
+    """
 
     service: Service[Any]
     is_bare: Callable[[], bool]
     added: AddedToFlask | AddedToFastAPI
+    answers_alone: Callable[[str, str], bool]
 
     def lacks_key(self, request: Request) -> bool:
         """Return whether a request with a body is refused for want of a key, so that the body is not to be read."""
@@ -46,16 +52,6 @@ class Binding:
         as_ours = isinstance(self.service.judge_head(request), Unauthorized)
         as_added = self.service.refusal(request) is not None
         return (as_ours or as_added) and (as_added if self.added.has(request) else as_ours)
-
-
-@dataclass(frozen=True)
-class FlaskBinding(Binding):
-    """A service behind a Flask.
-
-    `answers_alone` tells of a path and a method whether the service may answer alone: Flask has nothing to do for it.
-    """
-
-    answers_alone: Callable[[str, str], bool]
 
 
 def as_asgi(app: Any) -> Any:
@@ -99,7 +95,7 @@ class FlaskOverASGI:
     def __init__(self, app: flask.Flask) -> None:
         from a2wsgi import WSGIMiddleware
 
-        self.binding: FlaskBinding = app.extensions["serving"]
+        self.binding: Binding = app.extensions["serving"]
         self.service = self.binding.service
         self.endpoint = ASGIEndpoint(self.service)
         self.bridge: Any = WSGIMiddleware(app)  # type: ignore[arg-type]
@@ -149,9 +145,11 @@ class FastAPIOverWSGI:
         self._lock = threading.Lock()
         self._endpoint = WSGIEndpoint(self.service)
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         self.start()
         request = wsgi_request(environ, self._endpoint.batcher)
+        if self.service.streams(request) and self.binding.answers_alone(request.path, request.method):
+            return Relay(self._loop, cast(ASGIEndpoint, self.binding.added.endpoint), request).answer(start_response)
         if self.binding.lacks_key(request):
             request.body, start_response = b"", start_and_close(start_response)
         keeps = not self.binding.is_bare() or self.service.takes_body(request)
@@ -181,7 +179,7 @@ class FastAPIOverWSGI:
     def _start(self) -> Any:
         from a2wsgi import ASGIMiddleware
 
-        loop = asyncio.new_event_loop()
+        self._loop = loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="asgi", daemon=True).start()
         started: concurrent.futures.Future[Any] = concurrent.futures.Future()
         stopping = asyncio.Event()

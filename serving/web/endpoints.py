@@ -10,7 +10,8 @@ from serving.predictor.bodies import PART_BYTES, LongBody, read_rows
 from serving.predictor.calls import Job
 from serving.predictor.predictions import Predictions
 from serving.web.decoding import predict_decoded
-from serving.web.messages import JSON, Request, Response
+from serving.web.lines import describe_answers, describe_lines, predict_lines
+from serving.web.messages import JSON, JSONL, Request, Response
 from serving.web.service import STOPPING, Operation, Service, ServiceSettings
 
 RESTART_S = 5.0  # seconds until a service that stops may be there again
@@ -61,7 +62,10 @@ def operations(settings: ServiceSettings) -> Iterator[Operation]:
         "predict_body",
         "Predict one row, or each row of an array in its order",
         predict_body,
-        media_types=(JSON,),
+        media_types=(JSON, JSONL),
+        stream=predict_lines,
+        request_content=describe_lines,
+        answer_content=describe_answers,
         answer_schema="Prediction",
         errors=(400, 401, 408, 413, 415, 422, 429, 500, 503),
         is_hot=True,

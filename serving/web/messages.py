@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +17,7 @@ from serving.predictor.batcher import LoopBatcher, ThreadBatcher
 from serving.predictor.calls import Job
 
 JSON = "application/json"
+JSONL = "application/jsonl"
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 LINGER_S = 2.0  # seconds for which a closed connection still reads, or its client might lose the answer
 OWN_PHRASES = {ClientLeft.status: "Client Closed Request"}  # of a status that HTTP does not have
@@ -40,6 +41,8 @@ class Request:
     read: Callable[[int], Awaitable[bytes]]  # the next piece of the body, of about so many bytes; b"" at its end
     batcher: LoopBatcher | ThreadBatcher
     client_has_left: Callable[[], bool] | None = None  # where the server can tell
+    time_piece: Callable[[bool], None] | None = None  # told when the next piece has to come in time, where it may not
+    may_stream: bool = True  # the answer may begin before its length is known, which HTTP/1.0 cannot say
     body: bytes | ServingError | None = None  # the bytes, or the error that reading ended with
     rows: int = 0
     job: Job | None = None  # its prediction
@@ -67,6 +70,41 @@ class Request:
         if isinstance(body, ServingError):
             raise body
         return body or b""
+
+    def is_within(self, limit: int) -> bool:
+        """Return whether the head says that the body has no more bytes than a limit. Raises `BadRequest`."""
+        length = self._content_length()
+        return length <= limit if length is not None else self.header("transfer-encoding") is None
+
+    async def pieces(self, size: int) -> AsyncIterator[bytes]:
+        """Yield the body, whether it was read or not, in pieces of about so many bytes. Each has to come in time.
+
+        Raises `ServingError`.
+        """
+        if self.body is not None:
+            body = self.take_body()
+            for start in range(0, len(body), size):
+                yield body[start : start + size]
+            return
+        length = self._content_length()
+        self.body = b""
+        n_bytes = 0
+        while n_bytes != length:
+            piece = await self._read_in_time(size if length is None else min(length - n_bytes, size))
+            if not piece:
+                break
+            n_bytes += len(piece)
+            yield piece
+        if length is not None and n_bytes < length:
+            raise BodyCutShort
+
+    async def _read_in_time(self, size: int) -> bytes:
+        if self.time_piece is None:
+            return await self.read(size)
+        self.time_piece(True)
+        piece = await self.read(size)
+        self.time_piece(False)
+        return piece
 
     async def _read_body(self, limit: int, keeps: bool) -> bytes:
         length = self._content_length()
@@ -108,6 +146,7 @@ class Response:
     media_type: str = JSON  # none of a 204, which has no body
     request_id: str = ""
     lingers: bool = False  # the client may still be sending
+    rest: AsyncGenerator[bytes] | None = None  # what follows the pieces, of a length that is not known
 
     @classmethod
     def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -127,14 +166,17 @@ class Response:
     @property
     def headers(self) -> list[tuple[str, str]]:
         """The headers as WSGI and HTTP/1.1 write them."""
-        own = [("Content-Type", self.media_type), ("Content-Length", str(self.length))] if self.media_type else []
+        own = [("Content-Type", self.media_type)] if self.media_type else []
+        if own and self.rest is None:
+            own.append(("Content-Length", str(self.length)))
         return [*own, *self.more_headers.items(), ("X-Request-ID", self.request_id)]
 
     @property
     def start_message(self) -> dict[str, Any]:
         """The status and the headers as ASGI sends them."""
-        own = [(b"content-type", self.media_type.encode()), (b"content-length", b"%d" % self.length)]
-        headers = own if self.media_type else []
+        headers = [(b"content-type", self.media_type.encode())] if self.media_type else []
+        if headers and self.rest is None:
+            headers.append((b"content-length", b"%d" % self.length))
         for name, value in self.more_headers.items():
             headers.append((name.lower().encode(), value.encode("latin-1")))
         headers.append((b"x-request-id", self.request_id.encode()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hmac
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import structlog
 from pydantic import AfterValidator, Field, PositiveInt, SecretStr
 
 from serving.errors import (
+    ClientLeft,
     InternalError,
     MethodNotAllowed,
     NotFound,
@@ -32,12 +34,13 @@ from serving.predictor.model import Model
 from serving.predictor.proof import Proof
 from serving.settings import OtherNames, SettingsTable, check_each_once
 from serving.web.encodings import ENCODINGS, IDENTITY, QUICK_BYTES, encoding_of, inflate
-from serving.web.messages import JSON, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
+from serving.web.messages import JSON, JSONL, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
 log = structlog.get_logger()
 JSON_BASED = re.compile(r"application/[^/\s]+\+json")  # RFC 6839, section 3.1
 VARIABLE = re.compile(r"[<>{}]")  # in a path that a framework would take for a pattern: it gets no route of its own
 VISIT = "serving.visit"  # in a scope or an environ: the `Visit` that a request is
+LINES = {JSONL, "application/jsonlines", "application/x-jsonlines", "application/x-ndjson", "application/ndjson"}
 UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii", ""}  # names of it, and of a part of it
 STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
 
@@ -102,6 +105,12 @@ S = TypeVar("S", bound=ServiceSettings)
 Endpoint = Callable[["Service[Any]", Request], Awaitable[Response]]
 
 
+def is_lines(request: Request) -> bool:
+    """Return whether a body is in JSON lines."""
+    given = request.header("content-type")
+    return given is not None and given != JSON and given.partition(";")[0].strip().lower() in LINES
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """A row of the table from which routes, answers and the OpenAPI document are made.
@@ -116,6 +125,7 @@ class Operation:
     summary: str
     endpoint: Endpoint
     media_types: Sequence[str] = ()
+    stream: Endpoint | None = None  # what answers JSON lines, and reads the body itself
     encodings: Sequence[str] = ENCODINGS
     takes_query: bool = False  # one row, given as query parameters
     answer_schema: str = "Status"  # of JSON
@@ -146,6 +156,7 @@ class Operation:
         if given in self.media_types or not given:  # nobody else's type is meant where none is sent
             return
         media_type, *parameters = given.lower().split(";")
+        media_type = JSONL if media_type.strip() in LINES else media_type
         is_json = JSON in self.media_types and JSON_BASED.fullmatch(media_type.strip())
         allowed = " or ".join(map(repr, self.media_types))
         if media_type.strip() not in self.media_types and not is_json:
@@ -291,7 +302,11 @@ class Service(Generic[S]):
             response.request_id = request_id
             if self.observers:
                 operation = found if isinstance(found, Operation) else self._operation_of(request)
-                self.show(Exchange(request, response, operation, began, time.perf_counter() - began))
+                exchange = Exchange(request, response, operation, began, time.perf_counter() - began)
+                if response.rest is None:
+                    self.show(exchange)
+                else:
+                    response.rest = self._show_at_end(exchange, response.rest)
             return response
         finally:
             REQUEST_ID.reset(token)
@@ -304,11 +319,31 @@ class Service(Generic[S]):
             except Exception:  # of whatever kind: an answer is not lost for it
                 log.exception("observer_failed")
 
+    async def _show_at_end(self, exchange: Exchange, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+        """Yield the rest of an answer, and show its exchange to the observers once all is sent, or the client gone."""
+        response = exchange.response
+        REQUEST_ID.set(response.request_id)
+        status, response.status = response.status, ClientLeft.status
+        try:
+            async with contextlib.aclosing(rest):
+                async for piece in rest:
+                    yield piece
+            response.status = status
+        except ClientLeft:
+            pass
+        finally:
+            REQUEST_ID.set(response.request_id)  # again, for it may be closed from elsewhere
+            exchange.took_s = time.perf_counter() - exchange.began
+            self.show(exchange)
+
     async def _answer(self, request: Request, found: Operation | ServingError | str) -> Response:
         write = found.write_error if isinstance(found, Operation) else self._error_writer(request)
         try:
             if isinstance(found, Unauthorized):
                 raise found
+            if isinstance(found, Operation) and found.stream is not None and is_lines(request):
+                found.check_media_type(request)
+                return await _whole_unless_streamed(request, await found.stream(self, request))
             takes_body = isinstance(found, Operation) and bool(found.media_types)
             await request.read_body(self.settings.limits.max_body_bytes, takes_body)
             if isinstance(request.body, ServingError):
@@ -356,6 +391,11 @@ class Service(Generic[S]):
         except ServingError as error:
             return error
         return operation
+
+    def streams(self, request: Request) -> bool:
+        """Return whether a body is JSON lines for an operation that takes them."""
+        operation = self._operation_of(request) if is_lines(request) else None
+        return operation is not None and operation.stream is not None
 
     def takes_body(self, request: Request) -> bool:
         """Return whether a request is for an operation that takes its body."""
@@ -420,3 +460,11 @@ class Service(Generic[S]):
         request.rows = job.n_rows
         job.client_has_left = request.client_has_left
         return request.batcher.predict(job)
+
+
+async def _whole_unless_streamed(request: Request, response: Response) -> Response:
+    """Return an answer with all its pieces, if its length has to be known when it begins."""
+    if response.rest is not None and not request.may_stream:
+        response.pieces += [piece async for piece in response.rest]
+        response.rest = None
+    return response

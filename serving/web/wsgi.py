@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import ThreadBatcher
-from serving.web.messages import Request
+from serving.web.messages import Request, Response
 from serving.web.service import Service, Visit
 
 T = TypeVar("T")
@@ -27,10 +27,37 @@ class WSGIEndpoint:
         start_response: Any,
         refused: Unauthorized | None = None,
         visit: Visit | None = None,
-    ) -> list[bytes]:
+    ) -> Iterable[bytes]:
         response = run_now(self.service.respond(request, refused, visit))
         start_response(response.status_line, response.headers)
-        return [] if request.method == "HEAD" else response.pieces
+        return [] if request.method == "HEAD" else pieces_of(response)
+
+
+def pieces_of(response: Response) -> Iterable[bytes]:
+    """Return the body of an answer, to be sent piece by piece."""
+    return response.pieces if response.rest is None else Pieces(response.pieces, response.rest)
+
+
+class Pieces:
+    """The pieces of an answer, of which the last ones are made when they are asked for. The server closes it."""
+
+    def __init__(self, pieces: Iterable[bytes], rest: AsyncGenerator[bytes]) -> None:
+        self._pieces, self._rest = iter(pieces), rest
+
+    def __iter__(self) -> Pieces:
+        return self
+
+    def __next__(self) -> bytes:
+        for piece in self._pieces:
+            return piece
+        try:
+            return run_now(anext(self._rest))
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """End it, whether all was sent or not."""
+        run_now(self._rest.aclose())
 
 
 def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
@@ -41,17 +68,20 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
         return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}") or None
 
     stream = environ["wsgi.input"]
+    take = getattr(stream, "read1", stream.read)
     has_end = environ.get("wsgi.input_terminated") or "CONTENT_LENGTH" in environ
 
     async def read(size: int) -> bytes:
         try:
-            return stream.read(size) if has_end else b""
+            return take(size) if has_end else b""
         except _stream_errors():
             raise BodyCutShort from None
 
     path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
-    query = environ.get("QUERY_STRING", "")
-    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher, find_client_has_left(environ))
+    method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
+    may_stream = environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
+    time_piece, client_has_left = getattr(stream, "time_piece", None), find_client_has_left(environ)
+    return Request(method, path, query, header, read, batcher, client_has_left, time_piece, may_stream)
 
 
 def find_client_has_left(environ: dict[str, Any]) -> Callable[[], bool] | None:
@@ -65,11 +95,13 @@ def _stream_errors() -> tuple[type[Exception], ...]:
     return (OSError, gunicorn.ParseException) if gunicorn else (OSError,)
 
 
-def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never waits: under WSGI, what it awaits blocks instead."""
+def run_now(awaited: Awaitable[T]) -> T:
+    """Return the result of what never waits: under WSGI, what it awaits blocks instead."""
+    coroutine: Any = awaited
     try:
         coroutine.send(None)
     except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
+        result: T = done.value
+        return result
     coroutine.close()
     raise RuntimeError("a coroutine waited where nothing can wake it")

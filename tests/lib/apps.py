@@ -120,5 +120,7 @@ class CutStream(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         return super().read(size) or self._ended()
 
+    read1 = read
+
     def _ended(self) -> bytes:
         raise OSError("the connection ended inside a chunk")

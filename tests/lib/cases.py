@@ -57,7 +57,7 @@ AROUND = '"detail":[{"type":"extra_forbidden","loc":["body","%s"],"msg":"Unknown
     SUCH.replace("as {", "as [{") + ']"'
 )
 HUGE = 400 * "9"
-LATIN_1 = "Content-Type has 'charset=latin-1'; send 'application/json' in UTF-8"
+LATIN_1 = "Content-Type has 'charset=latin-1'; send 'application/json' or 'application/jsonl' in UTF-8"
 
 
 def post(id: str, body: str | bytes, status: int = 200, says: str = "", headers: Fields = JSON, **more: Any) -> Case:
