@@ -12,7 +12,7 @@ import socket
 import time
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import gevent
 import gunicorn.http.wsgi
@@ -34,7 +34,7 @@ from gunicorn.http.parser import RequestParser
 from gunicorn.workers import ggevent
 
 from processes.patches import patch_fork, spare_end
-from processes.presence import has_left
+from processes.presence import has_input, has_left
 from processes.refusals import JUDGED, judge_head, origin_form, refuse
 from processes.sending import LOOK_S, Progress, count_acknowledged, count_unacknowledged, forget_unsent, note_cut_off
 from processes.worker import ACCEPTS_PER_S, MAX_ACCEPTS, POLL_S, TICK_S, SupervisedWorker
@@ -93,24 +93,40 @@ class Answer(gunicorn.http.wsgi.Response):
 class TimedBody:
     """The body of a request, which has to come in time: whole, or piece by piece if it is read as a stream."""
 
-    def __init__(self, body: Any, timeout_s: float) -> None:
-        self.body = body
+    def __init__(self, body: Any, sock: Any, timeout_s: float) -> None:
+        self.body, self.sock = body, sock
         self.timeout_s = timeout_s
         self.end = time.monotonic() + timeout_s
+        self.error: Exception | None = None  # that the next reading ends with
 
     def time_piece(self, is_waited_for: bool) -> None:
         """Let the next piece of the body have its own time, if it is waited for."""
         self.end = time.monotonic() + self.timeout_s
 
-    def read1(self, size: int) -> Any:
+    def read1(self, size: int) -> bytes:
         """Read what is there, but wait for a byte at least: gunicorn's own `read` waits for all."""
         held = self.body.buf.tell()
         if held:
-            return self.body.read(min(size, held))
-        first = self._in_time(self.body._read_reader, 1)
+            return cast(bytes, self.body.read(min(size, held)))
+        if self.error is not None:
+            raise self.error
+        pieces = [self._read_some(size)]
+        left = size - len(pieces[0])
+        while left and pieces[-1] and has_input(self.sock.fileno()):
+            try:
+                pieces.append(self._read_some(left))
+            except (OSError, ParseException) as error:  # which ends the body, but not what came before
+                self.error = error
+                break
+            left -= len(pieces[-1])
+        return b"".join(pieces)
+
+    def _read_some(self, size: int) -> bytes:
+        """Read what one look at the socket brings."""
+        first: bytes = self._in_time(self.body._read_reader, 1)
         reader = self.body.reader
-        more = min(size - 1, (reader.unreader if hasattr(reader, "unreader") else reader).buf.tell())
-        return first + self.body._read_reader(more) if first and more else first
+        held = (reader.unreader if hasattr(reader, "unreader") else reader).buf.tell()
+        return first + self.body._read_reader(min(size - 1, held)) if first else first
 
     def read(self, *size: Any) -> Any:
         return self._in_time(self.body.read, *size)
@@ -315,7 +331,7 @@ class GeventWorker(SupervisedWorker, ggevent.GeventWorker):
                     body.failed = True  # gunicorn's mark of one that was not read to its end
                 return start_response(status, headers, exc_info)
 
-            environ["wsgi.input"] = TimedBody(body, request_timeout_s)
+            environ["wsgi.input"] = TimedBody(body, environ["gunicorn.socket"], request_timeout_s)
             if "HTTP_TRANSFER_ENCODING" not in environ:
                 environ.pop("wsgi.input_terminated")  # so that werkzeug counts, and sees a body that is cut short
             return inner(environ, start)

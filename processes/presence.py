@@ -1,4 +1,5 @@
-"""Whether a client is still there, while its request waits: rows of one that has left need no prediction."""
+"""Whether a client is still there, while its request waits, and has sent more: rows of one that has left need no
+prediction."""
 
 from __future__ import annotations
 
@@ -27,9 +28,14 @@ def has_left(fd: int, may_ask: Callable[[], bool]) -> bool:
     return bool(events & GONE)
 
 
-def _events(fd: int) -> int:
+def has_input(fd: int) -> bool:
+    """Return whether a client has sent what nobody has read, or has ended its sending."""
+    return bool(_events(fd, select.POLLIN) & select.POLLIN)
+
+
+def _events(fd: int, looked_for: int = select.POLLRDHUP) -> int:
     if fd < 0:
         return select.POLLNVAL
     poller = poll()
-    poller.register(fd, select.POLLRDHUP)
+    poller.register(fd, looked_for)
     return next((events for _, events in poller.poll(0)), 0)

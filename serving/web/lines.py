@@ -119,11 +119,11 @@ class Lines:
         """Yield the body in pieces, inflated if it is compressed."""
         encoding = encoding_of(self.request.header("content-encoding"))
         if encoding == IDENTITY:
-            async for piece in self.request.pieces(PART_BYTES):
+            async for piece in self.request.pieces(2 * PART_BYTES):
                 yield piece
             return
         inflater = Inflater(encoding)
-        async for piece in self.request.pieces(PART_BYTES):
+        async for piece in self.request.pieces(2 * PART_BYTES):
             for inflated in inflater.inflate(piece):
                 yield inflated
         inflater.end()
