@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -43,11 +44,16 @@ class Request:
     body: bytes | ServingError | None = None  # the bytes, or the error that reading ended with
     rows: int = 0
     job: Job | None = None  # its prediction
+    root_path: str = ""  # what stood in front of the path, where the client sees it
 
     @property
     def announces_body(self) -> bool:
         """Whether the head says that a body follows."""
         return self.header("content-length") not in (None, "0") or self.header("transfer-encoding") is not None
+
+    def link_to(self, path: str) -> str:
+        """Return a path of the service's as its client finds it, for a `Location` or a link."""
+        return urllib.parse.quote(self.root_path) + path
 
     async def read_body(self, limit: int, keeps: bool = True) -> bytes | ServingError:
         """Read the whole body, but no more than `limit` bytes, into `body`; or the error that it ends with.

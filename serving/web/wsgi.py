@@ -49,9 +49,12 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
         except _stream_errors():
             raise BodyCutShort from None
 
-    path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
-    query = environ.get("QUERY_STRING", "")
-    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher, find_client_has_left(environ))
+    path, root_path = environ["PATH_INFO"] or "/", environ.get("SCRIPT_NAME", "")
+    if root_path:
+        root_path = root_path.encode("latin-1").decode(errors="replace").rstrip("/")
+    path = path.encode("latin-1").decode(errors="replace")
+    query, has_left = environ.get("QUERY_STRING", ""), find_client_has_left(environ)
+    return Request(environ["REQUEST_METHOD"], path, query, header, read, batcher, has_left, root_path=root_path)
 
 
 def find_client_has_left(environ: dict[str, Any]) -> Callable[[], bool] | None:
