@@ -78,17 +78,13 @@ class CORS:
 
     def add_to(self, given: Iterable[tuple[str, str]], request: Request) -> list[tuple[str, str]]:
         """Return the header fields of an answer with those that it gets, unless it has its own."""
-        fields = {name.lower(): value for name, value in given}
-        if "access-control-allow-origin" in fields:
-            return [*given]
+        given = [*given]
+        if any(name.lower() == "access-control-allow-origin" for name, _ in given):
+            return given
         more = dict(self.fields(request))
-        if "vary" in fields and "Vary" in more:
-            more["Vary"] = merge(fields["vary"], more["Vary"])
+        vary = ", ".join(value for name, value in given if name.lower() == "vary")
+        if vary and "Vary" in more:
+            names = {name.strip().lower() for name in vary.split(",")}
+            more["Vary"] = vary if names & {"*", "origin"} else f"{vary}, {more['Vary']}"
             given = [pair for pair in given if pair[0].lower() != "vary"]
         return [*given, *more.items()]
-
-
-def merge(given: str, name: str) -> str:
-    """Return a list of names with one more, unless it has that, or `*`."""
-    names = [one.strip().lower() for one in given.split(",")]
-    return given if {"*", name.lower()} & {*names} else f"{given}, {name}"
