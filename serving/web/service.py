@@ -304,11 +304,12 @@ class Service(Generic[S]):
 
     def _add_cors(self, cors: CORS, request: Request, response: Response, is_visit: bool) -> None:
         """Put CORS into an answer, but not what goes into any answer of a visit, where a user may have put it."""
-        fields = [*response.more_headers.items()]
+        fields = given = response.more_headers
         if not is_visit:
-            fields = cors.add_to(fields, request)
-        leave = cors.leave(request, response.more_headers.get("Allow")) if cors.is_preflight(request) else {}
-        response.more_headers = {**dict(fields), **leave}
+            fields = dict(cors.add_to(given.items(), request)) if given else cors.fields(request)
+        if cors.is_preflight(request):
+            fields = {**fields, **cors.leave(request, given.get("Allow"))}
+        response.more_headers = fields
 
     def is_preflight(self, request: Request) -> bool:
         """Return whether a browser asks for leave to send a request, and gets it. The service then answers, in front of
