@@ -313,6 +313,18 @@ def test_cors_leaves_the_shortcut(framework: str) -> None:
         call(native, Case("slow", "GET", "/openapi.json"))
 
 
+def test_cors_and_a_prefix_go_together(framework: str) -> None:
+    """A page asks below the prefix, and leave is for the path as the service knows it."""
+    native = app.create_app(
+        make_settings(framework=framework, server={"cors_origins": LISTED, "root_path": "/models/iris"})
+    )
+    for send in senders(native):
+        for prefix in ("", "/models/iris"):
+            leave = send(preflight(f"{prefix}/predictions"))
+            assert leave.headers["access-control-allow-methods"] == "GET, HEAD, POST, OPTIONS"
+            assert cors_of(send(with_origin(Case("nope", "GET", f"{prefix}/nope"), PAGE))) == READABLE
+
+
 @pytest.mark.parametrize(
     "origin",
     [

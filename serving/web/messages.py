@@ -19,6 +19,7 @@ from serving.predictor.calls import Job
 
 JSON = "application/json"
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+URL_SAFE = "/!$&'()*+,;=:@"  # characters of a path that stand for themselves (RFC 3986, section 3.3)
 LINGER_S = 2.0  # seconds for which a closed connection still reads, or its client might lose the answer
 OWN_PHRASES = {ClientLeft.status: "Client Closed Request"}  # of a status that HTTP does not have
 READ_BYTES = 65_536  # bytes of a body that are asked for at once
@@ -53,7 +54,7 @@ class Request:
 
     def link_to(self, path: str) -> str:
         """Return a path of the service's as its client finds it, for a `Location` or a link."""
-        return urllib.parse.quote(self.root_path) + path
+        return urllib.parse.quote(self.root_path, safe=URL_SAFE) + path
 
     async def read_body(self, limit: int, keeps: bool = True) -> bytes | ServingError:
         """Read the whole body, but no more than `limit` bytes, into `body`; or the error that it ends with.
