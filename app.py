@@ -62,6 +62,7 @@ from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_ws
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, as_asgi, as_wsgi
 from serving.web.documentation import document_of
+from serving.web.prefix import below, put_scope_below
 from serving.web.service import (
     VISIT,
     AccessLog,
@@ -172,6 +173,7 @@ def load_settings(
     if "loglevel" in options:
         settings = settings.with_value(("logging", "level"), options["loglevel"], GUNICORN_OPTIONS)
     _refuse_own_paths(settings)
+    _refuse_root_path(settings)
     return settings
 
 
@@ -218,6 +220,19 @@ def _refuse_own_paths(settings: Settings) -> None:
             cure = "set auth.open_docs" if operation.access == "docs" else "list paths that you have added"
             place = settings.place("auth", "open_paths")
             raise SettingsError(f"{place} has {operation.path!r}, which is the service's own; {cure}")
+
+
+def _refuse_root_path(settings: Settings) -> None:
+    """Raise `SettingsError` if a path begins with the root path, which would be left out of it as a proxy's."""
+    root_path = settings.server.root_path
+    for path in settings.auth.open_paths if root_path else ():
+        if below(path, root_path) != path:
+            place = settings.place("auth", "open_paths")
+            raise SettingsError(f"{place} has {path!r}; leave out {root_path!r}, which is server.root_path")
+    for operation in operations(settings) if root_path else ():
+        if below(operation.path, root_path) != operation.path:
+            problem = f"is {root_path!r}, with which the service's own {operation.path!r} begins"
+            raise SettingsError(f"{settings.place('server', 'root_path')} {problem}; use another path")
 
 
 def observers(settings: Settings) -> Iterator[Observer]:
@@ -294,6 +309,7 @@ def _make_flask(endpoint: WSGIEndpoint) -> tuple[flask.Flask, Callable[..., flas
 
     app = App(__name__, static_folder=None)
     app.url_map.merge_slashes = False
+    app.config["APPLICATION_ROOT"] = endpoint.service.root_path or "/"
     app.register_error_handler(HTTPException, unmatched)
     return app, view
 
@@ -353,11 +369,14 @@ def _make_fastapi(endpoint: ASGIEndpoint) -> fastapi.FastAPI:
 
     class App(fastapi.FastAPI):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if service.root_path:
+                put_scope_below(scope, service.root_path)
             if scope["type"] != "http":
                 await super().__call__(scope, receive, send)
                 return
             request = asgi_request(scope, receive, endpoint.batcher)
-            if scope["method"] in service.hot.get(scope["path"], ()) and not _has_middleware(self):
+            is_hot = scope["method"] in service.hot.get(request.path, ()) and not _has_middleware(self)
+            if is_hot or service.is_preflight(request):
                 await endpoint.respond(request, receive, send)
             else:
                 receive = functools.partial(receive_unless_cut, scope, receive)

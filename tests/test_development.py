@@ -34,16 +34,17 @@ def test_command_serves(serve: Starter, command: str, framework: str) -> None:
 )
 def test_command_reloads(serve: Starter, project: Path, free_port: int, command: str, framework: str) -> None:
     """A change of the source is served without a restart."""
-    source = (project / "app.py").read_text()
+    module = project / "serving/web/endpoints.py"
+    source = module.read_text()
     server = serve(command.format(port=free_port), project, free_port, SERVING_FRAMEWORK=framework)
     assert server.get("/ping").json == {"status": "live"}
     changed = source.replace('{"status": "live"}', '{"status": "changed"}')
     assert changed != source
-    (project / "app.py").write_text(changed)
+    module.write_text(changed)
     try:
         wait_until(lambda: ping(server) == b'{"status":"changed"}', "the change to be served")
     finally:
-        (project / "app.py").write_text(source)
+        module.write_text(source)
     server.stop()
 
 

@@ -37,6 +37,8 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("server", "max_requests_jitter"): ("16", 16),
     ("server", "certfile"): ("a.pem", "a.pem"),
     ("server", "keyfile"): ("b.pem", "b.pem"),
+    ("server", "root_path"): ("/models/iris", "/models/iris"),
+    ("server", "cors_origins"): ('["http://page.example"]', ["http://page.example"]),
     ("model", "path"): ("other.joblib", "other.joblib"),
     ("model", "name"): ("123", "123"),
     ("model", "runtime"): ("onnx", "onnx"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from serving.errors import Unauthorized
 from serving.web.asgi import ASGIEndpoint, asgi_request
 from serving.web.messages import Request
+from serving.web.prefix import put_environ_below
 from serving.web.service import VISIT, Visit
 from serving.web.wsgi import WSGIEndpoint, wsgi_request
 
@@ -31,7 +32,14 @@ class AddedToFlask:
         self.first = app.wsgi_app  # what is called first, unless a user puts something around it
 
     def call(self, environ: dict[str, Any], start_response: Any) -> Any:
-        """Answer as Flask does, but what a user has put around it only with a key."""
+        """Answer as Flask does, but a browser's question for leave first, and what a user has put around it only with a
+        key."""
+        if self.service.root_path:
+            put_environ_below(environ, self.service.root_path)
+        if self.service.cors is not None and environ["REQUEST_METHOD"] == "OPTIONS":
+            request = wsgi_request(environ, self.endpoint.batcher)
+            if self.service.is_preflight(request):
+                return self.endpoint.respond(request, start_response)
         if self.app.wsgi_app is self.first:
             return self.first(environ, start_response)
         request = wsgi_request(environ, self.endpoint.batcher)
@@ -194,12 +202,18 @@ async def visit_asgi(visit: Visit, app: Any, scope: Any, receive: Any, send: Any
     """Run an ASGI app that may answer by itself, not by the service."""
 
     async def send_noted(message: Any) -> None:
-        if message["type"] == "http.response.start" and visit.note(message["status"]):
+        if message["type"] == "http.response.start":
             headers = [*message.get("headers", ())]
-            if not any(name.lower() == b"x-request-id" for name, _ in headers):
-                message = {**message, "headers": [*headers, (b"x-request-id", visit.request_id.encode())]}
+            if visit.note(message["status"]) and not any(name.lower() == b"x-request-id" for name, _ in headers):
+                headers.append((b"x-request-id", visit.request_id.encode()))
+            if cors is not None:
+                texts = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+                added = cors.add_to(texts, visit.request)
+                headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in added]
+            message = {**message, "headers": headers}
         await send(message)
 
+    cors = visit.service.cors
     scope[VISIT] = visit
     with visit:
         await app(scope, receive, send_noted)
@@ -211,8 +225,11 @@ def visit_wsgi(visit: Visit, app: Any, environ: Any, start_response: Any) -> Any
     def start_noted(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         if visit.note(int(status[:3])) and not any(name.lower() == "x-request-id" for name, _ in headers):
             headers = [*headers, ("X-Request-ID", visit.request_id)]
+        if cors is not None:
+            headers = cors.add_to(headers, visit.request)
         return start_response(status, headers, exc_info)
 
+    cors = visit.service.cors
     environ[VISIT] = visit
     with visit:
         return app(environ, start_noted)

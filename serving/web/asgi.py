@@ -11,6 +11,7 @@ from typing import Any
 from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import LoopBatcher
 from serving.web.messages import LINGER_S, Request
+from serving.web.prefix import below
 from serving.web.service import VISIT, Service, Visit
 
 # In a scope: the error by which a body ended before its end, and what tells whether the client has left.
@@ -95,12 +96,13 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
         return piece
 
     path, root_path = scope["path"], scope.get("root_path", "")
-    if root_path and (path == root_path or path.startswith(f"{root_path}/")):  # as Starlette's `get_route_path`
-        path = path[len(root_path) :]
+    if root_path:
+        path, root_path = below(path, root_path), root_path.rstrip("/")
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
     may_stream = scope.get("http_version") != "1.0"
     time_piece, client_has_left = scope.get(TIME_PIECE), scope.get(CLIENT_HAS_LEFT)
-    return Request(scope["method"], path, query, header, read, batcher, client_has_left, time_piece, may_stream)
+    method = scope["method"]
+    return Request(method, path, query, header, read, batcher, client_has_left, time_piece, may_stream, root_path)
 
 
 async def linger(receive: Any) -> None:

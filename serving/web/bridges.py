@@ -21,6 +21,7 @@ from serving.errors import InternalError, ServingError, Unauthorized
 from serving.web.added import AddedToFastAPI, AddedToFlask
 from serving.web.asgi import CLIENT_HAS_LEFT, ASGIEndpoint, asgi_request, linger
 from serving.web.messages import Request, make_request_id, write_detail
+from serving.web.prefix import below, put_environ_below, put_scope_below
 from serving.web.relay import Relay
 from serving.web.service import Service
 from serving.web.wsgi import WSGIEndpoint, find_client_has_left, run_now, wsgi_request
@@ -104,8 +105,10 @@ class FlaskOverASGI:
         if scope["type"] != "http":
             await self.bridge(scope, receive, send)
             return
+        if self.service.root_path:
+            put_scope_below(scope, self.service.root_path)
         request = asgi_request(scope, receive, self.endpoint.batcher)
-        if self.binding.answers_alone(request.path, request.method):
+        if self.binding.answers_alone(request.path, request.method) or self.service.is_preflight(request):
             await self.endpoint.respond(request, receive, send)
             return
         if self.binding.lacks_key(request):
@@ -147,6 +150,8 @@ class FastAPIOverWSGI:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         self.start()
+        if self.service.root_path:
+            put_environ_below(environ, self.service.root_path)
         request = wsgi_request(environ, self._endpoint.batcher)
         if self.service.streams(request) and self.binding.answers_alone(request.path, request.method):
             return Relay(self._loop, cast(ASGIEndpoint, self.binding.added.endpoint), request).answer(start_response)
@@ -217,7 +222,8 @@ class FastAPIOverWSGI:
             has_left = find_client_has_left(scope["wsgi_environ"])
             await self.app({**scope, "state": dict(state), CLIENT_HAS_LEFT: has_left}, receive, note)
         except BaseException:  # of a route that a user added; SystemExit would end the loop
-            log.exception("request_failed", method=scope["method"], path=scope["path"], request_id=request_id)
+            path = below(scope["path"], scope["root_path"])
+            log.exception("request_failed", method=scope["method"], path=path, request_id=request_id)
         if not last:
             response = write_detail(InternalError("internal error"))
             response.request_id = request_id

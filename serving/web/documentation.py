@@ -13,7 +13,11 @@ from serving.web.service import Operation, Service, ServiceSettings
 
 
 async def openapi(service: Service[Any], request: Request) -> Response:
-    return Response([document_json_of(service)])
+    document = document_json_of(service)
+    if request.root_path != service.root_path:  # what the server says, where the settings do not
+        servers = to_json([{"url": request.link_to("")}])
+        return Response([b'{"servers":%b,' % servers, document[1:]])
+    return Response([document])
 
 
 def operations(settings: ServiceSettings) -> Iterator[Operation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -19,6 +20,7 @@ from serving.predictor.calls import Job
 JSON = "application/json"
 JSONL = "application/jsonl"
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+URL_SAFE = "/!$&'()*+,;=:@"  # characters of a path that stand for themselves (RFC 3986, section 3.3)
 LINGER_S = 2.0  # seconds for which a closed connection still reads, or its client might lose the answer
 OWN_PHRASES = {ClientLeft.status: "Client Closed Request"}  # of a status that HTTP does not have
 READ_BYTES = 65_536  # bytes of a body that are asked for at once
@@ -43,6 +45,7 @@ class Request:
     client_has_left: Callable[[], bool] | None = None  # where the server can tell
     time_piece: Callable[[bool], None] | None = None  # told when the next piece has to come in time, where it may not
     may_stream: bool = True  # the answer may begin before its length is known, which HTTP/1.0 cannot say
+    root_path: str = ""  # what stood in front of the path, where the client sees it
     body: bytes | ServingError | None = None  # the bytes, or the error that reading ended with
     rows: int = 0
     job: Job | None = None  # its prediction
@@ -51,6 +54,10 @@ class Request:
     def announces_body(self) -> bool:
         """Whether the head says that a body follows."""
         return self.header("content-length") not in (None, "0") or self.header("transfer-encoding") is not None
+
+    def link_to(self, path: str) -> str:
+        """Return a path of the service's as its client finds it, for a `Location` or a link."""
+        return urllib.parse.quote(self.root_path, safe=URL_SAFE) + path
 
     async def read_body(self, limit: int, keeps: bool = True) -> bytes | ServingError:
         """Read the whole body, but no more than `limit` bytes, into `body`; or the error that it ends with.

@@ -56,6 +56,8 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": schemas},
     }
+    if service.root_path:
+        document["servers"] = [{"url": service.root_path}]
     if auth.api_keys:
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},

@@ -32,7 +32,9 @@ from serving.predictor.artifact import ModelSettings
 from serving.predictor.calls import BatchingSettings, BatchQueue, CallCost, Job
 from serving.predictor.model import Model
 from serving.predictor.proof import Proof
+from serving.server import ServerSettings
 from serving.settings import OtherNames, SettingsTable, check_each_once
+from serving.web.cors import CORS
 from serving.web.encodings import ENCODINGS, IDENTITY, QUICK_BYTES, encoding_of, inflate
 from serving.web.messages import JSON, JSONL, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
 
@@ -89,6 +91,8 @@ class AuthSettings(SettingsTable):
 class ServiceSettings(Protocol):
     """The tables of the settings that a service reads."""
 
+    @property
+    def server(self) -> ServerSettings: ...
     @property
     def model(self) -> ModelSettings: ...
     @property
@@ -252,6 +256,7 @@ class Service(Generic[S]):
         self.model, self.proof = proof.applied_to(model), proof
         self.operations = [*operations]
         self.observers = [*observers]
+        self.root_path, self.cors = settings.server.root_path, CORS.of(settings.server.cors_origins)
         self.made_once: dict[str, Any] = {}  # what operations make of it for the first request
         self.added_paths: Callable[[], Iterable[str]] = tuple  # those of a user's routes, for the hints of a 404
         self.routes: dict[str, dict[str, Operation]] = {}
@@ -300,6 +305,8 @@ class Service(Generic[S]):
             found = refused or self.judge_head(request)
             response = await self._answer(request, found)
             response.request_id = request_id
+            if self.cors is not None:
+                self._add_cors(self.cors, request, response, is_visit=visit is not None)
             if self.observers:
                 operation = found if isinstance(found, Operation) else self._operation_of(request)
                 exchange = Exchange(request, response, operation, began, time.perf_counter() - began)
@@ -310,6 +317,21 @@ class Service(Generic[S]):
             return response
         finally:
             REQUEST_ID.reset(token)
+
+    def _add_cors(self, cors: CORS, request: Request, response: Response, is_visit: bool) -> None:
+        """Put CORS into an answer, but not what goes into any answer of a visit, where a user may have put it."""
+        fields = given = response.more_headers
+        if not is_visit:
+            fields = dict(cors.add_to(given.items(), request)) if given else cors.fields(request)
+        if cors.is_preflight(request):
+            fields = {**fields, **cors.leave(request, given.get("Allow"))}
+        response.more_headers = fields
+
+    def is_preflight(self, request: Request) -> bool:
+        """Return whether a browser asks for leave to send a request, and gets it. The service then answers, in front of
+        what a user has added, whatever the path: to the request itself a page may read also that there is no such path.
+        """
+        return self.cors is not None and self.cors.is_preflight(request)
 
     def show(self, exchange: Exchange) -> None:
         """Show an exchange to the observers."""
@@ -351,7 +373,7 @@ class Service(Generic[S]):
             if isinstance(found, ServingError):
                 raise found
             if isinstance(found, str):
-                return Response([b""], 204, {"Allow": found}, media_type="")
+                return Response([b""], 204, {"Allow": found} if found else {}, media_type="")
             if takes_body:
                 found.check_media_type(request)
                 await self._inflate(request)
@@ -380,10 +402,13 @@ class Service(Generic[S]):
     def judge_head(self, request: Request) -> Operation | ServingError | str:
         """Return the operation that a request asks for, or why it gets none, before its body is read.
 
-        To OPTIONS the answer is the methods that its path allows. It needs no key, for browsers send none with it.
+        To OPTIONS the answer is the methods that its path allows, or "" for a browser that asks about a path that is
+        not the service's. It needs no key, for browsers send none with it.
         """
         try:
             if request.method == "OPTIONS":
+                if request.path not in self.routes and self.is_preflight(request):
+                    return ""
                 return self._allowed(request.path)
             operation = self._find(request)
             if operation in self._secured:

@@ -77,11 +77,14 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
         except _stream_errors():
             raise BodyCutShort from None
 
-    path = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
+    path, root_path = environ["PATH_INFO"] or "/", environ.get("SCRIPT_NAME", "")
+    if root_path:
+        root_path = root_path.encode("latin-1").decode(errors="replace").rstrip("/")
+    path = path.encode("latin-1").decode(errors="replace")
     method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
     may_stream = environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
     time_piece, client_has_left = getattr(stream, "time_piece", None), find_client_has_left(environ)
-    return Request(method, path, query, header, read, batcher, client_has_left, time_piece, may_stream)
+    return Request(method, path, query, header, read, batcher, client_has_left, time_piece, may_stream, root_path)
 
 
 def find_client_has_left(environ: dict[str, Any]) -> Callable[[], bool] | None:
