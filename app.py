@@ -62,6 +62,7 @@ from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_ws
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, as_asgi, as_wsgi
 from serving.web.documentation import document_of
+from serving.web.operation import Operation
 from serving.web.prefix import below, put_scope_below
 from serving.web.service import (
     VISIT,
@@ -69,7 +70,6 @@ from serving.web.service import (
     AuthSettings,
     LimitSettings,
     Observer,
-    Operation,
     Service,
     Visit,
 )

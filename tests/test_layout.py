@@ -20,7 +20,7 @@ FLOORS = [
     "serving.predictor.onnx_graph serving.predictor.onnx_file",
     "serving.predictor.skops_file serving.predictor.modules serving.predictor.artifact serving.predictor.golden",
     "serving.predictor.model serving.predictor.calls serving.predictor.batcher serving.predictor.proof",
-    "serving.web.messages serving.web.prefix serving.web.cors serving.web.encodings",
+    "serving.web.messages serving.web.prefix serving.web.cors serving.web.encodings serving.web.operation",
     "serving.web.service serving.web.decoding serving.web.lines serving.web.endpoints",
     "serving.web.openapi serving.web.documentation serving.web.wsgi serving.web.asgi serving.web.relay",
     "serving.web.added serving.web.bridges",

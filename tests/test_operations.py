@@ -12,7 +12,8 @@ import app
 from serving.errors import ServingError, Unprocessable
 from serving.predictor.calls import Job
 from serving.web.messages import Request, Response
-from serving.web.service import Exchange, Observer, Operation, Service
+from serving.web.operation import Operation
+from serving.web.service import Exchange, Observer, Service
 from tests.lib.apps import call, call_asgi, make_settings
 from tests.lib.cases import Case
 from tests.lib.clients import ROW, Answer, post_case

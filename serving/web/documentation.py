@@ -9,7 +9,8 @@ from pydantic_core import to_json
 
 from serving.web.messages import Request, Response
 from serving.web.openapi import describe_api
-from serving.web.service import Operation, Service, ServiceSettings
+from serving.web.operation import Operation
+from serving.web.service import Service, ServiceSettings
 
 
 async def openapi(service: Service[Any], request: Request) -> Response:

@@ -12,7 +12,8 @@ from serving.predictor.predictions import Predictions
 from serving.web.decoding import predict_decoded
 from serving.web.lines import describe_answers, describe_lines, predict_lines
 from serving.web.messages import JSON, JSONL, Request, Response
-from serving.web.service import STOPPING, Operation, Service, ServiceSettings
+from serving.web.operation import Operation
+from serving.web.service import STOPPING, Service, ServiceSettings
 
 RESTART_S = 5.0  # seconds until a service that stops may be there again
 

@@ -13,7 +13,8 @@ from serving.predictor.contract import Contract
 from serving.predictor.features import describe_cell
 from serving.predictor.predictor import Predictor
 from serving.web.messages import JSON, write_detail
-from serving.web.service import Operation, Service
+from serving.web.operation import Operation
+from serving.web.service import Service
 
 
 class Status(BaseModel):

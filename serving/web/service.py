@@ -8,9 +8,9 @@ import hmac
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 import structlog
 from pydantic import AfterValidator, Field, PositiveInt, SecretStr
@@ -22,8 +22,6 @@ from serving.errors import (
     NotFound,
     ServingError,
     Unauthorized,
-    UnsupportedMediaType,
-    listed,
     nearest,
     shorten,
 )
@@ -35,15 +33,13 @@ from serving.predictor.proof import Proof
 from serving.server import ServerSettings
 from serving.settings import OtherNames, SettingsTable, check_each_once
 from serving.web.cors import CORS
-from serving.web.encodings import ENCODINGS, IDENTITY, QUICK_BYTES, encoding_of, inflate
-from serving.web.messages import JSON, JSONL, SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
+from serving.web.encodings import IDENTITY, QUICK_BYTES, encoding_of, inflate
+from serving.web.messages import SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
+from serving.web.operation import Operation, is_lines
 
 log = structlog.get_logger()
-JSON_BASED = re.compile(r"application/[^/\s]+\+json")  # RFC 6839, section 3.1
 VARIABLE = re.compile(r"[<>{}]")  # in a path that a framework would take for a pattern: it gets no route of its own
 VISIT = "serving.visit"  # in a scope or an environ: the `Visit` that a request is
-LINES = {JSONL, "application/jsonlines", "application/x-jsonlines", "application/x-ndjson", "application/ndjson"}
-UTF_8 = {"utf-8", "utf8", "us-ascii", "ascii", ""}  # names of it, and of a part of it
 STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
 
 
@@ -106,69 +102,6 @@ class ServiceSettings(Protocol):
 
 
 S = TypeVar("S", bound=ServiceSettings)
-Endpoint = Callable[["Service[Any]", Request], Awaitable[Response]]
-
-
-def is_lines(request: Request) -> bool:
-    """Return whether a body is in JSON lines."""
-    given = request.header("content-type")
-    return given is not None and given != JSON and given.partition(";")[0].strip().lower() in LINES
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """A row of the table from which routes, answers and the OpenAPI document are made.
-
-    A body may have one of `media_types`, and be encoded by one of `encodings`; without media types it takes none.
-    `write_error` writes its errors, and those of unknown paths below `scope`.
-    """
-
-    method: str
-    path: str
-    name: str
-    summary: str
-    endpoint: Endpoint
-    media_types: Sequence[str] = ()
-    stream: Endpoint | None = None  # what answers JSON lines, and reads the body itself
-    encodings: Sequence[str] = ENCODINGS
-    takes_query: bool = False  # one row, given as query parameters
-    answer_schema: str = "Status"  # of JSON
-    answer_media_type: str = JSON
-    request_content: Callable[[Service[Any]], Mapping[str, Any]] | None = None  # in OpenAPI, where not rows in JSON
-    answer_content: Callable[[Service[Any]], Mapping[str, Any]] | None = None
-    error_content: Mapping[str, Any] = field(default_factory=dict)  # where `write_error` is not the usual one
-    errors: Sequence[int] = ()
-    access: Literal["key", "docs", "open"] = "key"  # "docs": as `auth.open_docs` says
-    is_hot: bool = False  # answered in front of the framework's router, unless the user has added something
-    write_error: Callable[[ServingError], Response] = write_detail
-    scope: str | None = None
-
-    def needs_key(self, auth: AuthSettings) -> bool:
-        """Return whether it answers only to an API key."""
-        is_closed = self.access == "key" or (self.access == "docs" and not auth.open_docs)
-        return is_closed and bool(auth.api_keys)
-
-    def check_media_type(self, request: Request) -> None:
-        """Raise `UnsupportedMediaType` for a body that it does not take."""
-        encoding = request.header("content-encoding")
-        if encoding is not None and encoding_of(encoding) not in self.encodings:
-            problem = f"Content-Encoding is {shorten(encoding)!r}"
-            others = [name for name in self.encodings if name != IDENTITY]
-            rule = f"use one of {listed(others)}, or send" if others else "send"
-            raise UnsupportedMediaType(f"{problem}; {rule} the body as it is")
-        given = request.header("content-type")
-        if given in self.media_types or not given:  # nobody else's type is meant where none is sent
-            return
-        media_type, *parameters = given.lower().split(";")
-        media_type = JSONL if media_type.strip() in LINES else media_type
-        is_json = JSON in self.media_types and JSON_BASED.fullmatch(media_type.strip())
-        allowed = " or ".join(map(repr, self.media_types))
-        if media_type.strip() not in self.media_types and not is_json:
-            raise UnsupportedMediaType(f"Content-Type is {shorten(given)!r}; use {allowed}")
-        for parameter in parameters:
-            name, _, value = parameter.partition("=")
-            if name.strip() == "charset" and value.strip(" \t\"'") not in UTF_8:
-                raise UnsupportedMediaType(f"Content-Type has {shorten(parameter.strip())!r}; send {allowed} in UTF-8")
 
 
 @dataclass(slots=True)
