@@ -18,8 +18,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 
 import app
-from serving.predictor.bodies import PART_BYTES
-from serving.web.lines import MAX_CELLS
+from serving.predictor.bodies import MAX_CELLS, PART_BYTES
 from tests.lib.apps import call, make_service, make_settings
 from tests.lib.cases import FLOWER, Case
 from tests.lib.clients import ROW, post_case

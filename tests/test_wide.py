@@ -15,7 +15,9 @@ from sklearn.pipeline import make_pipeline
 
 import app
 from serving.errors import ModelError, Unprocessable
+from serving.predictor.bodies import MAX_CELLS, MIN_PART_BYTES, LongBody, is_long, parse_json
 from serving.predictor.calls import MANY_ROWS
+from serving.predictor.contract import Contract
 from serving.predictor.model import Model, make_model
 from serving.predictor.proof import Proof, prove
 from serving.web import openapi
@@ -142,3 +144,30 @@ def test_values_that_fail_only_together_are_taken(columns: tuple[int, ...]) -> N
 def calls_of(model: Model) -> list[int]:
     calls: list[int] = model.predictor.estimator[0].calls
     return calls
+
+
+@pytest.mark.parametrize("last", [b"{}", b'{"x0": "a"}', b'{"x": 1}'])
+def test_rows_that_say_nothing_are_read_in_parts(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
+    """`{}` is a row where all may be missing, so few bytes have many cells, of which a part has only some."""
+    model = wide_model(MANY)
+    n_rows = 2000
+    body = b"[" + b"{}," * n_rows + last + b"]"
+    parts: list[int] = []
+    check = Contract.check
+
+    def note(contract: Contract, payload: Any) -> Any:
+        parts.append(len(payload))
+        return check(contract, payload)
+
+    monkeypatch.setattr(Contract, "check", note)
+    assert is_long(model.contract, body)
+    long_body = LongBody(model.arrays, body, max_rows=10_000)
+    assert long_body.takes_long
+    if last == b"{}":
+        assert len(long_body.decode()) == n_rows + 1
+    else:
+        with pytest.raises(Unprocessable) as refused:
+            long_body.decode()
+        assert [problem["loc"] for problem in refused.value.detail] == [["body", n_rows, *parse_json(last)]]
+    assert len(parts) > 10
+    assert max(parts) < 2 * max(MAX_CELLS // MANY, MIN_PART_BYTES // len(b"{},"))

@@ -20,6 +20,9 @@ from serving.predictor.predictions import Predictions
 PART_BYTES = 65_536  # size of a part, which ends with a whole row
 QUICK_BYTES = 2 * PART_BYTES  # longest part that is cut without a look at what is a string
 LONG_BYTES = 262_144  # largest body that is decoded when it comes; longer ones are decoded beside the event loop
+MAX_CELLS = 65_536  # cells that are checked at once where `{}` is a row, which makes many of them out of few bytes
+MIN_PART_BYTES = 256  # each costs some time of its own
+EMPTY_ROW_BYTES = len(b"{},")
 MAX_VALUES = 65_536  # values of a row besides one for each feature: more are not decoded, for it would take long
 ARRAY = re.compile(rb"[ \t\r\n]*\[")
 BETWEEN_OBJECTS = re.compile(rb"\}[ \t\r\n]*,[ \t\r\n]*\{")
@@ -37,6 +40,16 @@ def read_rows(contract: Contract, body: bytes, max_rows: int) -> tuple[Rows, boo
     if is_array and len(payload) > max_rows:
         raise too_many_rows(len(payload), max_rows)
     return contract.parse_payload(payload), is_array
+
+
+def is_long(contract: Contract, body: bytes) -> bool:
+    """Return whether a body is to be decoded in parts: for its bytes, or for its cells."""
+    return len(body) > PART_BYTES or count_implied(contract, body) > MAX_CELLS
+
+
+def count_implied(contract: Contract, body: bytes) -> int:
+    """Return how many cells a body may have that are not written: the more the more rows it has."""
+    return len(contract.names) * count_byte(body, ord("{")) if contract.nullable else 0
 
 
 def too_many_rows(n_rows: int, max_rows: int) -> ContentTooLarge:
@@ -104,7 +117,7 @@ class LongBody:
     """
 
     def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
-        self.size = len(body)  # in bytes
+        self.takes_long = len(body) > LONG_BYTES or count_implied(arrays.contract, body) > MAX_CELLS
         self.n_rows = 0  # once it is decoded
         self._arrays, self._body, self._max_rows = arrays, body, max_rows
         self._is_array = ARRAY.match(body) is not None
@@ -181,14 +194,21 @@ class LongArray:
         """
         start = self._begin
         while True:
-            cut = BETWEEN_OBJECTS.search(self._body, start + PART_BYTES, start + QUICK_BYTES)
-            if cut is None and len(self._body) - start > QUICK_BYTES:
+            size = self._part_bytes(start)
+            cut = BETWEEN_OBJECTS.search(self._body, start + size, start + size + PART_BYTES)
+            if cut is None and len(self._body) - start > size + PART_BYTES:
                 return start
             if not self._take(self._body[start : cut.start()] + b"}]" if cut else self._body[start:]):
                 return start
             if cut is None:
                 return None
             start = cut.end() - 1
+
+    def _part_bytes(self, start: int) -> int:
+        """Return how long the part should be that begins there."""
+        longest = self._body[start : start + PART_BYTES]
+        n_cells = count_implied(self._contract, longest)
+        return PART_BYTES if n_cells <= MAX_CELLS else max(1, len(longest) * MAX_CELLS // n_cells)
 
     def _take(self, rest: bytes) -> bool:
         """Take the rows of a part, given without its first bracket. Return whether there are some, and all fit."""
@@ -210,7 +230,9 @@ class LongArray:
 
     def _read_exactly(self, start: int) -> None:
         """Read parts that end where a value of the array does, and note what is wrong with them."""
-        for begin, end, n_values in cut_array(self._body, start):
+        n_cells = len(self._contract.names) if self._contract.nullable else 0  # of the shortest row
+        size = min(PART_BYTES, max(MIN_PART_BYTES, EMPTY_ROW_BYTES * MAX_CELLS // n_cells)) if n_cells else PART_BYTES
+        for begin, end, n_values in cut_array(self._body, start, size):
             if n_values > len(self._contract.names) + MAX_VALUES:
                 self._note([self._contract.too_large(["body", self._n_rows], n_values)])
                 self._n_rows += 1
@@ -250,15 +272,15 @@ class LongArray:
         return PLACE.sub(place, text)
 
 
-def cut_array(body: bytes, begin: int) -> Iterator[tuple[int, int, int]]:
-    """Cut what is left of an array behind a comma, or behind its bracket, at `begin`.
+def cut_array(body: bytes, begin: int, size: int = PART_BYTES) -> Iterator[tuple[int, int, int]]:
+    """Cut what is left of an array behind a comma, or behind its bracket, at `begin`, into parts of about `size` bytes.
 
     Yield where each part begins and ends: with a comma of the array, or with the body. One that may be long is a
     single value, and comes with the number of values in it, at whatever depth; others come with 0.
     """
     position, n_values, depth, in_string, is_escaped = begin, 0, 1, 0, False
     while position < len(body) and depth > 0:
-        chunk = body[position : position + PART_BYTES]
+        chunk = body[position : position + size]
         if is_escaped or b"\\" in chunk:
             chunk = b"_" + chunk[1:] if is_escaped else chunk
             is_escaped = (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 == 1
@@ -275,7 +297,7 @@ def cut_array(body: bytes, begin: int) -> Iterator[tuple[int, int, int]]:
         n_values = int(values[-1])
         if len(ends):
             first, last = int(ends[0]), int(ends[-1])
-            if position + first - begin > PART_BYTES:
+            if position + first - begin > size:
                 yield begin, position + first, int(values[first])
                 begin = position + first + 1
             if begin <= position + last:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from serving.predictor.bodies import LONG_BYTES
 from serving.predictor.calls import Job
 from serving.predictor.predictions import Predictions
 from serving.web.messages import JSON, Request, Response
@@ -14,7 +13,7 @@ from serving.web.service import Service
 class Body(Protocol):
     """A body of many rows, as a dialect reads it and writes its answer."""
 
-    size: int  # in bytes
+    takes_long: bool  # to be decoded, so that it is done beside other requests
 
     @property
     def max_rows_in_it(self) -> int:
@@ -28,8 +27,8 @@ class Body(Protocol):
 
 
 async def predict_decoded(service: Service[Any], request: Request, body: Body, media_type: str = JSON) -> Response:
-    """Answer a body by a call of its own. One over 256 kB is decoded beside other requests."""
-    if body.size > LONG_BYTES:
+    """Answer a body by a call of its own."""
+    if body.takes_long:
         job = Job(body.max_rows_in_it, encode=body.encode, decode=body.decode, is_alone=True)
     else:
         X = body.decode()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from serving.errors import Unavailable
-from serving.predictor.bodies import PART_BYTES, LongBody, read_rows
+from serving.predictor.bodies import LongBody, is_long, read_rows
 from serving.predictor.calls import Job
 from serving.predictor.predictions import Predictions
 from serving.web.decoding import predict_decoded
@@ -25,7 +25,7 @@ async def predict_query(service: Service[Any], request: Request) -> Response:
 
 async def predict_body(service: Service[Any], request: Request) -> Response:
     max_rows = service.settings.limits.max_rows
-    if len(cast(bytes, request.body)) > PART_BYTES:
+    if is_long(service.model.contract, cast(bytes, request.body)):
         return await predict_decoded(service, request, LongBody(service.model.arrays, request.take_body(), max_rows))
     rows, is_array = read_rows(service.model.contract, request.take_body(), max_rows)
     if not rows:

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 
 from serving.errors import BadRequest, ClientLeft, InternalError, ServingError, TooManyRequests
 from serving.predictor.arrays import Arrays, count_byte
-from serving.predictor.bodies import PART_BYTES, PLACE, collector_off, parse_json
+from serving.predictor.bodies import MAX_CELLS, PART_BYTES, PLACE, collector_off, parse_json
 from serving.predictor.calls import Job
 from serving.predictor.contract import Hints
 from serving.predictor.predictions import Predictions
@@ -26,7 +26,6 @@ from serving.web.service import Service
 
 log = structlog.get_logger()
 
-MAX_CELLS = 65_536  # cells of a part: all may be wrong, and then each is named
 PAUSE_S = 0.25  # seconds until a part that found the queue full tries again
 CLOSE = {"Connection": "close"}  # of a stream, whose end nobody knows when its answer begins
 
