@@ -86,6 +86,24 @@ class Arrays:
         low, high = self._bounds
         return X if ((low <= X) & (high >= X)).all() else None
 
+    def of_lists_in(self, body: bytes, positions: Sequence[int]) -> Array | None:
+        """Return X for a JSON array of arrays of floats; None if one may not fit.
+
+        `positions` are those of the columns of X in each array. A body without quotes and without the letters "u" and
+        "f" has no text, no boolean and no null in it.
+        """
+        if self._bounds is None or any(count_byte(body, mark) for mark in b'"uf'):
+            return None
+        try:
+            X = np.array(jiter.from_json(body, allow_inf_nan=False), np.float64)
+        except (ValueError, TypeError, OverflowError):
+            return None
+        if X.ndim != 2 or X.shape[1] != len(self.order):
+            return None
+        X = np.ascontiguousarray(X[:, positions])
+        low, high = self._bounds
+        return X if ((low <= X) & (high >= X)).all() else None
+
     def _of_numbers(self, rows: Rows) -> Array:
         cells = itertools.chain.from_iterable(map(self._cells, rows))
         return np.fromiter(cells, np.float64, len(rows) * len(self.order)).reshape(len(rows), len(self.order))
