@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from serving.platforms import RoutesSettings
 from serving.predictor.bodies import PART_BYTES
 from serving.predictor.calls import Job
+from serving.predictor.features import describe_cell
 from serving.predictor.inputs import Array
 from serving.predictor.predictions import PIECE_ROWS, Predictions
 from serving.web.decoding import predict_decoded
@@ -133,11 +134,15 @@ def describe_request(service: Service[Any]) -> Mapping[str, Any]:
     """Return the bodies for OpenAPI, with the model's own features as examples."""
     contract = service.model.contract
     row, rows = {"$ref": f"{SCHEMA}Features"}, {"type": "array", "items": {"$ref": f"{SCHEMA}Features"}}
-    lists = {"type": "array", "items": {"type": "array", "items": {}}}
-    mixed = {"type": "array", "items": {}}
+    n_names = len(contract.names)
+    listed = {"type": "array", "items": {}, "minItems": n_names, "maxItems": n_names}
+    alone = [describe_cell(name, feature) for name, feature in contract.features.items()] if n_names == 1 else []
+    mixed = {"type": "array", "items": {"anyOf": [row, listed, *alone]}}
+    cells = {"type": "array", "items": {}}
+    lists = {"type": "array", "items": cells}
     names = {"type": "array", "items": {"enum": contract.names}}
-    split = _object({"columns": names, "index": mixed, "data": lists}, ["columns", "data"])
-    columns = _object(dict.fromkeys(contract.names, mixed), [])
+    split = _object({"columns": names, "index": cells, "data": lists}, ["columns", "data"])
+    columns = _object(dict.fromkeys(contract.names, cells), [])
     kinds = {
         "instances": mixed,
         "dataframe_records": rows,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from serving.errors import ServingError, listed
@@ -67,17 +68,17 @@ class LongRows:
     layout: Layout | None  # None for objects
 
 
-def open_object(body: bytes) -> tuple[Any, int]:
+def open_object(body: bytes, check: Callable[[bytes], None]) -> Any:
     """Decode JSON, but of a long object no long values, each of which is `Long`. Raises `BadRequest`.
 
-    Return it with the number of commas in what was decoded.
+    What is to be decoded of a long object is shown to `check`, which raises if that would take long.
     """
     start = OBJECT.match(body)
     if len(body) <= PART_BYTES or start is None:
-        return parse_json(body), 0
+        return parse_json(body)
     last = len(body.rstrip(b" \t\r\n")) - 1
     if body[last : last + 1] != b"}":
-        return parse_json(body), 0  # which says where it is no JSON
+        return parse_json(body)  # which says where it is no JSON
     pieces, long = [body[: start.end()]], {}
     for begin, end, n_values in cut_array(body, start.end()):
         stop = last if end == len(body) else end
@@ -91,7 +92,8 @@ def open_object(body: bytes) -> tuple[Any, int]:
         if end < len(body):
             pieces.append(b",")
     rest = b"".join(pieces)
-    return parse_json(rest) | long, count_byte(rest, ord(","))
+    check(rest)
+    return parse_json(rest) | long
 
 
 def _filler(value: bytes) -> bytes:
@@ -151,8 +153,7 @@ class Envelope:
             return CSVTable(self._arrays, body)
         if len(body) > PART_BYTES and ARRAY.match(body):
             return LongRows(body, None)
-        payload, n_commas = open_object(body)
-        self._refuse_large(["body"], n_commas)
+        payload = open_object(body, partial(self._check_keys, ["body"]))
         if not isinstance(payload, dict):
             return BareRows(self._contract, payload)
         keys = [key for key in KEYS if key in payload and self._is_meant(key, payload[key])]
@@ -192,19 +193,18 @@ class Envelope:
         key, is_long_array = place[-1], isinstance(value, Long) and value.is_array
         is_object = isinstance(value, dict) or (isinstance(value, Long) and not is_long_array)
         if key in ("inputs", "input_data", "dataframe_split") and is_object:
-            columns, n_commas = (value, 0) if isinstance(value, dict) else open_object(value.body)
+            columns = value if isinstance(value, dict) else open_object(value.body, partial(self._check_keys, place))
             if isinstance(columns, dict):
-                return self._open_columns(place, columns, n_commas)
+                return self._open_columns(place, columns)
         if key == "dataframe_split" or not (isinstance(value, list) or is_long_array):
             what = {"dataframe_split": SPLIT, "inputs": f"{ROWS} or of columns", "input_data": f"{ROWS} or {SPLIT}"}
             message = f"Input should be {what.get(key, ROWS)}"
             raise self._contract.refusal([make_problem("table_type", place, message, _shown(value))])
         return self._open_rows(place, value, None if key == "dataframe_records" else self._contract.names)
 
-    def _open_columns(self, place: Place, columns: dict[str, Any], n_commas: int) -> Table | LongRows:
+    def _open_columns(self, place: Place, columns: dict[str, Any]) -> Table | LongRows:
         names = {"columns", "data"} & (columns.keys() - self._contract.features.keys())
         if place[-1] == "dataframe_split" or (place[-1] == "input_data" and names):
-            self._refuse_large(place, n_commas)
             return self._open_frame(place, columns)
         for name, value in columns.items():
             if isinstance(value, Long):
@@ -248,6 +248,13 @@ class Envelope:
             return value
         self._refuse_large(place, value.n_values)
         return parse_json(value.body)
+
+    def _check_keys(self, place: Place, rest: bytes) -> None:
+        """Raise `Unprocessable` for an object with too many keys to be decoded at once.
+
+        A column may have many commas in it. There are no more keys than colons, of which there are more in texts alone.
+        """
+        self._refuse_large(place, count_byte(rest, ord(":")))
 
     def _refuse_large(self, place: Place, n_values: int) -> None:
         """Raise `Unprocessable` for what has too many values in it to be decoded at once."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from serving.errors import BadRequest, listed, shorten
 from serving.predictor.arrays import Arrays
-from serving.predictor.bodies import too_many_rows
+from serving.predictor.bodies import MAX_VALUES, too_many_rows
 from serving.predictor.contract import Contract, Hints, Rows
 from serving.predictor.inputs import Array
 
@@ -246,7 +246,7 @@ class CSVTable:
     def _lines(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the cells of each line that is not empty, with its number. Raises `BadRequest`."""
         text = io.TextIOWrapper(io.BytesIO(self._body), "utf-8-sig", newline="")
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(map(self._refuse_wide, text), strict=True)
         number = 1
         try:
             for cells in reader:
@@ -257,6 +257,14 @@ class CSVTable:
             raise BadRequest(f"the body is not CSV: {error} in line {reader.line_num or 1}") from None
         except UnicodeDecodeError:
             raise BadRequest("the body is not CSV: encode it as UTF-8") from None
+
+    def _refuse_wide(self, line: str) -> str:
+        """Return a line. Raises `Unprocessable` for one with too many cells to be taken apart."""
+        n_cells = line.count(",") + 1
+        if n_cells > len(self.contract.names) + MAX_VALUES:
+            message = f"Line should have {len(self.contract.names)} cells, not {n_cells}"
+            raise self.contract.refusal([make_problem("too_long", ["body"], message, None)])
+        return line
 
     def _check_header(self, line: tuple[int, list[str]]) -> list[str]:
         number, columns = line

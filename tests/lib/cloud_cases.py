@@ -245,6 +245,8 @@ CLOUD_BAD = [
     body_case("long-row", {"a": [0] * 100_000}, 422, "it has 100000 values inside"),
     body_case("long-nested", f'{{"instances": [[{"[]," * 100_000}[]]]}}', 422, '["body","instances",0]'),
     body_case("too-large", " " * 8_388_609, 413, "the body is 8388609 bytes"),
+    body_case("many-columns", json.dumps({"inputs": {f"a{n}": [] for n in range(80_000)}}), 422, '["body","inputs"]'),
+    csv_case("wide", "a," * 80_000, 422, "Line should have 4 cells, not 80001"),
     csv_case("empty", "", 400, "the body is empty; send a line with the features' names"),
     csv_case("line-ends-alone", "\n\n", 400, "the body is empty"),
     csv_case("no-header", f"{LINE}\n{LINE}", 422, '["body",1],"msg":"The first line should name the features: \'sepal'),
