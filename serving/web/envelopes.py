@@ -42,6 +42,8 @@ from serving.web.tables import (
 KEYS = ("instances", "dataframe_records", "dataframe_split", "inputs", "input_data")
 PARAMETERS = ("parameters", "params")  # Vertex AI's word and MLflow's
 OPTIONS = (*PARAMETERS, "signature_name")  # which TensorFlow Serving's clients send, and KServe's after them
+SHORT_BYTES = 4096  # size of a body that is decoded in no time, whatever it is
+CELL_BYTES = 20  # of a value in JSON, with its name
 OBJECT = re.compile(rb"[ \t\r\n]*\{")
 KEY = re.compile(rb'[ \t\r\n]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
 BLANKS = bytes(ord("\n" if byte == ord("\n") else " ") for byte in range(256))  # which keep the places of errors
@@ -106,11 +108,13 @@ class Envelope:
     """A body with rows in it, and the answers to them in the envelope that clients of the clouds expect."""
 
     def __init__(self, arrays: Arrays, body: bytes, max_rows: int, is_csv: bool = False) -> None:
-        self.size = len(body)  # in bytes
         self.n_rows = 0  # once it is decoded
         self.is_full = False  # whole answers, not predictions alone
         self._arrays, self._contract = arrays, arrays.contract
         self._body, self._max_rows, self._is_csv = body, max_rows, is_csv
+        self.size = len(body)  # in bytes, or about those of its rows as objects: they tell how long decoding takes
+        if len(body) > SHORT_BYTES:
+            self.size = max(len(body), CELL_BYTES * len(arrays.contract.names) * self.max_rows_in_it)
 
     @property
     def max_rows_in_it(self) -> int:
@@ -146,7 +150,7 @@ class Envelope:
         source = self._open(body)
         if isinstance(source, LongRows):
             return LongArray(self._arrays, source.body, self._max_rows, source.layout).read()
-        return [self._arrays.of_rows(rows) for rows in source.pieces(self._max_rows)]
+        return source.parts(self._max_rows)
 
     def _open(self, body: bytes) -> Table | LongRows:
         if self._is_csv:
@@ -155,7 +159,7 @@ class Envelope:
             return LongRows(body, None)
         payload = open_object(body, partial(self._check_keys, ["body"]))
         if not isinstance(payload, dict):
-            return BareRows(self._contract, payload)
+            return BareRows(self._arrays, payload)
         keys = [key for key in KEYS if key in payload and self._is_meant(key, payload[key])]
         if not keys:
             return self._open_row(payload)
@@ -173,7 +177,7 @@ class Envelope:
             if isinstance(value, Long):
                 raise self._contract.refusal([self._contract.too_large(["body", name], value.n_values)])
         if payload.keys() & self._contract.features.keys():
-            return BareRows(self._contract, payload)
+            return BareRows(self._arrays, payload)
         unknown = next((name for name in payload if name not in OPTIONS), None)
         if unknown is None:
             message = f"Send a row, or rows under one of {listed(KEYS)}"

@@ -245,6 +245,38 @@ CLOUD_BAD = [
     body_case("long-row", {"a": [0] * 100_000}, 422, "it has 100000 values inside"),
     body_case("long-nested", f'{{"instances": [[{"[]," * 100_000}[]]]}}', 422, '["body","instances",0]'),
     body_case("too-large", " " * 8_388_609, 413, "the body is 8388609 bytes"),
+    *[
+        body_case(f"long-list-{text}", f'{{"instances": [{f"{VALUES}," * N_LONG}[1,1,1,{text}]]}}', 422, place)
+        for place in [f'["body","instances",{N_LONG},"petal_width"]']
+        for text in ("true", "null", '"1"', "1e999", "3.5e38", "[1]", "9" * 400)
+    ],
+    *[
+        body_case(
+            f"long-column-{text}",
+            f'{{"inputs": {json.dumps({name: [1.0] * N_LONG for name in NAMES[:3]})[:-1]}, '
+            f'"petal_width": [{"1," * (N_LONG - 1)}{text}]}}}}',
+            422,
+            f'["body","inputs","petal_width",{N_LONG - 1}]',
+        )
+        for text in ("true", "null", '"1"', "1e999", "3.5e38", "[1]", "9" * 400)
+    ],
+    *[
+        csv_case(
+            f"long-{text}", f"{HEADER}\n" + f"{LINE}\n" * N_LONG + f"1,1,1,{text}", 422, f'["body",{N_LONG + 2},"p'
+        )
+        for text in ("1e999", "3.5e38", "-", "1e", "1.2.3", "", "nan", "0x1")
+    ],
+    csv_case(
+        "long-short-line", f"{HEADER}\n" + f"{LINE}\n" * N_LONG + "1,1,1", 422, f'["body",{N_LONG + 2}],"msg":"Line'
+    ),
+    csv_case(
+        "long-lines-all-short", f"{HEADER}\n" + "1,1,1\n" * N_LONG * 2, 422, '["body",2],"msg":"Line should have 4'
+    ),
+    csv_case(
+        "long-missing-column", f"{','.join(NAMES[:3])}\n" + "1,1,1\n" * N_LONG * 2, 422, '["body",1,"petal_width"]'
+    ),
+    csv_case("long-repeated-column", f"{HEADER},petal_width\n" + f"{LINE},1\n" * N_LONG, 422, "Give this column once"),
+    csv_case("long-too-many", f"{HEADER}\n" + "1,1,1,1\n" * 10_001, 413, "the body has 10001 rows"),
     body_case("many-columns", json.dumps({"inputs": {f"a{n}": [] for n in range(80_000)}}), 422, '["body","inputs"]'),
     csv_case("wide", "a," * 80_000, 422, "Line should have 4 cells, not 80001"),
     csv_case("empty", "", 400, "the body is empty; send a line with the features' names"),
