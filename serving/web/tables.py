@@ -291,9 +291,9 @@ class CSVTable:
         if {*columns} != {*order}:
             return None
         positions = [columns.index(name) for name in order]
-        lines, parts = iter(rest.decode().splitlines()), list[Array]()
+        lines, parts = io.TextIOWrapper(io.BytesIO(rest), "ascii"), list[Array]()
         while piece := [*itertools.islice(lines, rows_at_once(self.contract))]:
-            if filled := [line for line in piece if line]:
+            if filled := [line for line in piece if line != "\n"]:
                 X = self.arrays.of_lines(filled, positions)
                 if X is None:
                     return None
