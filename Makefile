@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 # Four processes on two cores, for tests also wait; so OpenMP's threads must not spin while they do.
 TOGETHER := --numprocesses 4 --dist loadgroup -m "not alone"
 ALONE = --numprocesses 1 -m alone $(shell grep --files-with-matches pytest.mark.alone tests/test_*.py)
@@ -26,11 +27,11 @@ help: ## list the targets
 serve: $(VENV)/serve ## serve what settings.toml says
 	$(BIN)/gunicorn -c gunicorn.conf.py
 
-test: $(VENV)/test ## run the tests
+test: $(VENV)/test $(CLIENTS)/clients ## run the tests
 	$(BIN)/pytest $(TOGETHER)
 	$(BIN)/pytest $(ALONE)
 
-test-full: $(VENV)/test ## run the tests in full size, as CI does
+test-full: $(VENV)/test $(CLIENTS)/clients ## run the tests in full size, as CI does
 	$(BIN)/pytest --full $(TOGETHER)
 	$(BIN)/pytest --full $(ALONE)
 
@@ -65,6 +66,11 @@ $(VENV)/serve: requirements.txt
 $(VENV)/test: $(VENV)/serve requirements-onnx.txt requirements-onnx-boosting.txt requirements-pandas.txt bench/requirements.txt tests/requirements.txt
 	{ command -v chromedriver && command -v curl && command -v haproxy && command -v node && command -v wrk; } >/dev/null || { apt-get update -qq && apt-get install -qq --yes chromium-driver curl haproxy nodejs wrk; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+$(CLIENTS)/clients: tests/requirements-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement tests/requirements-clients.txt
 	touch $@
 
 $(VENV)/bench: $(VENV)/serve requirements-onnx.txt bench/requirements.txt

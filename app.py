@@ -48,6 +48,7 @@ from serving.errors import (
 )
 from serving.logs import LoggingSettings, configure_logging, telling_versions
 from serving.output import protect_output
+from serving.platforms import RoutesSettings, with_platform
 from serving.predictor.artifact import ModelSettings
 from serving.predictor.calls import BatchingSettings
 from serving.predictor.features import FeatureSettings
@@ -57,7 +58,7 @@ from serving.predictor.proof import Proof, prove
 from serving.server import MAX_WORKERS, ServerSettings
 from serving.settings import PROJECT, OtherNames, SettingsFile, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
-from serving.web import documentation, endpoints
+from serving.web import clouds, documentation, endpoints
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, as_asgi, as_wsgi
@@ -104,6 +105,7 @@ class Settings(SettingsFile):
     limits: LimitSettings = LimitSettings()
     logging: LoggingSettings = LoggingSettings()
     auth: AuthSettings = AuthSettings()
+    routes: RoutesSettings = RoutesSettings()
 
     _file: Path = PrivateAttr(default=PROJECT / "settings.toml")
 
@@ -115,6 +117,11 @@ class Settings(SettingsFile):
         if source.startswith("environment"):
             return "; a name with capitals goes into SERVING_FEATURES, as JSON" if "FEATURES__" in source else ""
         return f"; SERVING_FEATURES='{{}}' leaves out [features] of {source}"
+
+    def note_left_alone(self) -> None:
+        """Log which variables look like ours, but are Kubernetes', and which routes of a platform are there anyway."""
+        super().note_left_alone()
+        clouds.note_routes(self, operations(self))
 
     @property
     def model_path(self) -> Path:
@@ -166,6 +173,7 @@ def load_settings(
             rule = f"it should be a number of workers, {MAX_WORKERS} at most"
             raise SettingsError(f"environment: {CONCURRENCY} is {number!r}; {rule}")
         settings = settings.with_value(("server", "workers"), int(number), f"environment: {CONCURRENCY}")
+    settings = with_platform(settings)
     for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
         # A path of an option starts from the working directory, one of the settings from their file.
         value = str(Path(options[name]).absolute()) if name in ("certfile", "keyfile") else options[name]
@@ -204,13 +212,14 @@ def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
 
 # The table of operations ----------------------------------------------------------------------------------------------
 
-DIALECTS = (endpoints, documentation)  # each gives rows of the table
+DIALECTS = (endpoints, documentation, clouds)  # each gives rows of the table
 
 
 def operations(settings: Settings) -> Iterator[Operation]:
     """Yield the table from which routes, answers and the OpenAPI document are made."""
-    for dialect in DIALECTS:
-        yield from dialect.operations(settings)
+    table = [operation for dialect in DIALECTS for operation in dialect.operations(settings)]
+    yield from table
+    yield from clouds.operations_of_routes(settings, table)
 
 
 def _refuse_own_paths(settings: Settings) -> None:

@@ -9,8 +9,10 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import strategies
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.lib.cases import BAD, GOOD
+from tests.lib.cloud_cases import CLOUD_BAD, CLOUD_GOOD, PREDICT_V1
 from tests.lib.servers import Starter, gunicorn_environment
 from tests.lib.sizes import TWINS, each_worker, scale
 
@@ -22,7 +24,8 @@ SETTINGS = hypothesis.settings(
     database=None,
     suppress_health_check=[*hypothesis.HealthCheck],
 )
-WHOLE = [case.raw() for case in GOOD + BAD if len(case.raw()) < 2000 and not case.cut]
+ENVELOPES = ("/invocations", PREDICT_V1)  # JSON Schema cannot say that columns have one length, nor what CSV is
+WHOLE = [case.raw() for case in GOOD + BAD + CLOUD_GOOD + CLOUD_BAD if len(case.raw()) < 2000 and not case.cut]
 
 
 @strategies.composite
@@ -81,7 +84,8 @@ def test_document_is_kept_to(serve: Starter, combination: tuple[str, str]) -> No
             def send(case: schemathesis.Case) -> None:
                 nonlocal n_requests
                 n_requests += 1
-                case.call_and_validate(base_url=url, session=session, timeout=20)
+                beyond = [positive_data_acceptance] if case.operation.path in ENVELOPES else []
+                case.call_and_validate(base_url=url, session=session, timeout=20, excluded_checks=beyond)
 
             send()
     assert n_requests > N_CASES

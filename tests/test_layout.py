@@ -11,7 +11,7 @@ from tests.lib.servers import PROJECT
 
 # Each line may import what stands before it, and within `serving` a file only those in front of it.
 FLOORS = [
-    "serving.errors serving.cores serving.environment serving.settings serving.server",
+    "serving.errors serving.cores serving.environment serving.settings serving.server serving.platforms",
     "serving.output serving.console serving.logs serving.watch",
     "serving.predictor.boosters serving.predictor.inputs serving.predictor.features",
     "serving.predictor.contract serving.predictor.predictions serving.predictor.failures",
@@ -22,6 +22,7 @@ FLOORS = [
     "serving.predictor.model serving.predictor.calls serving.predictor.batcher serving.predictor.proof",
     "serving.web.messages serving.web.prefix serving.web.cors serving.web.encodings serving.web.operation",
     "serving.web.service serving.web.decoding serving.web.lines serving.web.endpoints",
+    "serving.web.tables serving.web.envelopes serving.web.clouds",
     "serving.web.openapi serving.web.documentation serving.web.wsgi serving.web.asgi serving.web.relay",
     "serving.web.added serving.web.bridges",
     "app",

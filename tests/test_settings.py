@@ -60,6 +60,8 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("auth", "api_keys"): ('["key"]', ["key"]),
     ("auth", "open_docs"): ("true", True),
     ("auth", "open_paths"): ('["/hello"]', ["/hello"]),
+    ("routes", "predict"): ("/predict", "/predict"),
+    ("routes", "health"): ("/health", "/health"),
 }
 
 

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jiter
@@ -84,6 +84,44 @@ class Arrays:
         if any(count_byte(body, mark) != len(X) * number for mark, number in self._marks.items()):
             return None
         low, high = self._bounds
+        return X if ((low <= X) & (high >= X)).all() else None
+
+    def of_lists_in(self, body: bytes, positions: Sequence[int]) -> Array | None:
+        """Return X for a JSON array of arrays of floats; None if one may not fit.
+
+        `positions` are those of the columns of X in each array. A body without quotes and without the letters "u" and
+        "f" has no text, no boolean and no null in it.
+        """
+        if self._bounds is None or any(count_byte(body, mark) for mark in b'"uf'):
+            return None
+        try:
+            X = np.array(jiter.from_json(body, allow_inf_nan=False), np.float64)
+        except (ValueError, TypeError, OverflowError):
+            return None
+        return self._in_order(X, positions) if X.ndim == 2 and X.shape[1] == len(self.order) else None
+
+    def of_lines(self, lines: Sequence[str], positions: Sequence[int]) -> Array | None:
+        """Return X for lines of numbers between commas, without white space inside; None if one may not fit."""
+        try:
+            X = np.loadtxt(lines, np.float64, delimiter=",", ndmin=2, comments=None)
+        except ValueError:
+            return None
+        return self._in_order(X, positions) if X.shape[1] == len(self.order) else None
+
+    def of_columns(self, columns: Mapping[str, list[Any]]) -> Array | None:
+        """Return X for columns of one length by name; None if one may not fit."""
+        if self._bounds is None or any({*map(type, cells)} - {int, float} for cells in columns.values()):
+            return None
+        try:
+            X = np.array([columns[name] for name in self.order], np.float64).T
+        except OverflowError:
+            return None
+        return self._in_order(X, range(len(self.order)))
+
+    def _in_order(self, X: Array, positions: Sequence[int]) -> Array | None:
+        """Return the columns of X in an order, or None if a value is out of bounds."""
+        X = np.ascontiguousarray(X[:, positions])
+        low, high = self._bounds or (np.inf, -np.inf)
         return X if ((low <= X) & (high >= X)).all() else None
 
     def _of_numbers(self, rows: Rows) -> Array:

@@ -7,7 +7,7 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jiter
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from serving.errors import BadRequest, ContentTooLarge, ServingError, shorten
 from serving.predictor.arrays import Arrays, count_byte
 from serving.predictor.contract import MAX_PROBLEMS, Contract, Hints, Rows
+from serving.predictor.inputs import Array
 from serving.predictor.predictions import Predictions
 
 PART_BYTES = 65_536  # size of a part, which ends with a whole row
@@ -158,16 +159,28 @@ class LongBody:
         return predictions.render_array(self.n_rows) if self._is_array else predictions.render()
 
 
+class Layout(Protocol):
+    """What the rows of an array look like, such as lists, in the words of a `Contract`."""
+
+    def of_numbers_in(self, part: bytes) -> Array | None: ...
+    def check(self, payload: Any) -> Rows | None: ...
+    def find_problems(self, payload: Any, first: int, hints: Hints) -> Iterator[dict[str, Any]]: ...
+    def find_shape(self, payload: Any, is_whole: bool) -> dict[str, Any] | None: ...
+    def too_large(self, place: list[Any], n_values: int) -> dict[str, Any]: ...
+
+
 class LongArray:
-    """The rows of a long array, which are decoded and checked in parts.
+    """The rows of a long array, which are decoded and checked in parts. They are objects, if no layout is given.
 
     What is wrong is said as of a short one: that it is no JSON comes first, wherever that is, but for a value that is
     too large to be decoded; then that it has too many rows; then what is wrong with these.
     """
 
-    def __init__(self, arrays: Arrays, body: bytes, max_rows: int) -> None:
+    def __init__(self, arrays: Arrays, body: bytes, max_rows: int, layout: Layout | None = None) -> None:
         self._arrays, self._body, self._max_rows = arrays, body, max_rows
         self._contract = arrays.contract
+        self._layout: Layout | Contract = layout or arrays.contract
+        self._of_numbers_in = layout.of_numbers_in if layout else arrays.of_numbers_in
         self._begin = ARRAY.match(body).end()  # type: ignore[union-attr]
         self._inputs: list[Any] = []
         self._n_rows = 0
@@ -213,10 +226,10 @@ class LongArray:
     def _take(self, rest: bytes) -> bool:
         """Take the rows of a part, given without its first bracket. Return whether there are some, and all fit."""
         part = b"[" + rest
-        X = self._arrays.of_numbers_in(part)
+        X = self._of_numbers_in(part)
         if X is None:
             with contextlib.suppress(BadRequest):
-                rows = self._contract.check(parse_json(part))
+                rows = self._layout.check(parse_json(part))
                 X = self._arrays.of_rows(rows) if rows else None
         if X is None or not len(X):
             return False
@@ -234,7 +247,7 @@ class LongArray:
         size = min(PART_BYTES, max(MIN_PART_BYTES, EMPTY_ROW_BYTES * MAX_CELLS // n_cells)) if n_cells else PART_BYTES
         for begin, end, n_values in cut_array(self._body, start, size):
             if n_values > len(self._contract.names) + MAX_VALUES:
-                self._note([self._contract.too_large(["body", self._n_rows], n_values)])
+                self._note([self._layout.too_large(["body", self._n_rows], n_values)])
                 self._n_rows += 1
             elif self._problems or not self._take(self._body[begin:end] + (b"" if end == len(self._body) else b"]")):
                 self._explain(begin, end)
@@ -251,9 +264,9 @@ class LongArray:
         rows = parse_json(part, lambda text: self._relocate(text, begin, len(before)))
         rows = rows[0 if is_first else 1 : None if is_last else -1]
         if rows and is_first:
-            self._misshapen = self._contract.find_shape(rows, is_whole=is_last)
-        if self._n_rows <= self._max_rows and self._contract.check(rows) is None:
-            self._note(self._contract.find_problems(rows, self._n_rows, self._hints))
+            self._misshapen = self._layout.find_shape(rows, is_whole=is_last)
+        if self._n_rows <= self._max_rows and self._layout.check(rows) is None:
+            self._note(self._layout.find_problems(rows, self._n_rows, self._hints))
         self._n_rows += len(rows)
 
     def _note(self, problems: Any) -> None:

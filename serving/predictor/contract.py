@@ -78,13 +78,29 @@ class Contract:
         cells: dict[str, Any] = dict(pairs)
         if len(cells) < len(pairs):
             raise self.refusal(_find_repeated(pairs))
-        for name in self.nullable:
-            if cells.get(name) == "":
-                del cells[name]
+        row = self.check_texts(cells)
+        if row is None:
+            raise self.refusal(self.find_problems_of_texts(cells, ["query"], Hints()))
+        return [row]
+
+    def check_texts(self, cells: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a row of texts, parsed, or None if one does not fit. A text that may be missing can be empty."""
+        with contextlib.suppress(ValidationError):
+            row: dict[str, Any] = self._parse_texts(cells)
+            return row
+        return None
+
+    def _parse_texts(self, cells: dict[str, Any]) -> Any:
+        missing = [name for name in self.nullable if cells.get(name) == ""]
+        given = {name: text for name, text in cells.items() if name not in missing} if missing else cells
+        return self.row.validate_strings(given, strict=False)
+
+    def find_problems_of_texts(self, cells: dict[str, Any], place: list[Any], hints: Hints) -> Iterator[dict[str, Any]]:
+        """Yield what is wrong with a row of texts; `place` goes in front of each `loc`."""
         try:
-            return [self.row.validate_strings(cells, strict=False)]
+            self._parse_texts(cells)
         except ValidationError as error:
-            raise self.refusal(self._problems(["query"], error, Hints())) from None
+            yield from self._problems(place, error, hints)
 
     def parse_payload(self, payload: Any) -> list[dict[str, Any]]:
         """Check one row, or a list of rows, as decoded from JSON. Raises `Unprocessable`."""

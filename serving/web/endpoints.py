@@ -39,9 +39,14 @@ async def live(service: Service[Any], request: Request) -> Response:
 
 
 async def ready(service: Service[Any], request: Request) -> Response:
+    refuse_if_stopping()
+    return Response.of({"status": "ready", **service.identity})
+
+
+def refuse_if_stopping() -> None:
+    """Raise `Unavailable` once this process ends, and no other takes over from it."""
     if STOPPING.is_set():
         raise Unavailable("the service is ending", RESTART_S)
-    return Response.of({"status": "ready", **service.identity})
 
 
 def operations(settings: ServiceSettings) -> Iterator[Operation]:

@@ -36,6 +36,8 @@ CHOICES = (  # variables by which whoever runs the tests, or the bench, may have
     "UVICORN_",
     "WEB_CONCURRENCY",
     "FORWARDED_ALLOW_IPS",
+    "AIP_",
+    "SAGEMAKER_",
 )
 GUNICORN = "gunicorn -c gunicorn.conf.py"
 SERVE_COMMANDS = [
