@@ -60,6 +60,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("auth", "api_keys"): ('["key"]', ["key"]),
     ("auth", "open_docs"): ("true", True),
     ("auth", "open_paths"): ('["/hello"]', ["/hello"]),
+    ("docs", "enabled"): ("false", False),
 }
 
 

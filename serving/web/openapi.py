@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -46,10 +46,9 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
     """Make the OpenAPI 3.1 document from the table of operations."""
     contract, sample, auth = service.model.contract, service.model.answer_example(), service.settings.auth
     schemas = _schemas(contract) | {"Prediction": _describe_prediction(service.model.predictor, sample)}
-    example = (contract.example, sample) if contract.is_known else (None, None)
     paths: dict[str, Any] = {}
-    for operation in service.operations:
-        described = _describe(service, operation, schemas, example)
+    for operation in [one for one in service.operations if one.is_described]:
+        described = _describe(service, operation, schemas, (contract.example, sample))
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -130,20 +129,14 @@ def _describe(service: Service[Any], operation: Operation, schemas: Mapping[str,
     row, answer = example if operation.answer_schema == "Prediction" else (None, None)
     schema: dict[str, Any] = _reference(operation.answer_schema)
     if operation.takes_query:
-        features = schemas["Features"]
-        required = set(features["required"])
-        described["parameters"] = [
-            {"name": name, "in": "query", "required": name in required, "schema": cell}
-            for name, cell in features["properties"].items()
-        ]
-    if JSON in operation.media_types:
-        schema = _one_or_many(schema)
+        described["parameters"] = [*_describe_parameters(schemas["Features"], service.model.contract.example)]
     if operation.media_types:
-        rows = _content(_one_or_many(_reference("Features")), row)
+        rows = _content_of_one_or_many(_reference("Features"), row)
         content = {media_type: rows.get(media_type, {}) for media_type in operation.media_types}
         content |= operation.request_content(service) if operation.request_content else {}
         described["requestBody"] = {"required": True, "content": content}
-    given = _content(schema, answer) if operation.answer_media_type == JSON else {operation.answer_media_type: {}}
+    in_json = _content_of_one_or_many if JSON in operation.media_types else _content
+    given = in_json(schema, answer) if operation.answer_media_type == JSON else {operation.answer_media_type: {}}
     given |= operation.answer_content(service) if operation.answer_content else {}
     described["responses"] = {"200": _answer_described(200, given)}
     for status in operation.errors:
@@ -160,12 +153,24 @@ def _reference(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+def _describe_parameters(features: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, cell in features["properties"].items():
+        is_required = name in features["required"]
+        yield {"name": name, "in": "query", "required": is_required, "schema": cell, "example": row[name]}
 
 
 def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
     media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {JSON: media}
+
+
+def _content_of_one_or_many(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
+    media: dict[str, Any] = {"schema": {"oneOf": [schema, {"type": "array", "items": schema}]}}
+    if example is not None:
+        media["examples"] = {
+            "one": {"summary": "One row", "value": example},
+            "batch": {"summary": "A batch of rows", "value": [example, example]},
+        }
     return {JSON: media}
 
 
