@@ -153,6 +153,7 @@ def _page_operations() -> Iterator[Operation]:
         "The page on which one tries all this",
         page,
         answer_media_type=HTML,
+        answer_content=lambda service: {HTML: {"schema": {"type": "string"}}},
         errors=(401,),
         access="docs",
     )

@@ -39,6 +39,7 @@ class ValidationProblem(BaseModel):
     detail: list[BadCell]
 
 
+LABEL_TYPES = {bool: "boolean", int: "integer", str: "string"}
 NUMBER = {"type": ["number", "null"]}  # what is no number in JSON is null
 
 
@@ -106,15 +107,19 @@ def _describe_prediction(predictor: Predictor, sample: dict[str, Any]) -> dict[s
 
 def _describe_output(value: Any, classes: list[Any] | None) -> dict[str, Any]:
     if classes is not None and all(isinstance(label, str | int) for label in classes):
-        return {"enum": classes}
+        kinds = {LABEL_TYPES[type(label)] for label in classes}
+        return ({"type": kinds.pop()} if len(kinds) == 1 else {}) | {"enum": classes}
     if isinstance(value, int | float | None) and not isinstance(value, bool):
         return NUMBER
-    return {"type": {bool: "boolean", str: "string"}[type(value)]} if type(value) in (bool, str) else {}
+    return {"type": LABEL_TYPES[type(value)]} if type(value) in LABEL_TYPES else {}
 
 
 def _describe_like(value: Any, leaf: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values()):
         return _describe_object({name: _describe_like(item, leaf) for name, item in value.items()})
+    if isinstance(value, dict):  # by class, of which '<=50K' and '>50K' would be one attribute of a generated client
+        by_name = {"required": [*value], "propertyNames": {"enum": [*value]}}
+        return {"type": "object", "additionalProperties": leaf} | by_name
     return {"type": "array", "items": leaf} if isinstance(value, list) else leaf
 
 
