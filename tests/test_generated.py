@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -22,24 +23,30 @@ from tests.lib.pipelines import ISLANDS, PENGUINS, fitted, rows_of
 from tests.lib.servers import BIN, Server, Starter, gunicorn_environment
 from tests.lib.sizes import each_worker
 
-# The generator knows no text/csv and no JSON lines; clients send these as they are.
-CONFIG = {
-    "post_hooks": [],
-    "content_type_overrides": dict.fromkeys(["text/csv", "application/jsonl"], "application/octet-stream"),
-}
+# Of several kinds of body that the generator knows it makes a module that fails to import, so it is to know JSON alone.
+CONFIG = {"post_hooks": [], "content_type_overrides": {"application/octet-stream": "application/octets"}}
+WARNING = re.compile(r"^WARNING parsing .*\n\n(.*)$", re.MULTILINE)
 
 
 class Generated:
-    """A client that was made from a document, as a package that is imported from a folder."""
+    """A client that was made from a document, as a package that is imported from a folder.
+
+    Of the document nothing is left out but bodies of other types than JSON.
+    """
 
     def __init__(self, folder: Path, name: str, *source: str) -> None:
         config = folder / "config.json"
         config.write_text(json.dumps(CONFIG))
-        target = ["--output-path", str(folder / name), "--meta", "none", "--config", str(config), "--fail-on-warning"]
+        target = ["--output-path", str(folder / name), "--meta", "none", "--config", str(config)]
         command = [str(BIN / "openapi-python-client"), "generate", *source, *target]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        assert [reason for reason in WARNING.findall(said) if "Unsupported content" not in reason] == [], said
+        assert "Unable to process" not in said
         self.name = name
+        for file in (folder / name / "api").rglob("*.py"):
+            self.module(".".join(file.relative_to(folder / name).with_suffix("").parts))
 
     def module(self, name: str) -> ModuleType:
         return importlib.import_module(f"{self.name}.{name}")
