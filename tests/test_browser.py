@@ -18,6 +18,8 @@ from tests.lib.servers import COMBINATIONS, Server, Starter
 from tests.lib.sizes import TWINS, each_worker, scale
 
 KEYS = {"SERVING_AUTH__API_KEYS": '["one"]', "SERVING_AUTH__OPEN_DOCS": "true"}
+PREFIX = "/models/iris"
+BELOW = {"SERVING_SERVER__ROOT_PATH": PREFIX}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -25,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def page_servers(serve_module: Starter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Servers of iris, open to all and with a key, and of penguins."""
     model = save(fitted("boosting")[0], tmp_path_factory.mktemp("penguins") / "penguins.joblib")
-    kinds = {"open": {}, "keys": KEYS, "penguins": variables(model) | {"SERVING_FEATURES": "{}"}}
+    kinds = {"open": {}, "keys": KEYS, "penguins": variables(model) | {"SERVING_FEATURES": "{}"}, "below": BELOW}
     pairs = scale(TWINS, COMBINATIONS)
     return {kind: serve_module.each(pairs, **environment) for kind, environment in kinds.items()}
 
@@ -40,12 +42,13 @@ def url_of(server: Server, path: str = "/docs") -> str:
     return f"http://127.0.0.1:{server.port}{path}"
 
 
-def check_quiet(page: Page, server: Server, *paths: str) -> None:
+def check_quiet(page: Page, server: Server, *paths: str, prefix: str = "") -> None:
     """Hold a page to its host: it has asked for these paths, beside them for its own files, and not complained."""
     asked = [urlsplit(url) for url in page.asked_for()]
     assert {url.netloc for url in asked} == {f"127.0.0.1:{server.port}"}
-    own = {"/docs", "/openapi.json", *(f"/docs/{name}" for name in FILES)}
-    assert {"/docs", *paths} <= {url.path for url in asked} <= own | {*paths}  # a file may be in the browser's cache
+    own = {f"{prefix}{path}" for path in ("/docs", "/openapi.json", *(f"/docs/{name}" for name in FILES))}
+    # A file may be in the browser's cache.
+    assert {f"{prefix}/docs", *paths} <= {url.path for url in asked} <= own | {*paths}
     assert page.complaints() == []
 
 
@@ -112,3 +115,16 @@ def test_key_is_typed_in(
     page.authorize(field, "one")
     assert page.execute(operation) == (200, server.post(ROW, X_API_Key="one").json)
     check_quiet(page, server, "/", "/predictions")
+
+
+@each_worker()
+@pytest.mark.parametrize("entry", [PREFIX, f"{PREFIX}/"])
+def test_page_works_below_a_prefix(
+    page_servers: dict[str, Any], browser: webdriver.Chrome, combination: tuple[str, str], entry: str
+) -> None:
+    """All that the page asks for is below the path at which a proxy offers the service, predictions too."""
+    server = page_servers["below"][combination]
+    page = Page(browser, url_of(server, entry))
+    assert browser.current_url == url_of(server, f"{PREFIX}/docs")
+    assert page.execute(page.open("predict_body")) == (200, server.post(ROW).json)
+    check_quiet(page, server, entry, f"{PREFIX}/predictions", prefix=PREFIX)

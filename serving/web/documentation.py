@@ -113,7 +113,8 @@ def _answer_file(request: Request, file: File, media_type: str, headers: Mapping
 
 
 async def to_page(service: Service[Any], request: Request) -> Response:
-    return Response([b""], 307, {"Location": "docs", "Vary": "Accept", **HEADERS}, f"{HTML}; charset=utf-8")
+    location = request.link_to("/docs") if request.root_path else "docs"  # right below a prefix that nobody told us too
+    return Response([b""], 307, {"Location": location, "Vary": "Accept", **HEADERS}, f"{HTML}; charset=utf-8")
 
 
 def prefers_html(request: Request) -> bool:
