@@ -64,7 +64,7 @@ $(VENV)/serve: requirements.txt
 	touch $@
 
 $(VENV)/test: $(VENV)/serve requirements-onnx.txt requirements-onnx-boosting.txt requirements-pandas.txt bench/requirements.txt tests/requirements.txt
-	{ command -v chromedriver && command -v curl && command -v haproxy && command -v node && command -v wrk; } >/dev/null || { apt-get update -qq && apt-get install -qq --yes chromium-driver curl haproxy nodejs wrk; }
+	{ command -v chromedriver && command -v curl && command -v haproxy && command -v node && command -v wrk; } >/dev/null || { apt-get update -qq && apt-get install -qq --yes chromium chromium-driver curl haproxy nodejs wrk; }
 	$(BIN)/pip install --quiet --requirement tests/requirements.txt
 	touch $@
 

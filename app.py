@@ -62,7 +62,7 @@ from serving.web import clouds, documentation, endpoints
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, as_asgi, as_wsgi
-from serving.web.documentation import document_of
+from serving.web.documentation import DocsSettings, document_of
 from serving.web.operation import Operation
 from serving.web.prefix import below, put_scope_below
 from serving.web.service import (
@@ -106,6 +106,7 @@ class Settings(SettingsFile):
     logging: LoggingSettings = LoggingSettings()
     auth: AuthSettings = AuthSettings()
     routes: RoutesSettings = RoutesSettings()
+    docs: DocsSettings = DocsSettings()
 
     _file: Path = PrivateAttr(default=PROJECT / "settings.toml")
 
@@ -225,7 +226,7 @@ def operations(settings: Settings) -> Iterator[Operation]:
 def _refuse_own_paths(settings: Settings) -> None:
     """Raise `SettingsError` if a path that is to be open is the service's own."""
     for operation in operations(settings):
-        if operation.path in settings.auth.open_paths:
+        if operation.only_for is None and operation.path in settings.auth.open_paths:
             cure = "set auth.open_docs" if operation.access == "docs" else "list paths that you have added"
             place = settings.place("auth", "open_paths")
             raise SettingsError(f"{place} has {operation.path!r}, which is the service's own; {cure}")

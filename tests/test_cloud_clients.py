@@ -13,6 +13,7 @@ PYTHON = PROJECT / ".venv-clients/bin/python"
 MISSING = '{"type":"missing","loc":["body",0,"petal_width"],"msg":"Field required","input":null}'
 TOLD: dict[str, dict[str, Any]] = {  # what each client returns
     "kserve": {
+        "live": True,
         "ready": True,
         "lists": {"predictions": ["setosa", "setosa"]},
         "objects": {"predictions": ["setosa"]},

@@ -2,19 +2,22 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
+from sklearn.linear_model import LinearRegression
 
 import app
 from serving import VERSION
 from serving.predictor.model import make_model
 from serving.web import documentation
-from tests.lib.apps import call, make_settings
+from tests.lib.apps import call, make_settings, serve_estimator
 from tests.lib.cases import BAD, GOOD, Case
 from tests.lib.clients import ROW, post_case
 from tests.lib.estimators import Noting
+from tests.lib.pages import rounded
 
 
 def document_of(native: Any) -> dict[str, Any]:
@@ -39,9 +42,12 @@ def test_document_is_valid(document: dict[str, Any]) -> None:
 
 
 def test_document_lists_the_table(document: dict[str, Any]) -> None:
-    """Each operation of the table is in the document, and nothing else is."""
+    """Each operation of the table is in the document, but for files of a page, and nothing else is."""
     listed = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
-    assert listed == {(operation.method, operation.path) for operation in [*app.operations(make_settings())]}
+    described = [operation for operation in app.operations(make_settings()) if operation.is_described]
+    assert listed == {(operation.method, operation.path) for operation in described}
+    hidden = {operation.path for operation in app.operations(make_settings()) if not operation.is_described}
+    assert hidden == {"/", *(f"/docs/{name}" for name in documentation.FILES)}
 
 
 def test_document_asks_the_model_nothing() -> None:
@@ -97,11 +103,26 @@ def document_of_secured() -> dict[str, Any]:
 
 
 def test_examples_are_real(native: Any, document: dict[str, Any]) -> None:
-    """The example request, sent, gives the example answer."""
+    """Each example request, of one row and of a batch, gives its example answer; so do the parameters of the query."""
     operation = document["paths"]["/predictions"]["post"]
-    request = operation["requestBody"]["content"]["application/json"]["example"]
-    answer = operation["responses"]["200"]["content"]["application/json"]["example"]
-    assert call(native, post_case(request)).json == answer
+    requests = operation["requestBody"]["content"]["application/json"]["examples"]
+    answers = operation["responses"]["200"]["content"]["application/json"]["examples"]
+    assert [*requests] == [*answers] == ["one", "batch"]
+    for name, request in requests.items():
+        assert rounded(call(native, post_case(request["value"])).json) == rounded(answers[name]["value"])
+    query = document["paths"]["/predictions"]["get"]
+    values = {parameter["name"]: parameter["example"] for parameter in query["parameters"]}
+    asked = call(native, Case("query", "GET", f"/predictions?{urlencode(values)}"))
+    assert rounded(asked.json) == rounded(query["responses"]["200"]["content"]["application/json"]["example"])
+
+
+def test_examples_are_made_up_where_none_is_known(tmp_path: Path) -> None:
+    """A model of which neither operator nor golden rows give a row has an example too, and answers it."""
+    native = serve_estimator(tmp_path / "model.joblib", LinearRegression().fit([[1, 2], [3, 4]], [1, 2]))
+    operation = document_of(native)["paths"]["/predictions"]["post"]
+    request = operation["requestBody"]["content"]["application/json"]["examples"]["batch"]["value"]
+    assert request == [{"x0": 0.0, "x1": 0.0}] * 2
+    assert call(native, post_case(request)).status == 200
 
 
 @pytest.mark.parametrize("case", [case for case in GOOD + BAD if case.method != "HEAD"], ids=lambda case: case.id)
@@ -121,12 +142,9 @@ def test_native_apps_know_routes_and_document(native: Any, document: dict[str, A
     flask = app.create_app(make_settings(framework="flask"))
     assert native.openapi() == document
     assert native.url_path_for("predict_query") == "/predictions"
-    assert {operation.path for operation in [*app.operations(make_settings())]} <= {
-        route.path for route in native.routes
-    }
-    assert {operation.path for operation in [*app.operations(make_settings())]} <= {
-        rule.rule for rule in flask.url_map.iter_rules()
-    }
+    paths = {operation.path for operation in app.operations(make_settings()) if not operation.only_for}
+    assert paths <= {route.path for route in native.routes}
+    assert paths <= {rule.rule for rule in flask.url_map.iter_rules()}
 
 
 def test_native_apps_can_be_extended() -> None:

@@ -62,6 +62,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("auth", "open_paths"): ('["/hello"]', ["/hello"]),
     ("routes", "predict"): ("/predict", "/predict"),
     ("routes", "health"): ("/health", "/health"),
+    ("docs", "enabled"): ("false", False),
 }
 
 

@@ -61,11 +61,6 @@ class Contract:
         """One row that fits, of the features' examples; a feature without one has a value within its bounds."""
         return {name: some_value(feature) for name, feature in self.features.items()}
 
-    @property
-    def is_known(self) -> bool:
-        """Whether every cell of the example comes from the operator or the model, and none is made up."""
-        return all(feature.example is not None for feature in self.features.values())
-
     def parse_query(self, query: str) -> list[dict[str, Any]]:
         """Read one row from a query string, in which every value is text, and one that may be missing can be empty.
 

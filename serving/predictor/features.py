@@ -197,12 +197,20 @@ def describe_cell(name: str, feature: FeatureSettings) -> dict[str, Any]:
         described["examples"] = [feature.example]
     cell: dict[str, Any] = {"type": JSON_TYPES[feature.type or "float"]}
     if feature.choices is not None:
-        cell["enum"] = feature.choices
+        cell |= _describe_choices(feature.choices)
     elif feature.type in NUMBER_RANGES:
         cell["minimum"], cell["maximum"] = bounds_of(feature)
     truths = {"enum": [int(choice) for choice in feature.choices or (False, True)]} if feature._is_number else None
     options = [option for option in (cell, truths, {"type": "null"} if feature.missing else None) if option]
     return described | ({"anyOf": options} if len(options) > 1 else cell)
+
+
+def _describe_choices(choices: list[Cell]) -> dict[str, Any]:
+    """Return the JSON Schema of some values, in which whole numbers are integers: clients are made of no other enum."""
+    floats = [choice for choice in choices if isinstance(choice, float)]
+    if all(choice.is_integer() for choice in floats):
+        return {"enum": [int(choice) if isinstance(choice, float) else choice for choice in choices]}
+    return {"anyOf": [{"const": choice} for choice in choices]}
 
 
 def bounds_of(feature: FeatureSettings) -> tuple[float, float]:

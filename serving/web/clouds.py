@@ -20,6 +20,7 @@ from serving.web.endpoints import ready, refuse_if_stopping
 from serving.web.envelopes import Envelope
 from serving.web.lines import describe_answers, describe_lines, predict_lines
 from serving.web.messages import JSON, JSONL, Request, Response
+from serving.web.openapi import describe_outputs
 from serving.web.operation import Operation
 from serving.web.service import Service, ServiceSettings
 
@@ -74,6 +75,10 @@ async def predict_envelope(service: Service[Any], request: Request) -> Response:
     return Response(await service.predict(request, Job(len(rows), rows, envelope.encode)), media_type=media_type)
 
 
+async def alive(service: Service[Any], request: Request) -> Response:
+    return Response.of({"status": "alive"}, headers={"Vary": "Accept"})
+
+
 async def list_models(service: Service[Any], request: Request) -> Response:
     return Response.of({"models": [service.settings.model.name]})
 
@@ -89,12 +94,22 @@ def operations(settings: CloudSettings) -> Iterator[Operation]:
     yield _predicting("/invocations", "invocations", "Predict rows, as SageMaker and MLflow send them")
     yield _predicting(f"{model}:predict", "predict_v1", "Predict rows, as KServe's V1 protocol sends them")
     yield _asking(model, "model_v1", "Whether the model is usable, in KServe's V1 protocol", describe_model, (503,))
+    yield Operation(
+        "GET",
+        "/",
+        "live_v1",
+        "Whether the process answers, in KServe's V1 protocol",
+        alive,
+        access="open",
+        is_described=False,
+        only_for=lambda request: True,  # whom the page does not want, if no route of a user's has the path
+    )
     yield _asking("/v1/models", "models_v1", "The names of all models, of which there is one", list_models)
 
 
 def operations_of_routes(settings: CloudSettings, table: Iterable[Operation]) -> Iterator[Operation]:
     """Yield the rows of the table for the paths of `routes`, but for those that it has already."""
-    there = {(operation.method, operation.path) for operation in table}
+    there = {(operation.method, operation.path) for operation in table if not operation.only_for}
     routes = settings.routes
     if routes.predict and ("POST", routes.predict) not in there:
         yield _predicting(routes.predict, "predict_route", "Predict rows, as Vertex AI sends them")
@@ -156,12 +171,11 @@ def describe_request(service: Service[Any]) -> Mapping[str, Any]:
     options: dict[str, Any] = {name: {"anyOf": [full, {"type": "null"}]} for name in ("parameters", "params")}
     options["signature_name"] = {"type": ["string", "null"]}
     envelopes = [_object({kind: schema, **options}, [kind]) for kind, schema in kinds.items()]
-    described: dict[str, Any] = {"schema": {"anyOf": [*envelopes, row, rows]}}
-    lines: dict[str, Any] = {"schema": {"type": "string"}}
-    if contract.is_known:
-        example = contract.example
-        described["examples"] = {name: {"value": value} for name, value in _examples(example).items()}
-        lines["example"] = _write_csv([[*example], [*map(_as_text, example.values())]])
+    example = contract.example
+    examples = {name: {"value": value} for name, value in _examples(example).items()}
+    described: dict[str, Any] = {"schema": {"anyOf": [*envelopes, row, rows]}, "examples": examples}
+    written = _write_csv([[*example], [*map(_as_text, example.values())]])
+    lines: dict[str, Any] = {"schema": {"type": "string"}, "example": written}
     return {JSON: described, CSV: lines, **describe_lines(service)}
 
 
@@ -194,9 +208,9 @@ def _examples(example: Mapping[str, Any]) -> dict[str, Any]:
 def describe_answer(service: Service[Any]) -> Mapping[str, Any]:
     """Return the answers for OpenAPI, with that to the example."""
     whole = {"$ref": f"{SCHEMA}Prediction"}
-    part = {"$ref": f"{SCHEMA}Prediction/properties/prediction"}
+    prediction = service.model.answer_example()["prediction"]
+    part = describe_outputs(service.model.predictor, prediction)
     answers = {"type": "array", "items": {"anyOf": [part, whole]}}
-    described: dict[str, Any] = {"schema": _object({"predictions": answers}, ["predictions"])}
-    if service.model.contract.is_known:
-        described["example"] = {"predictions": [service.model.answer_example()["prediction"]]}
+    example = {"predictions": [prediction]}
+    described = {"schema": _object({"predictions": answers}, ["predictions"]), "example": example}
     return {JSON: described, CSV: {"schema": {"type": "string"}}, **describe_answers(service)}

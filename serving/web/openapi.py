@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -39,6 +39,7 @@ class ValidationProblem(BaseModel):
     detail: list[BadCell]
 
 
+LABEL_TYPES = {bool: "boolean", int: "integer", str: "string"}
 NUMBER = {"type": ["number", "null"]}  # what is no number in JSON is null
 
 
@@ -46,10 +47,9 @@ def describe_api(service: Service[Any]) -> dict[str, Any]:
     """Make the OpenAPI 3.1 document from the table of operations."""
     contract, sample, auth = service.model.contract, service.model.answer_example(), service.settings.auth
     schemas = _schemas(contract) | {"Prediction": _describe_prediction(service.model.predictor, sample)}
-    example = (contract.example, sample) if contract.is_known else (None, None)
     paths: dict[str, Any] = {}
-    for operation in service.operations:
-        described = _describe(service, operation, schemas, example)
+    for operation in [one for one in service.operations if one.is_described]:
+        described = _describe(service, operation, schemas, (contract.example, sample))
         paths.setdefault(operation.path, {})[operation.method.lower()] = described
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -92,30 +92,36 @@ def _describe_features(contract: Contract) -> dict[str, Any]:
 
 def _describe_prediction(predictor: Predictor, sample: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON Schema of an answer: that of the sample, with the classes that there are."""
-    prediction = sample["prediction"]
-    if isinstance(prediction, dict):
-        unknown: list[Any] = [None] * len(prediction)
-        outputs = zip(prediction.items(), predictor.classes_by_output or unknown, strict=True)
-        described = _describe_object({name: _describe_output(value, known) for (name, value), known in outputs})
-    else:
-        described = _describe_output(prediction, predictor.classes)
-    properties = {"prediction": described}
+    properties = {"prediction": describe_outputs(predictor, sample["prediction"])}
     if predictor.score is not None:
         properties[predictor.score] = _describe_like(sample[predictor.score], NUMBER)
     return {"title": "Prediction"} | _describe_object(properties)
 
 
+def describe_outputs(predictor: Predictor, prediction: Any) -> dict[str, Any]:
+    """Return the JSON Schema of a label or a number, or of several, such as the sample is."""
+    if not isinstance(prediction, dict):
+        return _describe_output(prediction, predictor.classes)
+    unknown: list[Any] = [None] * len(prediction)
+    outputs = zip(prediction.items(), predictor.classes_by_output or unknown, strict=True)
+    return _describe_object({name: _describe_output(value, known) for (name, value), known in outputs})
+
+
 def _describe_output(value: Any, classes: list[Any] | None) -> dict[str, Any]:
     if classes is not None and all(isinstance(label, str | int) for label in classes):
-        return {"enum": classes}
+        kinds = {LABEL_TYPES[type(label)] for label in classes}
+        return ({"type": kinds.pop()} if len(kinds) == 1 else {}) | {"enum": classes}
     if isinstance(value, int | float | None) and not isinstance(value, bool):
         return NUMBER
-    return {"type": {bool: "boolean", str: "string"}[type(value)]} if type(value) in (bool, str) else {}
+    return {"type": LABEL_TYPES[type(value)]} if type(value) in LABEL_TYPES else {}
 
 
 def _describe_like(value: Any, leaf: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and any(isinstance(item, dict | list) for item in value.values()):
         return _describe_object({name: _describe_like(item, leaf) for name, item in value.items()})
+    if isinstance(value, dict):  # by class, of which '<=50K' and '>50K' would be one attribute of a generated client
+        by_name = {"required": [*value], "propertyNames": {"enum": [*value]}}
+        return {"type": "object", "additionalProperties": leaf} | by_name
     return {"type": "array", "items": leaf} if isinstance(value, list) else leaf
 
 
@@ -130,20 +136,14 @@ def _describe(service: Service[Any], operation: Operation, schemas: Mapping[str,
     row, answer = example if operation.answer_schema == "Prediction" else (None, None)
     schema: dict[str, Any] = _reference(operation.answer_schema)
     if operation.takes_query:
-        features = schemas["Features"]
-        required = set(features["required"])
-        described["parameters"] = [
-            {"name": name, "in": "query", "required": name in required, "schema": cell}
-            for name, cell in features["properties"].items()
-        ]
-    if JSON in operation.media_types:
-        schema = _one_or_many(schema)
+        described["parameters"] = [*_describe_parameters(schemas["Features"], service.model.contract.example)]
     if operation.media_types:
-        rows = _content(_one_or_many(_reference("Features")), row)
+        rows = _content_of_one_or_many(_reference("Features"), row)
         content = {media_type: rows.get(media_type, {}) for media_type in operation.media_types}
         content |= operation.request_content(service) if operation.request_content else {}
         described["requestBody"] = {"required": True, "content": content}
-    given = _content(schema, answer) if operation.answer_media_type == JSON else {operation.answer_media_type: {}}
+    in_json = _content_of_one_or_many if JSON in operation.media_types else _content
+    given = in_json(schema, answer) if operation.answer_media_type == JSON else {operation.answer_media_type: {}}
     given |= operation.answer_content(service) if operation.answer_content else {}
     described["responses"] = {"200": _answer_described(200, given)}
     for status in operation.errors:
@@ -160,12 +160,24 @@ def _reference(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _one_or_many(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+def _describe_parameters(features: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, cell in features["properties"].items():
+        is_required = name in features["required"]
+        yield {"name": name, "in": "query", "required": is_required, "schema": cell, "example": row[name]}
 
 
 def _content(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
     media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {JSON: media}
+
+
+def _content_of_one_or_many(schema: dict[str, Any], example: Any = None) -> dict[str, Any]:
+    media: dict[str, Any] = {"schema": {"oneOf": [schema, {"type": "array", "items": schema}]}}
+    if example is not None:
+        media["examples"] = {
+            "one": {"summary": "One row", "value": example},
+            "batch": {"summary": "A batch of rows", "value": [example, example]},
+        }
     return {JSON: media}
 
 

@@ -31,7 +31,8 @@ class Operation:
     """A row of the table from which routes, answers and the OpenAPI document are made.
 
     A body may have one of `media_types`, and be encoded by one of `encodings`; without media types it takes none.
-    `write_error` writes its errors, and those of unknown paths below `scope`.
+    `write_error` writes its errors, and those of unknown paths below `scope`. One that is `only_for` some requests gets
+    them where no route of a user's does, and is not there for others.
     """
 
     method: str
@@ -53,6 +54,8 @@ class Operation:
     is_hot: bool = False  # answered in front of the framework's router, unless the user has added something
     write_error: Callable[[ServingError], Response] = write_detail
     scope: str | None = None
+    is_described: bool = True  # in the OpenAPI document, and in the hints of a 404
+    only_for: Callable[[Request], bool] | None = None
 
     def needs_key(self, auth: AuthSettings) -> bool:
         """Return whether it answers only to an API key."""

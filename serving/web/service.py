@@ -195,7 +195,7 @@ class Service(Generic[S]):
         self.routes: dict[str, dict[str, Operation]] = {}
         self.names: dict[str, str] = {}  # of the frameworks' routes, by path
         self.hot: dict[str, set[str]] = {}  # methods that are answered in front of the router, by path
-        for operation in self.operations:
+        for operation in [one for one in self.operations if not one.only_for]:
             self.routes.setdefault(operation.path, {})[operation.method] = operation
             if not VARIABLE.search(operation.path):
                 self.names.setdefault(operation.path, operation.name)
@@ -217,6 +217,10 @@ class Service(Generic[S]):
             can_share=proof.never_batched is None,
             cost=CallCost(proof.call_s, proof.row_s),
         )
+
+    @functools.cached_property
+    def _asides(self) -> list[Operation]:
+        return [one for one in self.operations if one.only_for]
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -391,14 +395,20 @@ class Service(Generic[S]):
 
     def _allowed(self, path: str) -> str:
         """Return the methods of a path, or those of all for `*` (RFC 9110, section 9.3.7). Raises `NotFound`."""
-        methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*"))
+        methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*") and not one.only_for)
         if not methods:
             open_paths = [added for added in self.added_paths() if not self._is_closed(added)]
-            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, [*self.routes, *open_paths])}")
+            described = dict.fromkeys(one.path for one in self.operations if one.is_described)
+            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, [*described, *open_paths])}")
         return ", ".join([*methods, "OPTIONS"]).replace("GET", "GET, HEAD")
 
     def _operation_of(self, request: Request) -> Operation | None:
-        return self.routes.get(request.path, {}).get("GET" if request.method == "HEAD" else request.method)
+        method = "GET" if request.method == "HEAD" else request.method
+        return self.routes.get(request.path, {}).get(method) or self._aside_for(request, method)
+
+    def _aside_for(self, request: Request, method: str) -> Operation | None:
+        asides = [one for one in self._asides if (one.path, one.method) == (request.path, method)]
+        return next((one for one in asides if one.only_for and one.only_for(request)), None)
 
     def _authorize(self, request: Request) -> None:
         """Compare what is offered in constant time with every key, so that the time taken tells nothing.

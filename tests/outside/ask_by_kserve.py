@@ -14,6 +14,7 @@ FLOWER = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_w
 async def ask(url: str) -> dict[str, Any]:
     async with InferenceRESTClient(RESTConfig(protocol="v1", retries=0)) as client:
         told = {
+            "live": await client.is_server_live(url),
             "ready": await client.is_model_ready(url, "iris"),
             "lists": await client.infer(url, {"instances": [[*FLOWER.values()]] * 2}, model_name="iris"),
             "objects": await client.infer(url, {"instances": [FLOWER]}, model_name="iris"),
