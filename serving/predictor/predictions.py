@@ -42,7 +42,7 @@ class Predictions:
     `template` has a hole for a value of each of the columns, (n_samples,) each.
     """
 
-    __slots__ = ("_all_columns", "_rendered", "_rows", "template")
+    __slots__ = ("_all_columns", "_rendered", "_rows", "_written", "template")
 
     def __init__(
         self, template: Template, columns: list[Array], of: Predictions | None = None, rows: slice = ALL
@@ -51,6 +51,7 @@ class Predictions:
         self._all_columns = columns
         self._rows = rows
         self._rendered: list[bytes] = of._rendered if of else []  # of all rows of the call, once any is rendered
+        self._written: list[list[bytes]] = of._written if of else []  # each value, column by column
 
     def part(self, start: int, stop: int) -> Predictions:
         """Return the answers to some of the rows. All parts share what is rendered."""
@@ -65,6 +66,13 @@ class Predictions:
     def columns(self) -> list[Array]:
         """The values of each hole, (n_samples,) each."""
         return [column[self._rows] for column in self._all_columns]
+
+    @property
+    def written(self) -> list[list[bytes]]:
+        """The JSON of each value of each column. All parts of a call share what is written."""
+        if not self._written:
+            self._written += map(_write_values, self._all_columns)
+        return [values[self._rows] for values in self._written]
 
     def render(self) -> list[bytes]:
         """Return the JSON of each answer."""
