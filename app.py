@@ -57,7 +57,7 @@ from serving.predictor.proof import Proof, prove
 from serving.server import MAX_WORKERS, ServerSettings
 from serving.settings import PROJECT, OtherNames, SettingsFile, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
-from serving.web import documentation, endpoints
+from serving.web import documentation, endpoints, oip
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, FlaskBinding, as_asgi, as_wsgi
@@ -202,7 +202,7 @@ def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
 
 # The table of operations ----------------------------------------------------------------------------------------------
 
-DIALECTS = (endpoints, documentation)  # each gives rows of the table
+DIALECTS = (endpoints, documentation, oip)  # each gives rows of the table
 
 
 def operations(settings: Settings) -> Iterator[Operation]:
