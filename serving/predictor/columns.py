@@ -41,7 +41,7 @@ class Columns:
         else:
             columns = [_tell(cells[start:stop]) for cells in self._by_name.values()]
             rows = [dict(zip(self._by_name, row, strict=True)) for row in zip(*columns, strict=True)]
-        for name in self._contract.nullable if self._has_nan() else ():
+        for name in self._contract.nullable if self._contract.nullable and self._has_nan() else ():
             for row in rows:
                 if _is_nan(row.get(name)):
                     row[name] = None

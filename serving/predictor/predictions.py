@@ -17,7 +17,7 @@ PIECE_ROWS = 1000
 ALL = slice(None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone, as a key that costs little
 class Template:
     """The JSON of one answer, with a hole for a value of each column, and the same of each part of it, by name."""
 
@@ -50,7 +50,8 @@ class Predictions:
         self.template = template
         self._all_columns = columns
         self._rows = rows
-        self._rendered: list[bytes] = of._rendered if of else []  # of all rows of the call, once any is rendered
+        # Of all rows of the call, once any is rendered by a template.
+        self._rendered: dict[bytes, list[bytes]] = of._rendered if of else {}
         self._written: list[list[bytes]] = of._written if of else []  # each value, column by column
 
     def part(self, start: int, stop: int) -> Predictions:
@@ -68,17 +69,18 @@ class Predictions:
         return [column[self._rows] for column in self._all_columns]
 
     @property
-    def written(self) -> list[list[bytes]]:
-        """The JSON of each value of each column. All parts of a call share what is written."""
-        if not self._written:
-            self._written += map(_write_values, self._all_columns)
-        return [values[self._rows] for values in self._written]
+    def kinds(self) -> str:
+        """The kinds of numpy that the columns have, a letter each."""
+        return "".join([column.dtype.kind for column in self._all_columns])
 
-    def render(self) -> list[bytes]:
-        """Return the JSON of each answer."""
-        if not self._rendered:
-            self._rendered += self._write(self._all_columns)
-        return self._rendered[self._rows]
+    def render(self, template: bytes | None = None) -> list[bytes]:
+        """Return the JSON of each answer, or of another template that has a hole for each column."""
+        template = self.template.whole if template is None else template
+        if template not in self._rendered:
+            if not self._written:
+                self._written += map(_write_values, self._all_columns)
+            self._rendered[template] = [template % row for row in zip(*self._written, strict=True)]
+        return self._rendered[template][self._rows]
 
     def render_array(self, n_rows: int) -> list[bytes]:
         """Return the JSON of an array of the answers, in pieces of `PIECE_ROWS` rows each."""

@@ -19,7 +19,16 @@ from serving.web.endpoints import RESTART_S
 from serving.web.messages import JSON, Request, Response
 from serving.web.oip_schema import OCTETS, SERVER
 from serving.web.service import STOPPING, Operation, Service, ServiceSettings
-from serving.web.tensors import HEADER_LENGTH, Inference, Wanted, gather, header_length, read_request, write_answer
+from serving.web.tensors import (
+    HEADER_LENGTH,
+    Inference,
+    Wanted,
+    gather,
+    header_length,
+    read_request,
+    write_answer,
+    write_row,
+)
 
 SHARED_CELLS = 1024  # cells of a request up to which its rows share a call with those of others
 MAX_TOLD = 3  # bad cells that an error names
@@ -94,7 +103,8 @@ class Asked:
         self.size = len(body)  # in bytes
         self.n_cells = self._n_rows = 0
         self._service, self._head, self._body, self._length = service, head, body, length
-        self._wanted: list[Wanted] = []
+        self._wanted: tuple[Wanted, ...] = ()
+        self._is_binary = self._is_plain_row = False
 
     @property
     def max_rows_in_it(self) -> int:
@@ -108,21 +118,25 @@ class Asked:
         contract = self._service.model.contract
         inference = read_request(body, header_length(self._length, len(body)))
         self._wanted = self._choose(inference)
+        self._is_binary = inference.is_binary if inference.outputs is None else any(o.is_binary for o in self._wanted)
         n_rows = inference.inputs[0].shape[0]
         self._n_rows, self.n_cells = n_rows, n_rows * len(contract.names)
         self.columns = gather(contract, inference.inputs, is_large=self.n_cells > SHARED_CELLS)
         if n_rows > (max_rows := self._service.settings.limits.max_rows):
             raise too_many_rows(n_rows, max_rows)
+        self._is_plain_row = n_rows == 1 and inference.outputs is None and not inference.is_binary
         if inference.id:
             self._head += b',"id":%b' % inference.id
         self._head += b',"outputs":['
 
-    def _choose(self, inference: Inference) -> list[Wanted]:
+    def _choose(self, inference: Inference) -> tuple[Wanted, ...]:
         """Return the outputs that are asked for. Raises `BadRequest` if there is no such one."""
-        made = self._service.made_once
-        names = made.get("outputs") or made.setdefault("outputs", oip_schema.output_names(self._service))
+        names = oip_schema.output_names(self._service)
         if inference.outputs is None:
-            return [Wanted(name, inference.is_binary) for name in names]
+            key = f"{OCTETS if inference.is_binary else JSON} of /v2"
+            if (every := self._service.made_once.get(key)) is None:
+                every = self._service.made_once[key] = tuple(Wanted(name, inference.is_binary) for name in names)
+            return every
         for number, one in enumerate(inference.outputs):
             if one.name not in names:
                 raise BadRequest(f"outputs[{number}].name is {shorten(one.name)!r}; use one of {listed(names)}")
@@ -145,11 +159,12 @@ class Asked:
         """Return the pieces of the answer."""
         if predictions is None:  # of a request without rows, which there is none
             return []
-        return write_answer(self._head, self._wanted, predictions, self._n_rows)
+        row = write_row(self._head, predictions) if self._is_plain_row else None
+        return row or write_answer(self._head, self._wanted, predictions, self._n_rows)
 
     def finish(self, response: Response) -> Response:
         """Return the response with what its head says of binary tensors, if there are any."""
-        if any(one.is_binary for one in self._wanted):
+        if self._is_binary:
             response.media_type = OCTETS
             response.more_headers = {HEADER_LENGTH: str(len(response.pieces[0]))}
         return response
