@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,8 @@ class Predictions:
         self.template = template
         self._all_columns = columns
         self._rows = rows
-        # Of all rows of the call, once any is rendered by a template.
-        self._rendered: dict[bytes, list[bytes]] = of._rendered if of else {}
+        # Of all rows of the call, by what chose the template, once any is rendered.
+        self._rendered: dict[Choose | None, list[bytes]] = of._rendered if of else {}
         self._written: list[list[bytes]] = of._written if of else []  # each value, column by column
 
     def part(self, start: int, stop: int) -> Predictions:
@@ -73,14 +73,14 @@ class Predictions:
         """The kinds of numpy that the columns have, a letter each."""
         return "".join([column.dtype.kind for column in self._all_columns])
 
-    def render(self, template: bytes | None = None) -> list[bytes]:
-        """Return the JSON of each answer, or of another template that has a hole for each column."""
-        template = self.template.whole if template is None else template
-        if template not in self._rendered:
+    def render(self, choose: Choose | None = None) -> list[bytes]:
+        """Return the JSON of each answer, by a template of its own or by one that is chosen once for a call."""
+        if (rendered := self._rendered.get(choose)) is None:
             if not self._written:
                 self._written += map(_write_values, self._all_columns)
-            self._rendered[template] = [template % row for row in zip(*self._written, strict=True)]
-        return self._rendered[template][self._rows]
+            template = self.template.whole if choose is None else choose(self)
+            rendered = self._rendered[choose] = [template % row for row in zip(*self._written, strict=True)]
+        return rendered[self._rows]
 
     def render_array(self, n_rows: int) -> list[bytes]:
         """Return the JSON of an array of the answers, in pieces of `PIECE_ROWS` rows each."""
@@ -96,6 +96,9 @@ class Predictions:
     def _write(self, columns: list[Array]) -> list[bytes]:
         template = self.template.whole
         return [template % row for row in zip(*map(_write_values, columns), strict=True)]
+
+
+Choose = Callable[[Predictions], bytes]  # a template with a hole for each column
 
 
 def leaves_of(answer: Any) -> Iterator[Array]:

@@ -18,6 +18,7 @@ from serving.web.decoding import predict_decoded
 from serving.web.endpoints import RESTART_S
 from serving.web.messages import JSON, Request, Response
 from serving.web.oip_schema import OCTETS, SERVER
+from serving.web.output_tensors import write_answer, write_row
 from serving.web.service import STOPPING, Operation, Service, ServiceSettings
 from serving.web.tensors import (
     HEADER_LENGTH,
@@ -25,12 +26,14 @@ from serving.web.tensors import (
     Wanted,
     gather,
     header_length,
-    read_request,
-    write_answer,
-    write_row,
+    read_header,
+    read_inference,
+    read_plain_row,
 )
 
 SHARED_CELLS = 1024  # cells of a request up to which its rows share a call with those of others
+LENGTH_FIELD = HEADER_LENGTH.lower()
+OUTPUTS = b',"outputs":['  # behind the head of an answer
 MAX_TOLD = 3  # bad cells that an error names
 ERROR = oip_schema.describe_error()
 
@@ -85,26 +88,34 @@ def _refuse_stopping() -> None:
 
 async def infer(head: bytes, service: Service[Any], request: Request) -> Response:
     """Answer a request for inference; `head` is the beginning of the answer's JSON."""
-    asked = Asked(service, head, request.take_body(), request.header(HEADER_LENGTH.lower()))
-    if asked.size <= LONG_BYTES:
-        asked.parse()
+    body, contract = request.take_body(), service.model.contract
+    size = len(body)
+    length = header_length(request.header(LENGTH_FIELD), size)
+    payload = None
+    if size <= LONG_BYTES:
+        payload = read_header(body, length)
+        if length == size and (cells := read_plain_row(payload, len(contract.names))) is not None:
+            rows = contract.parse_payload([dict(zip(contract.names, cells, strict=True))])
+            return Response(await service.predict(request, Job(1, rows, functools.partial(write_row, head + OUTPUTS))))
+    asked = Asked(service, head, body, length)
+    if payload is not None:
+        asked.read(payload)
         if asked.n_cells <= SHARED_CELLS:
-            rows = service.model.contract.parse_payload(asked.columns.rows())
+            rows = contract.parse_payload(asked.columns.rows())
             return asked.finish(Response(await service.predict(request, Job(len(rows), rows, asked.encode))))
     return asked.finish(await predict_decoded(service, request, asked))
 
 
 class Asked:
-    """A request for inference: a `Body`, once it is parsed with its columns."""
+    """A request for inference: a `Body`, of which so many bytes are JSON."""
 
-    columns: Columns
+    columns: Columns  # once it is read
 
-    def __init__(self, service: Service[Any], head: bytes, body: bytes, length: str | None) -> None:
-        self.size = len(body)  # in bytes
+    def __init__(self, service: Service[Any], head: bytes, body: bytes, length: int) -> None:
+        self.size, self.length = len(body), length
         self.n_cells = self._n_rows = 0
-        self._service, self._head, self._body, self._length = service, head, body, length
+        self._service, self._head, self._body = service, head, body
         self._wanted: tuple[Wanted, ...] = ()
-        self._is_binary = self._is_plain_row = False
 
     @property
     def max_rows_in_it(self) -> int:
@@ -112,22 +123,18 @@ class Asked:
         max_rows: int = self._service.settings.limits.max_rows
         return min(max_rows, max(1, self.size // len(self._service.model.contract.names)))
 
-    def parse(self) -> None:
+    def read(self, payload: Any) -> None:
         """Read the tensors, and what of the answer is wanted. Raises `ServingError`."""
         body, self._body = self._body, b""
-        contract = self._service.model.contract
-        inference = read_request(body, header_length(self._length, len(body)))
+        contract, max_rows = self._service.model.contract, self._service.settings.limits.max_rows
+        inference = read_inference(payload, memoryview(body)[self.length :])
         self._wanted = self._choose(inference)
-        self._is_binary = inference.is_binary if inference.outputs is None else any(o.is_binary for o in self._wanted)
         n_rows = inference.inputs[0].shape[0]
         self._n_rows, self.n_cells = n_rows, n_rows * len(contract.names)
         self.columns = gather(contract, inference.inputs, is_large=self.n_cells > SHARED_CELLS)
-        if n_rows > (max_rows := self._service.settings.limits.max_rows):
+        if n_rows > max_rows:
             raise too_many_rows(n_rows, max_rows)
-        self._is_plain_row = n_rows == 1 and inference.outputs is None and not inference.is_binary
-        if inference.id:
-            self._head += b',"id":%b' % inference.id
-        self._head += b',"outputs":['
+        self._head += (b',"id":%b' % inference.id if inference.id else b"") + OUTPUTS
 
     def _choose(self, inference: Inference) -> tuple[Wanted, ...]:
         """Return the outputs that are asked for. Raises `BadRequest` if there is no such one."""
@@ -147,7 +154,7 @@ class Asked:
         try:
             with collector_off():
                 if self._body:
-                    self.parse()
+                    self.read(read_header(self._body, self.length))
                 return self.columns.read(self._service.model.arrays)
         except ServingError as error:
             error.__traceback__ = error.__context__ = None  # which hold what was decoded
@@ -159,12 +166,11 @@ class Asked:
         """Return the pieces of the answer."""
         if predictions is None:  # of a request without rows, which there is none
             return []
-        row = write_row(self._head, predictions) if self._is_plain_row else None
-        return row or write_answer(self._head, self._wanted, predictions, self._n_rows)
+        return write_answer(self._head, self._wanted, predictions, self._n_rows)
 
     def finish(self, response: Response) -> Response:
         """Return the response with what its head says of binary tensors, if there are any."""
-        if self._is_binary:
+        if any(one.is_binary for one in self._wanted):
             response.media_type = OCTETS
             response.more_headers = {HEADER_LENGTH: str(len(response.pieces[0]))}
         return response

@@ -1,4 +1,4 @@
-"""The wire format of /v2: tensors of a request, as JSON or as bytes behind it, and those of an answer.
+"""The tensors of a request to /v2, as JSON or as bytes behind it.
 
 Sections of the Open Inference Protocol over REST (kserve/open-inference-protocol, inference_rest.md) are named where
 a shape comes from there, and Triton's binary tensor data extension (extension_binary_data.md) as "Triton's extension".
@@ -6,22 +6,20 @@ a shape comes from there, and Triton's binary tensor data extension (extension_b
 
 from __future__ import annotations
 
-import functools
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic_core import to_json
 
-from serving.errors import MAX_NAME, BadRequest, listed, nearest, shorten
+from serving.errors import BadRequest, listed, nearest, shorten
 from serving.predictor.bodies import parse_json
 from serving.predictor.columns import Cells, Columns
 from serving.predictor.contract import Contract
 from serving.predictor.inputs import Array
-from serving.predictor.predictions import PIECE_ROWS, Predictions, Template
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON in front of binary tensors (Triton's extension)
 MAX_SIZE = 2**63  # of a dimension, and no array is larger
@@ -29,6 +27,7 @@ TEXT_LENGTH = struct.Struct("<I")  # in front of each element of BYTES (Triton's
 
 # "Tensor Data Types", those that features have, little-endian as Triton's extension sends them.
 DTYPES: dict[str, Any] = {"BOOL": "|u1", "INT32": "<i4", "INT64": "<i8", "FP32": "<f4", "FP64": "<f8", "BYTES": None}
+PLAIN_KEYS = {"name", "shape", "datatype", "data"}
 NUMBERS = {int, float, type(None)}
 KINDS: dict[str, set[type]] = {  # of what JSON may have as elements; null is a missing value
     "BOOL": {bool, type(None)},
@@ -39,8 +38,6 @@ KINDS: dict[str, set[type]] = {  # of what JSON may have as elements; null is a 
     "BYTES": {str, type(None)},
 }
 INTEGER_BITS = {"INT32": 31, "INT64": 63}
-PLAIN = {*"biufU"}  # numpy's kinds that say what the values are
-DATATYPES_BY_KIND = {"b": "BOOL", "i": "INT64", "u": "INT64", "f": "FP64"}  # of outputs, by numpy's kinds
 
 
 @dataclass(slots=True)
@@ -99,17 +96,21 @@ def header_length(given: str | None, size: int) -> int:
     return length
 
 
-def read_request(body: bytes, length: int) -> Inference:
-    """Return what a body asks for, of which so many bytes are JSON. Raises `BadRequest`."""
+def read_header(body: bytes, length: int) -> Any:
+    """Return the JSON of a body, which so many bytes of it are. Raises `BadRequest`."""
     if not body:
         raise BadRequest("the body is empty; send a JSON object with 'inputs'")
-    payload = parse_json(body if length == len(body) else body[:length])
+    return parse_json(body if length == len(body) else body[:length])
+
+
+def read_inference(payload: Any, binary: bytes | memoryview) -> Inference:
+    """Return what is asked for in JSON, with the bytes that follow it. Raises `BadRequest`."""
     if type(payload) is not dict:
         raise BadRequest(f"the body is {_show(payload)}; it should be an object with 'inputs'")
     inputs = payload.get("inputs")
     if type(inputs) is not list or not inputs:
         raise BadRequest(f"inputs is {_show(inputs)}; it should be an array of one tensor or more")
-    request = Inference(_read_inputs(inputs, memoryview(body)[length:] if length < len(body) else b""))
+    request = Inference(_read_inputs(inputs, binary))
     if "parameters" in payload:
         parameters = _object(payload, "parameters", "parameters")
         request.is_binary = _flag(parameters, "binary_data_output", "parameters")
@@ -121,6 +122,24 @@ def read_request(body: bytes, length: int) -> Inference:
             raise BadRequest(f"id is {_show(given_id)}; it should be a text")
         request.id = to_json(given_id)
     return request
+
+
+def read_plain_row(payload: Any, width: int) -> list[Any] | None:
+    """Return the cells of a request for one row in one tensor of floats, and nothing else: what is asked most.
+
+    None: it is anything else, or wrong. `read_inference` takes longer for it than the rest of the service does.
+    """
+    if type(payload) is not dict or payload.keys() != {"inputs"} or type(payload["inputs"]) is not list:
+        return None
+    given, *others = payload["inputs"] or [None]
+    if others or type(given) is not dict or given.keys() != PLAIN_KEYS or given["datatype"] not in ("FP64", "FP32"):
+        return None
+    shape, cells = given["shape"], given["data"]
+    if shape != [1, width] or {*map(type, shape)} != {int} or type(given["name"]) is not str:
+        return None
+    if type(cells) is list and len(cells) == 1 and type(cells[0]) is list:
+        cells = cells[0]
+    return cells if type(cells) is list and len(cells) == width and NUMBERS.issuperset(map(type, cells)) else None
 
 
 def _read_inputs(inputs: list[Any], binary: bytes | memoryview) -> list[Tensor]:
@@ -335,123 +354,3 @@ def _check_column(contract: Contract, tensor: Tensor, first: Tensor) -> None:
         raise BadRequest(f"{tensor.where}.shape is {_show(tensor.shape)}; it should be [n] or [n, 1]")
     if tensor.shape[0] != first.shape[0]:
         raise BadRequest(f"{tensor.where} has {tensor.shape[0]} rows; {first.where} has {first.shape[0]}")
-
-
-def write_answer(head: bytes, wanted: tuple[Wanted, ...], predictions: Predictions, n_rows: int) -> list[bytes]:
-    """Return the pieces of an answer ("Inference Response JSON Object"), of whose JSON `head` is the beginning.
-
-    Binary tensors follow the JSON, which is then the first piece (Triton's extension).
-    """
-    json, binary, columns = [head], [], predictions.columns
-    for number, one in enumerate(wanted):
-        output = Output(one.name, *_select(predictions.template, columns, one), n_rows)
-        json.append(output.begin(b"," if number else b""))
-        if one.is_binary:
-            binary.append(output.pack())
-            json.append(b'"parameters":{"binary_data_size":%d}}' % len(binary[-1]))
-        else:
-            json += [b'"data":[', *output.write(), b"]}"]
-    json.append(b"]}")
-    return [b"".join(json), *binary] if binary else json
-
-
-def _select(template: Template, columns: Sequence[Any], one: Wanted) -> tuple[list[Any], bool]:
-    """Return the columns of an output, and whether it has a second dimension."""
-    inner, place = template.parts[one.name]
-    return list(columns[place]), inner != b"%b"
-
-
-def write_row(head: bytes, predictions: Predictions) -> list[bytes] | None:
-    """Return the answer to one row, with all outputs in JSON, as `write_answer` does; requests share the work for it.
-
-    None: the values of a column have to say what they are.
-    """
-    template = _row_template(predictions.template, predictions.kinds)
-    return None if template is None else [head + predictions.render(template)[0]]
-
-
-@functools.lru_cache(maxsize=100)
-def _row_template(template: Template, kinds: str) -> bytes | None:
-    """Return the JSON of an answer of one row, behind its head, with a hole for each column."""
-    if not PLAIN.issuperset(kinds):
-        return None
-    columns = [np.empty(1, kind) for kind in kinds]
-    wanted = [Wanted(name, False) for name in template.parts]
-    outputs = [Output(one.name, *_select(template, columns, one), 1) for one in wanted]
-    holes = [b",".join([b"%b"] * output.width) for output in outputs]
-    pairs = zip(outputs, holes, strict=True)
-    tensors = [output.begin(b"").replace(b"%", b"%%") + b'"data":[' + hole + b"]}" for output, hole in pairs]
-    return b",".join(tensors) + b"]}"
-
-
-class Output:
-    """An output tensor: columns of n_rows, of which several make it `is_wide`, [n_rows, n_columns]."""
-
-    def __init__(self, name: str, columns: list[Array], is_wide: bool, n_rows: int) -> None:
-        self.name, self.n_rows, self.width = name, n_rows, len(columns)
-        self._columns, self._is_wide = columns, is_wide
-        kind = columns[0].dtype.kind
-        self._is_plain = kind in PLAIN  # else the values say what they are
-        self.datatype = DATATYPES_BY_KIND.get(kind, "BYTES") if self._is_plain else self._find_datatype()
-
-    def _find_datatype(self) -> str:
-        kinds = {type(value) for column in self._columns for value in column.tolist()}
-        self._is_plain = kinds == {str}
-        if kinds == {bool}:
-            return "BOOL"
-        if kinds == {int}:
-            return "INT64"
-        return "FP64" if kinds <= NUMBERS else "BYTES"
-
-    def begin(self, comma: bytes) -> bytes:
-        """Return the JSON in front of the elements ("Response Output")."""
-        shape = b"%d,%d" % (self.n_rows, self.width) if self._is_wide else b"%d" % self.n_rows
-        start = comma, to_json(self.name), shape, self.datatype.encode()
-        return b'%b{"name":%b,"shape":[%b],"datatype":"%b",' % start
-
-    def write(self) -> list[bytes]:
-        """Return the elements in JSON, in pieces; what is no number is null."""
-        flat, step = self._flat(), PIECE_ROWS * self.width
-        pieces = (self._tell(flat[start : start + step]) for start in range(0, len(flat), step))
-        made = [to_json(piece, inf_nan_mode="null", fallback=str)[1:-1] for piece in pieces]
-        return [made[0], *itertools.chain.from_iterable((b",", piece) for piece in made[1:])]
-
-    def pack(self) -> bytes:
-        """Return the elements in bytes."""
-        flat = self._flat()
-        if self.datatype != "BYTES":
-            return flat.astype(DTYPES[self.datatype]).tobytes()
-        packed = pack_ascii(flat) if flat.dtype.kind == "U" else None
-        return b"".join(map(_pack_text, self._tell(flat))) if packed is None else packed
-
-    def _flat(self) -> Array:
-        return self._columns[0] if self.width == 1 else np.column_stack(self._columns).ravel()
-
-    def _tell(self, flat: Array) -> list[Any]:
-        values: list[Any] = flat.tolist()
-        return values if self._is_plain or self.datatype != "BYTES" else [*map(_as_text, values)]
-
-
-def pack_ascii(texts: Array) -> bytes | None:
-    """Return texts of numpy's own type as BYTES, in a quarter of the time of one by one; None if they are not ASCII."""
-    width = texts.dtype.itemsize // 4
-    if not width or width > MAX_NAME:
-        return None
-    codes = np.ascontiguousarray(texts).view(np.uint32).reshape(len(texts), width)
-    if codes.max() > ord("\x7f"):
-        return None
-    lengths: Array = np.strings.str_len(texts)
-    packed = np.empty((len(texts), TEXT_LENGTH.size + width), np.uint8)
-    packed[:, : TEXT_LENGTH.size] = lengths.astype("<u4").view(np.uint8).reshape(len(texts), TEXT_LENGTH.size)
-    packed[:, TEXT_LENGTH.size :] = codes
-    return packed[np.arange(packed.shape[1]) < TEXT_LENGTH.size + lengths[:, None]].tobytes()
-
-
-def _as_text(value: Any) -> str:
-    return value if type(value) is str else to_json(value, inf_nan_mode="null", fallback=str).decode()
-
-
-@functools.lru_cache(maxsize=10_000)
-def _pack_text(text: str) -> bytes:
-    encoded = text.encode()
-    return TEXT_LENGTH.pack(len(encoded)) + encoded
