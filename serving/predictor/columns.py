@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,20 @@ PART_ROWS = 1000  # rows that are checked at once, where numpy cannot check the 
 class Columns:
     """The cells of n_rows rows: a column for each feature that is given, by its name, or `flat`, row after row.
 
-    NaN in an array is a missing value where the feature may be missing. A feature that is left out is missing in all
-    rows.
+    NaN in an array is a missing value where the feature may be missing, and in those of `nulls` it was null. A feature
+    that is left out is missing in all rows.
     """
 
     def __init__(
-        self, contract: Contract, n_rows: int, by_name: Mapping[str, Cells] | None = None, flat: Cells | None = None
+        self,
+        contract: Contract,
+        n_rows: int,
+        by_name: Mapping[str, Cells] | None = None,
+        flat: Cells | None = None,
+        nulls: Collection[str] = (),
     ) -> None:
         self.n_rows = n_rows
+        self._nullable = [*nulls, *contract.nullable]
         self._contract, self._by_name, self._flat = contract, by_name or {}, flat
 
     def rows(self, start: int = 0, stop: int | None = None) -> list[dict[str, Any]]:
@@ -41,7 +47,7 @@ class Columns:
         else:
             columns = [_tell(cells[start:stop]) for cells in self._by_name.values()]
             rows = [dict(zip(self._by_name, row, strict=True)) for row in zip(*columns, strict=True)]
-        for name in self._contract.nullable if self._contract.nullable and self._has_nan() else ():
+        for name in self._nullable if self._nullable and self._has_nan() else ():
             for row in rows:
                 if _is_nan(row.get(name)):
                     row[name] = None

@@ -113,7 +113,7 @@ class Asked:
 
     def __init__(self, service: Service[Any], head: bytes, body: bytes, length: int) -> None:
         self.size, self.length = len(body), length
-        self.n_cells = self._n_rows = 0
+        self.n_cells = self._n_rows = self._json_bytes = 0
         self._service, self._head, self._body = service, head, body
         self._wanted: tuple[Wanted, ...] = ()
 
@@ -166,13 +166,14 @@ class Asked:
         """Return the pieces of the answer."""
         if predictions is None:  # of a request without rows, which there is none
             return []
-        return write_answer(self._head, self._wanted, predictions, self._n_rows)
+        pieces, self._json_bytes = write_answer(self._head, self._wanted, predictions, self._n_rows)
+        return pieces
 
     def finish(self, response: Response) -> Response:
         """Return the response with what its head says of binary tensors, if there are any."""
         if any(one.is_binary for one in self._wanted):
             response.media_type = OCTETS
-            response.more_headers = {HEADER_LENGTH: str(len(response.pieces[0]))}
+            response.more_headers = {HEADER_LENGTH: str(self._json_bytes)}
         return response
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,17 @@ from serving.predictor.inputs import Array
 from serving.predictor.predictions import PIECE_ROWS, Predictions, Template
 from serving.web.tensors import DTYPES, NUMBERS, TEXT_LENGTH, Wanted
 
-PLAIN = {*"biufU"}  # numpy's kinds that say what the values are
+COPIED_BYTES = 65_536  # of the largest piece of an answer that is joined with others
+PLAIN = {"b": "?", "i": "i8", "u": "u8", "f": "f8", "U": "U1"}  # numpy's kinds that say what the values are, as a type
 DATATYPES_BY_KIND = {"b": "BOOL", "i": "INT64", "u": "INT64", "f": "FP64"}  # of outputs, by numpy's kinds
 
 
-def write_answer(head: bytes, wanted: tuple[Wanted, ...], predictions: Predictions, n_rows: int) -> list[bytes]:
+def write_answer(
+    head: bytes, wanted: tuple[Wanted, ...], predictions: Predictions, n_rows: int
+) -> tuple[list[bytes], int]:
     """Return the pieces of an answer ("Inference Response JSON Object"), of whose JSON `head` is the beginning.
 
-    Binary tensors follow the JSON, which is then the first piece (Triton's extension).
+    Binary tensors follow the JSON, which has as many bytes as are returned with the pieces (Triton's extension).
     """
     json, binary, columns = [head], [], predictions.columns
     for number, one in enumerate(wanted):
@@ -38,7 +41,18 @@ def write_answer(head: bytes, wanted: tuple[Wanted, ...], predictions: Predictio
         else:
             json += [b'"data":[', *output.write(), b"]}"]
     json.append(b"]}")
-    return [b"".join(json), *binary] if binary else json
+    return [*_merge([*json, *binary])], sum(map(len, json))
+
+
+def _merge(pieces: list[bytes]) -> Iterator[bytes]:
+    """Yield pieces that are worth a system call each, of which long ones are not copied."""
+    joined: list[bytes] = []
+    for piece in pieces:
+        if len(piece) > COPIED_BYTES or sum(map(len, joined)) > COPIED_BYTES:
+            yield from filter(None, [b"".join(joined)])
+            joined = []
+        joined.append(piece)
+    yield b"".join(joined)
 
 
 def _select(template: Template, columns: Sequence[Any], one: Wanted) -> tuple[list[Any], bool]:
@@ -49,9 +63,10 @@ def _select(template: Template, columns: Sequence[Any], one: Wanted) -> tuple[li
 
 def write_row(head: bytes, predictions: Predictions) -> list[bytes]:
     """Return the answer to one row as `write_answer` does, all outputs in JSON, by work that those of a call share."""
-    if PLAIN.issuperset(predictions.kinds):
+    if PLAIN.keys() >= {*predictions.kinds}:
         return [head + predictions.render(_choose_row)[0]]
-    return write_answer(head, tuple(Wanted(name, False) for name in predictions.template.parts), predictions, 1)
+    wanted = tuple(Wanted(name, False) for name in predictions.template.parts)
+    return write_answer(head, wanted, predictions, n_rows=1)[0]
 
 
 def _choose_row(predictions: Predictions) -> bytes:
@@ -61,7 +76,7 @@ def _choose_row(predictions: Predictions) -> bytes:
 @functools.lru_cache(maxsize=100)
 def _row_template(template: Template, kinds: str) -> bytes:
     """Return the JSON of an answer of one row, behind its head, with a hole for each column."""
-    columns = [np.empty(1, kind) for kind in kinds]
+    columns = [np.empty(1, PLAIN[kind]) for kind in kinds]
     wanted = [Wanted(name, False) for name in template.parts]
     outputs = [Output(one.name, *_select(template, columns, one), 1) for one in wanted]
     holes = [b",".join([b"%b"] * output.width) for output in outputs]

@@ -50,6 +50,11 @@ class Tensor:
     shape: list[int]
     cells: Cells
 
+    @property
+    def is_json(self) -> bool:
+        """Whether the elements came as JSON, in which NaN is none of them."""
+        return isinstance(self.cells, list)
+
     def compact(self) -> Cells:
         """Return numbers as an array, which for few takes longer than it saves; as they are if an array has no room."""
         if not isinstance(self.cells, list) or self.datatype == "BYTES":
@@ -332,7 +337,8 @@ def gather(contract: Contract, inputs: list[Tensor], is_large: bool) -> Columns:
     """
     first, width = inputs[0], len(contract.names)
     if len(inputs) == 1 and (first.shape[1:] == [width] or width == len(first.shape) == 1):
-        return Columns(contract, first.shape[0], flat=first.compact() if is_large else first.cells)
+        flat = first.compact() if is_large else first.cells
+        return Columns(contract, first.shape[0], flat=flat, nulls=contract.names if first.is_json else ())
     by_name: dict[str, Cells] = {}
     for tensor in inputs:
         _check_column(contract, tensor, first)
@@ -340,7 +346,7 @@ def gather(contract: Contract, inputs: list[Tensor], is_large: bool) -> Columns:
     missing = [name for name in contract.names if name not in by_name and not contract.features[name].missing]
     if missing:
         raise BadRequest(f"inputs lack {listed(missing)}; send a tensor [n] or [n, 1] for each feature")
-    return Columns(contract, first.shape[0], by_name)
+    return Columns(contract, first.shape[0], by_name, nulls=[tensor.name for tensor in inputs if tensor.is_json])
 
 
 def _check_column(contract: Contract, tensor: Tensor, first: Tensor) -> None:
