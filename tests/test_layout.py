@@ -22,7 +22,7 @@ FLOORS = [
     "serving.predictor.skops_file serving.predictor.modules serving.predictor.artifact serving.predictor.golden",
     "serving.predictor.model serving.predictor.calls serving.predictor.batcher serving.predictor.proof",
     "serving.web.messages serving.web.service serving.web.decoding serving.web.endpoints",
-    "serving.web.tensors serving.web.output_tensors serving.web.oip_schema serving.web.oip",
+    "serving.web.long_numbers serving.web.tensors serving.web.output_tensors serving.web.oip_schema serving.web.oip",
     "serving.web.openapi serving.web.documentation serving.web.wsgi serving.web.asgi",
     "serving.web.added serving.web.bridges",
     "app",

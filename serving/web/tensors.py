@@ -16,10 +16,11 @@ import numpy as np
 from pydantic_core import to_json
 
 from serving.errors import BadRequest, listed, nearest, shorten
-from serving.predictor.bodies import parse_json
+from serving.predictor.bodies import LONG_BYTES, parse_json
 from serving.predictor.columns import Cells, Columns
 from serving.predictor.contract import Contract
 from serving.predictor.inputs import Array
+from serving.web.long_numbers import parse_long
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON in front of binary tensors (Triton's extension)
 MAX_SIZE = 2**63  # of a dimension, and no array is larger
@@ -49,11 +50,7 @@ class Tensor:
     datatype: str
     shape: list[int]
     cells: Cells
-
-    @property
-    def is_json(self) -> bool:
-        """Whether the elements came as JSON, in which NaN is none of them."""
-        return isinstance(self.cells, list)
+    is_json: bool  # in which NaN is no element, and becomes what null was
 
     def compact(self) -> Cells:
         """Return numbers as an array, which for few takes longer than it saves; as they are if an array has no room."""
@@ -105,7 +102,8 @@ def read_header(body: bytes, length: int) -> Any:
     """Return the JSON of a body, which so many bytes of it are. Raises `BadRequest`."""
     if not body:
         raise BadRequest("the body is empty; send a JSON object with 'inputs'")
-    return parse_json(body if length == len(body) else body[:length])
+    header = body if length == len(body) else body[:length]
+    return parse_long(header) if length > LONG_BYTES else parse_json(header)
 
 
 def read_inference(payload: Any, binary: bytes | memoryview) -> Inference:
@@ -168,7 +166,7 @@ def _read_inputs(inputs: list[Any], binary: bytes | memoryview) -> list[Tensor]:
                 raise BadRequest(f"{where}.parameters.binary_data_size is {n_bytes}; {left}")
             cells = _read_bytes(where, datatype, n_elements, binary[begin : begin + n_bytes])
             begin += n_bytes
-        tensors.append(Tensor(where, name, datatype, shape, cells))
+        tensors.append(Tensor(where, name, datatype, shape, cells, n_bytes is None))
     if begin != len(binary):
         rule = "the inputs' parameters.binary_data_size add up to"
         raise BadRequest(f"{len(binary)} bytes follow the JSON; {rule} {begin}")
@@ -213,9 +211,11 @@ def _binary_size(where: str, given: dict[str, Any]) -> int | None:
     return size
 
 
-def _read_data(where: str, datatype: str, shape: list[int], n_elements: int, given: dict[str, Any]) -> list[Any]:
+def _read_data(where: str, datatype: str, shape: list[int], n_elements: int, given: dict[str, Any]) -> Cells:
     """Return the elements of an input that is in JSON, flat or in the nesting of its shape ("Tensor Data")."""
     data = given.get("data")
+    if isinstance(data, np.ndarray):  # by `parse_long`, which has counted its elements
+        return data
     if type(data) is not list:
         cure = "an array, or parameters.binary_data_size the size of its bytes behind the JSON"
         raise BadRequest(f"{where}.data is {_show(data)}; it should be {cure}")
