@@ -74,13 +74,16 @@ class Predictions:
         return "".join([column.dtype.kind for column in self._all_columns])
 
     def render(self, choose: Choose | None = None) -> list[bytes]:
-        """Return the JSON of each answer, by a template of its own or by one that is chosen once for a call."""
+        """Return the JSON of each answer, by its own template or by one that is chosen for a call, if there is one."""
         if (rendered := self._rendered.get(choose)) is None:
-            if not self._written:
-                self._written += map(_write_values, self._all_columns)
             template = self.template.whole if choose is None else choose(self)
-            rendered = self._rendered[choose] = [template % row for row in zip(*self._written, strict=True)]
+            rendered = self._rendered[choose] = [] if template is None else self._fill(template)
         return rendered[self._rows]
+
+    def _fill(self, template: bytes) -> list[bytes]:
+        if not self._written:
+            self._written += map(_write_values, self._all_columns)
+        return [template % row for row in zip(*self._written, strict=True)]
 
     def render_array(self, n_rows: int) -> list[bytes]:
         """Return the JSON of an array of the answers, in pieces of `PIECE_ROWS` rows each."""
@@ -98,7 +101,7 @@ class Predictions:
         return [template % row for row in zip(*map(_write_values, columns), strict=True)]
 
 
-Choose = Callable[[Predictions], bytes]  # a template with a hole for each column
+Choose = Callable[[Predictions], bytes | None]  # a template with a hole for each column
 
 
 def leaves_of(answer: Any) -> Iterator[Array]:

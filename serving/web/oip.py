@@ -103,6 +103,7 @@ async def infer(head: bytes, service: Service[Any], request: Request) -> Respons
         if asked.n_cells <= SHARED_CELLS:
             rows = contract.parse_payload(asked.columns.rows())
             return asked.finish(Response(await service.predict(request, Job(len(rows), rows, asked.encode))))
+    del body, payload  # `asked` lets go of them once they are decoded
     return asked.finish(await predict_decoded(service, request, asked))
 
 

@@ -63,14 +63,15 @@ def _select(template: Template, columns: Sequence[Any], one: Wanted) -> tuple[li
 
 def write_row(head: bytes, predictions: Predictions) -> list[bytes]:
     """Return the answer to one row as `write_answer` does, all outputs in JSON, by work that those of a call share."""
-    if PLAIN.keys() >= {*predictions.kinds}:
-        return [head + predictions.render(_choose_row)[0]]
+    if row := predictions.render(_choose_row):
+        return [head + row[0]]
     wanted = tuple(Wanted(name, False) for name in predictions.template.parts)
     return write_answer(head, wanted, predictions, n_rows=1)[0]
 
 
-def _choose_row(predictions: Predictions) -> bytes:
-    return _row_template(predictions.template, predictions.kinds)
+def _choose_row(predictions: Predictions) -> bytes | None:
+    kinds = predictions.kinds
+    return _row_template(predictions.template, kinds) if PLAIN.keys() >= {*kinds} else None
 
 
 @functools.lru_cache(maxsize=100)
@@ -142,10 +143,12 @@ def pack_ascii(texts: Array) -> bytes | None:
     if codes.max() > ord("\x7f"):
         return None
     lengths: Array = np.strings.str_len(texts)
-    packed = np.empty((len(texts), TEXT_LENGTH.size + width), np.uint8)
-    packed[:, : TEXT_LENGTH.size] = lengths.astype("<u4").view(np.uint8).reshape(len(texts), TEXT_LENGTH.size)
+    packed: Array = np.zeros((len(texts), TEXT_LENGTH.size + width), np.uint8)
+    packed[:, 0] = lengths  # the lowest byte of four, which is enough
     packed[:, TEXT_LENGTH.size :] = codes
-    return packed[np.arange(packed.shape[1]) < TEXT_LENGTH.size + lengths[:, None]].tobytes()
+    kept: Array = np.tri(width + 1, TEXT_LENGTH.size + width, TEXT_LENGTH.size - 1, dtype=bool)  # by length
+    cut: bytes = packed[kept[lengths]].tobytes()
+    return cut
 
 
 def _as_text(value: Any) -> str:

@@ -132,10 +132,10 @@ def read_plain_row(payload: Any, width: int) -> list[Any] | None:
 
     None: it is anything else, or wrong. `read_inference` takes longer for it than the rest of the service does.
     """
-    if type(payload) is not dict or payload.keys() != {"inputs"} or type(payload["inputs"]) is not list:
+    if type(payload) is not dict or len(payload) != 1 or type(inputs := payload.get("inputs")) is not list:
         return None
-    given, *others = payload["inputs"] or [None]
-    if others or type(given) is not dict or given.keys() != PLAIN_KEYS or given["datatype"] not in ("FP64", "FP32"):
+    given = inputs[0] if len(inputs) == 1 else None
+    if type(given) is not dict or given.keys() != PLAIN_KEYS or given["datatype"] not in ("FP64", "FP32"):
         return None
     shape, cells = given["shape"], given["data"]
     if shape != [1, width] or {*map(type, shape)} != {int} or type(given["name"]) is not str:
