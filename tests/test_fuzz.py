@@ -3,12 +3,14 @@
 import contextlib
 import re
 import socket
+from typing import Any
 
 import hypothesis
 import pytest
 import requests
 import schemathesis
 from hypothesis import strategies
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.lib.cases import BAD, GOOD
 from tests.lib.servers import Starter, gunicorn_environment
@@ -63,6 +65,11 @@ def test_no_bytes_are_a_crash(serve: Starter, combination: tuple[str, str]) -> N
     server.stop()
 
 
+def beyond(path: str) -> list[Any]:
+    """Return the checks that a path cannot pass: no schema says that a tensor has as many elements as its shape."""
+    return [positive_data_acceptance] if path.endswith("/infer") else []
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("combination", TWINS, ids="-".join)
 def test_document_is_kept_to(serve: Starter, combination: tuple[str, str]) -> None:
@@ -81,7 +88,7 @@ def test_document_is_kept_to(serve: Starter, combination: tuple[str, str]) -> No
             def send(case: schemathesis.Case) -> None:
                 nonlocal n_requests
                 n_requests += 1
-                case.call_and_validate(base_url=url, session=session, timeout=20)
+                case.call_and_validate(base_url=url, session=session, timeout=20, excluded_checks=beyond(case.path))
 
             send()
     assert n_requests > N_CASES

@@ -100,6 +100,18 @@ def test_service_that_ends_is_live_but_not_ready(native: Any) -> None:
         STOPPING.clear()
 
 
+def test_wrong_path_is_told_of_its_neighbours(native: Any) -> None:
+    """Below /v2 a hint is one of the protocol's paths; elsewhere it names /v2, and none of the many below it."""
+    assert (
+        get(native, "/v2/zzzzzzzzz")
+        .json["error"]
+        .startswith("there is no '/v2/zzzzzzzzz'; use one of '/v2', '/v2/health/live'")
+    )
+    said = get(native, "/zzzzzzzzz").json["detail"]
+    assert "'/v2'" in said
+    assert "/v2/" not in said
+
+
 def test_metadata_describes_server_and_model(native: Any) -> None:
     """The server names its extension, the model its inputs, outputs, and the order of its classes."""
     assert get(native, "/v2").json["extensions"] == ["binary_tensor_data"]
