@@ -58,7 +58,7 @@ from serving.predictor.proof import Proof, prove
 from serving.server import MAX_WORKERS, ServerSettings
 from serving.settings import PROJECT, OtherNames, SettingsFile, print_settings, read_settings
 from serving.watch import exit_or_wait, is_reloaded, look_at, touch_after_change
-from serving.web import clouds, documentation, endpoints
+from serving.web import clouds, documentation, endpoints, oip
 from serving.web.added import AddedToFastAPI, AddedToFlask, visit_asgi, visit_wsgi
 from serving.web.asgi import ASGIEndpoint, asgi_request, receive_unless_cut
 from serving.web.bridges import Binding, as_asgi, as_wsgi
@@ -213,7 +213,7 @@ def read_gunicorn_options(with_command_line: bool = False) -> dict[str, Any]:
 
 # The table of operations ----------------------------------------------------------------------------------------------
 
-DIALECTS = (endpoints, documentation, clouds)  # each gives rows of the table
+DIALECTS = (endpoints, oip, documentation, clouds)  # each gives rows of the table
 
 
 def operations(settings: Settings) -> Iterator[Operation]:

@@ -19,6 +19,7 @@ class Workload:
     connections: int = 64
     rows: int = 1
     seconds: int = 1
+    form: str = "rows"  # one of `bench.wrk.FORMS`
 
 
 @dataclass(frozen=True)

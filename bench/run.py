@@ -126,11 +126,13 @@ class Bench:
 
     def measure_once(self, workload: Workload, server: MeasuredServer) -> Sample:
         """Measure once, from rest."""
-        self.bar.set_description(f"{server.deployment.label}; connections {workload.connections}, rows {workload.rows}")
-        path = server.path(workload.rows)
-        script = self.folder / f"{workload.rows}{path.replace('/', '-')}.lua"
+        self.bar.set_description(
+            f"{server.deployment.label}; connections {workload.connections}, {workload.form} {workload.rows}"
+        )
+        path = server.path(workload.rows, workload.form)
+        script = self.folder / f"{workload.form} {workload.rows}{path.replace('/', '-')}.lua"
         if not script.exists():
-            write_script(path, workload.rows, script)
+            write_script(path, workload.rows, script, workload.form)
         server.settle()
         seconds = 1 if self.is_short else workload.seconds
         sample = run_wrk(server.url, script, workload.connections, seconds)

@@ -139,8 +139,10 @@ class MeasuredServer(Server):
     def is_answering(self) -> bool:
         return self.post(EACH[0]).status != 503
 
-    def path(self, rows: int) -> str:
+    def path(self, rows: int, form: str = "rows") -> str:
         """Return where so many rows are sent."""
+        if form != "rows":
+            return "/v2/models/iris/infer"
         return "/predictions" if rows == 1 else self.deployment.list_path
 
     def verify(self, rows: int) -> None:

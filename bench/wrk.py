@@ -2,9 +2,12 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from sklearn.datasets import load_iris
 
 from bench.references import IRIS_FEATURES
@@ -15,7 +18,7 @@ SCRIPT = """
 local requests, sent = {}, 0
 function init(args)
   for i, body in ipairs({BODIES}) do
-    requests[i] = wrk.format("POST", "PATH", {["Content-Type"] = "application/json"}, body)
+    requests[i] = wrk.format("POST", "PATH", {HEADERS}, body)
   end
 end
 function request()
@@ -55,10 +58,36 @@ def make_bodies(rows: int) -> list[str]:
     return [json.dumps(batch) for batch in shifted]
 
 
-def write_script(path: str, rows: int, file: Path) -> None:
+def as_tensor(body: str, is_binary: bool = False) -> tuple[bytes, int | None]:
+    """Return rows in JSON as a tensor of numbers, and how many bytes are JSON if it follows in bytes."""
+    rows = json.loads(body)
+    cells = [[*row.values()] for row in (rows if isinstance(rows, list) else [rows])]
+    tensor: dict[str, Any] = {"name": "flowers", "shape": [len(cells), len(cells[0])], "datatype": "FP64"}
+    if not is_binary:
+        return json.dumps({"inputs": [tensor | {"data": cells}]}).encode(), None
+    data = np.array(cells).tobytes()
+    tensor["parameters"] = {"binary_data_size": len(data)}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return head + data, len(head)
+
+
+FORMS: dict[str, Callable[[str], tuple[bytes, int | None]]] = {
+    "rows": lambda body: (body.encode(), None),
+    "tensor": as_tensor,
+    "binary tensor": lambda body: as_tensor(body, is_binary=True),
+}
+
+
+def write_script(path: str, rows: int, file: Path, form: str = "rows") -> None:
     """Write what has wrk POST such bodies to a path, each request made before the first is sent."""
-    bodies = ",".join(f"[==[{body}]==]" for body in make_bodies(rows))
-    file.write_text(SCRIPT.replace("BODIES", bodies).replace("PATH", path))
+    made = [FORMS[form](body) for body in make_bodies(rows)]
+    bodies = ",".join('"' + "".join(f"\\{byte:03d}" for byte in body) + '"' for body, _ in made)
+    lengths = {length for _, length in made}
+    headers = '["Content-Type"] = "application/json"'
+    if lengths != {None}:
+        (length,) = lengths
+        headers = f'["Content-Type"] = "application/octet-stream", ["Inference-Header-Content-Length"] = "{length}"'
+    file.write_text(SCRIPT.replace("BODIES", bodies).replace("HEADERS", headers).replace("PATH", path))
 
 
 def run_wrk(url: str, script: Path, connections: int, seconds: int = 1) -> Sample:

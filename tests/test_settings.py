@@ -41,6 +41,7 @@ CHANGED: dict[tuple[str, ...], tuple[str, Any]] = {
     ("server", "cors_origins"): ('["http://page.example"]', ["http://page.example"]),
     ("model", "path"): ("other.joblib", "other.joblib"),
     ("model", "name"): ("123", "123"),
+    ("model", "version"): ("2024-05", "2024-05"),
     ("model", "runtime"): ("onnx", "onnx"),
     ("model", "sha256"): ("0" * 64, "0" * 64),
     ("model", "trusted_types"): ('["a.B"]', ["a.B"]),

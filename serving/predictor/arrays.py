@@ -6,8 +6,10 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jiter
@@ -19,6 +21,30 @@ from serving.predictor.features import FeatureSettings, bounds_of
 from serving.predictor.inputs import Array, Column, Form, is_nan
 
 Words = Literal["category", "str", "object"]  # types of a DataFrame's column of texts
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A column of cells that fit: numbers or truths, of which some are `missing`, or a list with None for missing."""
+
+    values: Array | list[Any]
+    missing: Array | None = None
+
+    def filled(self, null: Any, dtype: Any) -> Array:
+        """Return an array of numbers or truths, with `null` where one is missing."""
+        filled = np.array(self.values, dtype)
+        if self.missing is not None:
+            filled[self.missing] = null
+        return filled
+
+    def tell(self, null: Any) -> list[Any]:
+        """Return a list, with `null` where a cell is missing."""
+        if isinstance(self.values, list):
+            return [null if value is None else value for value in self.values]
+        cells: list[Any] = self.values.tolist()
+        for place in () if self.missing is None else np.flatnonzero(self.missing):
+            cells[place] = null
+        return cells
 
 
 class Arrays:
@@ -98,7 +124,7 @@ class Arrays:
             X = np.array(jiter.from_json(body, allow_inf_nan=False), np.float64)
         except (ValueError, TypeError, OverflowError):
             return None
-        return self._in_order(X, positions) if X.ndim == 2 and X.shape[1] == len(self.order) else None
+        return self.of_matrix(X[:, positions]) if X.ndim == 2 and X.shape[1] == len(self.order) else None
 
     def of_lines(self, lines: Sequence[str], positions: Sequence[int]) -> Array | None:
         """Return X for lines of numbers between commas, without white space inside; None if one may not fit."""
@@ -106,23 +132,57 @@ class Arrays:
             X = np.loadtxt(lines, np.float64, delimiter=",", ndmin=2, comments=None)
         except ValueError:
             return None
-        return self._in_order(X, positions) if X.shape[1] == len(self.order) else None
+        return self.of_matrix(X[:, positions]) if X.shape[1] == len(self.order) else None
 
-    def of_columns(self, columns: Mapping[str, list[Any]]) -> Array | None:
-        """Return X for columns of one length by name; None if one may not fit."""
+    def of_lists(self, columns: Mapping[str, list[Any]]) -> Array | None:
+        """Return X for lists of one length by the names of columns; None if one may not fit."""
         if self._bounds is None or any({*map(type, cells)} - {int, float} for cells in columns.values()):
             return None
         try:
             X = np.array([columns[name] for name in self.order], np.float64).T
         except OverflowError:
             return None
-        return self._in_order(X, range(len(self.order)))
+        return self.of_matrix(X)
 
-    def _in_order(self, X: Array, positions: Sequence[int]) -> Array | None:
-        """Return the columns of X in an order, or None if a value is out of bounds."""
-        X = np.ascontiguousarray(X[:, positions])
-        low, high = self._bounds or (np.inf, -np.inf)
+    @property
+    def has_bounds(self) -> bool:
+        """Whether all that a row may have is floats between bounds, which `of_matrix` takes."""
+        return self._bounds is not None
+
+    def of_matrix(self, matrix: Array) -> Array | None:
+        """Return X for numbers of shape (n_samples, n_features), as a copy; None if one may not fit."""
+        if self._bounds is None or matrix.dtype.kind == "b":
+            return None
+        X = matrix.astype(np.float64)
+        low, high = self._bounds
         return X if ((low <= X) & (high >= X)).all() else None
+
+    def of_columns(self, columns: Mapping[str, Checked], n_rows: int) -> Any:
+        """Return X for checked columns by name, as `of_rows` returns it for rows. One that is left out is missing."""
+        if self.form == "texts":
+            return columns[self.order[0]].tell(None)
+        if self.form == "frame":
+            made = {name: self._frame_column(name, columns.get(name), n_rows) for name in self.order}
+            return self._pandas.DataFrame(made)
+        X: Array = np.empty((n_rows, len(self.order)), self._dtype)
+        nothing = None if self._dtype is object else math.nan
+        for place, name in enumerate(self.order):
+            column, null = columns.get(name), self._nulls.get(name, nothing)
+            if column is None:
+                X[:, place] = null
+            elif self._dtype is object:
+                X[:, place] = np.fromiter(column.tell(null), object, n_rows)
+            else:
+                X[:, place] = column.filled(null, np.float64)
+        return X
+
+    def _frame_column(self, name: str, column: Checked | None, n_rows: int) -> Any:
+        null, dtype = self._nulls.get(name), self._dtypes[name]
+        if column is None:
+            return self._make_column(name, [null] * n_rows)
+        if _is_plain(dtype) and (column.missing is None or isinstance(null, int | float)):
+            return column.filled(null, dtype)
+        return self._make_column(name, column.tell(null))
 
     def _of_numbers(self, rows: Rows) -> Array:
         cells = itertools.chain.from_iterable(map(self._cells, rows))
@@ -137,8 +197,7 @@ class Arrays:
     def _make_column(self, name: str, cells: list[Any]) -> Any:
         """Return a column of a DataFrame: as an array if it is one to numpy, in a twentieth of the time of a Series."""
         dtype = self._dtypes[name]
-        plain = isinstance(dtype, str) and dtype in ("float64", "int64", "bool")
-        return np.array(cells, dtype) if plain else self._pandas.Series(cells, dtype=dtype)
+        return np.array(cells, dtype) if _is_plain(dtype) else self._pandas.Series(cells, dtype=dtype)
 
     def _column_dtype(self, name: str, column: Column | None) -> Any:
         """Return the type of a DataFrame's column, as the estimator was fitted; one that it drops can be of any."""
@@ -160,6 +219,11 @@ class Arrays:
         return {"float": "float64", "int": "int64", "bool": "object" if feature.missing else "bool"}.get(
             kind or "", "object"
         )
+
+
+def _is_plain(dtype: Any) -> bool:
+    """Whether a DataFrame's column is an array to numpy."""
+    return isinstance(dtype, str) and dtype in ("float64", "int64", "bool")
 
 
 def _are_objects(contract: Contract) -> bool:

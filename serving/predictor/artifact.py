@@ -38,6 +38,7 @@ class ModelSettings(SettingsTable):
 
     path: Annotated[PathText, Field(min_length=1)] = "model/iris.skops"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "iris"
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "1"
     runtime: Literal["sklearn", "onnx"] = "sklearn"
     sha256: Annotated[str, AfterValidator(_check_hash)] = ""
     trusted_types: Annotated[list[str], AfterValidator(_check_types)] = Field(default_factory=list)

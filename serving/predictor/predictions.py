@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ PIECE_ROWS = 1000
 ALL = slice(None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal to itself alone, as a key that costs little
 class Template:
     """The JSON of one answer, with a hole for a value of each column, and the same of each part of it, by name."""
 
@@ -42,7 +42,7 @@ class Predictions:
     `template` has a hole for a value of each of the columns, (n_samples,) each.
     """
 
-    __slots__ = ("_all_columns", "_rendered", "_rows", "template")
+    __slots__ = ("_all_columns", "_rendered", "_rows", "_written", "template")
 
     def __init__(
         self, template: Template, columns: list[Array], of: Predictions | None = None, rows: slice = ALL
@@ -50,7 +50,9 @@ class Predictions:
         self.template = template
         self._all_columns = columns
         self._rows = rows
-        self._rendered: list[bytes] = of._rendered if of else []  # of all rows of the call, once any is rendered
+        # Of all rows of the call, by what chose the template, once any is rendered.
+        self._rendered: dict[Choose | None, list[bytes]] = of._rendered if of else {}
+        self._written: list[list[bytes]] = of._written if of else []  # each value, column by column
 
     def part(self, start: int, stop: int) -> Predictions:
         """Return the answers to some of the rows. All parts share what is rendered."""
@@ -66,11 +68,22 @@ class Predictions:
         """The values of each hole, (n_samples,) each."""
         return [column[self._rows] for column in self._all_columns]
 
-    def render(self) -> list[bytes]:
-        """Return the JSON of each answer."""
-        if not self._rendered:
-            self._rendered += self._write(self._all_columns)
-        return self._rendered[self._rows]
+    @property
+    def kinds(self) -> str:
+        """The kinds of numpy that the columns have, a letter each."""
+        return "".join([column.dtype.kind for column in self._all_columns])
+
+    def render(self, choose: Choose | None = None) -> list[bytes]:
+        """Return the JSON of each answer, by its own template or by one that is chosen for a call, if there is one."""
+        if (rendered := self._rendered.get(choose)) is None:
+            template = self.template.whole if choose is None else choose(self)
+            rendered = self._rendered[choose] = [] if template is None else self._fill(template)
+        return rendered[self._rows]
+
+    def _fill(self, template: bytes) -> list[bytes]:
+        if not self._written:
+            self._written += map(_write_values, self._all_columns)
+        return [template % row for row in zip(*self._written, strict=True)]
 
     def render_array(self, n_rows: int) -> list[bytes]:
         """Return the JSON of an array of the answers, in pieces of `PIECE_ROWS` rows each."""
@@ -86,6 +99,9 @@ class Predictions:
     def _write(self, columns: list[Array]) -> list[bytes]:
         template = self.template.whole
         return [template % row for row in zip(*map(_write_values, columns), strict=True)]
+
+
+Choose = Callable[[Predictions], bytes | None]  # a template with a hole for each column
 
 
 def leaves_of(answer: Any) -> Iterator[Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -104,7 +105,8 @@ def operations(settings: CloudSettings) -> Iterator[Operation]:
         is_described=False,
         only_for=lambda request: True,  # whom the page does not want, if no route of a user's has the path
     )
-    yield _asking("/v1/models", "models_v1", "The names of all models, of which there is one", list_models)
+    names = _asking("/v1/models", "models_v1", "The names of all models, of which there is one", list_models)
+    yield dataclasses.replace(names, scope="/v1/models")
 
 
 def operations_of_routes(settings: CloudSettings, table: Iterable[Operation]) -> Iterator[Operation]:

@@ -174,6 +174,10 @@ def request_id_of(request: Request) -> str:
     return given if given and SANE_REQUEST_ID.fullmatch(given) else make_request_id()
 
 
+def _is_below(path: str, scope: str) -> bool:
+    return f"{path}/".startswith(f"{scope}/")
+
+
 class Service(Generic[S]):
     """What the two frameworks share: a proven model behind a table of operations. Observers see each exchange."""
 
@@ -333,7 +337,7 @@ class Service(Generic[S]):
     def _error_writer(self, request: Request) -> Callable[[ServingError], Response]:
         """Return the `write_error` for a request without an operation: that of its path, or of its scope."""
         operations = self.routes.get(request.path) or {}
-        scopes = [one for one in self.operations if one.scope and f"{request.path}/".startswith(f"{one.scope}/")]
+        scopes = [one for one in self.operations if one.scope and _is_below(request.path, one.scope)]
         return next((one.write_error for one in [*operations.values(), *scopes]), write_detail)
 
     def judge_head(self, request: Request) -> Operation | ServingError | str:
@@ -398,9 +402,18 @@ class Service(Generic[S]):
         methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*") and not one.only_for)
         if not methods:
             open_paths = [added for added in self.added_paths() if not self._is_closed(added)]
-            described = dict.fromkeys(one.path for one in self.operations if one.is_described)
-            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, [*described, *open_paths])}")
+            raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, self._beside(path, open_paths))}")
         return ", ".join([*methods, "OPTIONS"]).replace("GET", "GET, HEAD")
+
+    def _beside(self, path: str, added: list[str]) -> list[str]:
+        """Return the paths that a wrong one may have meant: those of its scope, or else scopes and what is in none."""
+        scopes = [one.scope for one in self.operations if one.scope]
+        described = dict.fromkeys(one.path for one in self.operations if one.is_described)
+        own = next((scope for scope in scopes if _is_below(path, scope)), None)
+        if own is not None:
+            return [known for known in described if _is_below(known, own)]
+        inner = {known for known in described for scope in scopes if _is_below(known, scope) and known != scope}
+        return [*(known for known in described if known not in inner), *added]
 
     def _operation_of(self, request: Request) -> Operation | None:
         method = "GET" if request.method == "HEAD" else request.method

@@ -206,7 +206,7 @@ class ColumnTable:
 
     def parts(self, max_rows: int) -> list[Any]:
         """Return X in parts. Raises `ServingError`."""
-        X = self.arrays.of_columns(self.columns) if self._check_shape(max_rows) else None
+        X = self.arrays.of_lists(self.columns) if self._check_shape(max_rows) else None
         return parts_of_rows(self.arrays, self.pieces(max_rows)) if X is None else [X]
 
     def _check_shape(self, max_rows: int) -> int:
