@@ -56,6 +56,7 @@ def make_comparisons(models: Models, predict_us: float) -> list[list[Comparison]
     plain = Workload(forest_service(models, "fastapi", "sklearn"))
     one_tensor = Workload(served, form="tensor")
     tensor, binary = (Workload(served, connections=4, rows=1000, form=form) for form in ("tensor", "binary tensor"))
+    lines = Workload(served, connections=4, rows=1000, form="lines")
     lists, textbook_lists = (Workload(each, connections=4, rows=1000) for each in (served, textbook_lr))
     alone, asgi_alone = (Workload(each, connections=1) for each in (served, asgi.deployment))
     added = f"one connection, added latency; goal: predict's {predict_us:.0f} µs + {ALLOWED_US} µs"
@@ -71,6 +72,7 @@ def make_comparisons(models: Models, predict_us: float) -> list[list[Comparison]
         Comparison("1 row as a tensor / as an object", one_tensor, lr, 0.9, rate_ratio),
         Comparison("1000 rows as a tensor / as objects", tensor, lists, 1.5, rate_ratio),
         Comparison("1000 rows as a binary tensor / as objects", binary, lists, 5, rate_ratio),
+        Comparison("1000 rows as JSON lines / as objects", lines, lists, 0.9, rate_ratio),
         Comparison("p99 over p50, 64 connections", lr, None, 3, tail_ratio, at_most=True),
         Comparison(added, alone, asgi_alone, predict_us + ALLOWED_US, added_us, "µs", at_most=True),
     ]

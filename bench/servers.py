@@ -141,7 +141,7 @@ class MeasuredServer(Server):
 
     def path(self, rows: int, form: str = "rows") -> str:
         """Return where so many rows are sent."""
-        if form != "rows":
+        if form not in ("rows", "lines"):
             return "/v2/models/iris/infer"
         return "/predictions" if rows == 1 else self.deployment.list_path
 

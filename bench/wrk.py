@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.datasets import load_iris
 
 from bench.references import IRIS_FEATURES
+from serving.web.messages import JSON, JSONL
 
 INSTALL = "wrk, which makes the load, is not installed: `apt-get install wrk` (Debian, Ubuntu), `brew install wrk`"
 ANSWER_TIMEOUT_S = 60  # beyond the slowest server's queue
@@ -64,15 +65,22 @@ def as_tensor(body: str, is_binary: bool = False) -> tuple[bytes, int | None]:
     cells = [[*row.values()] for row in (rows if isinstance(rows, list) else [rows])]
     tensor: dict[str, Any] = {"name": "flowers", "shape": [len(cells), len(cells[0])], "datatype": "FP64"}
     if not is_binary:
-        return json.dumps({"inputs": [tensor | {"data": cells}]}).encode(), None
+        flat = [cell for row in cells for cell in row]  # as `tritonclient` sends them
+        return json.dumps({"inputs": [tensor | {"data": flat}]}).encode(), None
     data = np.array(cells).tobytes()
     tensor["parameters"] = {"binary_data_size": len(data)}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     return head + data, len(head)
 
 
+def as_lines(body: str) -> tuple[bytes, int | None]:
+    """Return rows in JSON as JSON lines."""
+    return "\n".join(map(json.dumps, json.loads(body))).encode(), None
+
+
 FORMS: dict[str, Callable[[str], tuple[bytes, int | None]]] = {
     "rows": lambda body: (body.encode(), None),
+    "lines": as_lines,
     "tensor": as_tensor,
     "binary tensor": lambda body: as_tensor(body, is_binary=True),
 }
@@ -83,7 +91,7 @@ def write_script(path: str, rows: int, file: Path, form: str = "rows") -> None:
     made = [FORMS[form](body) for body in make_bodies(rows)]
     bodies = ",".join('"' + "".join(f"\\{byte:03d}" for byte in body) + '"' for body, _ in made)
     lengths = {length for _, length in made}
-    headers = '["Content-Type"] = "application/json"'
+    headers = f'["Content-Type"] = "{JSONL if form == "lines" else JSON}"'
     if lengths != {None}:
         (length,) = lengths
         headers = f'["Content-Type"] = "application/octet-stream", ["Inference-Header-Content-Length"] = "{length}"'

@@ -26,6 +26,7 @@ from serving.web.service import Service
 
 log = structlog.get_logger()
 
+BETWEEN_ROWS = b"}\n{"
 PAUSE_S = 0.25  # seconds until a part that found the queue full tries again
 CLOSE = {"Connection": "close"}  # of a stream, whose end nobody knows when its answer begins
 
@@ -87,14 +88,14 @@ class Lines:
         """Yield the answers of part after part. Raises what ends the stream before any of it is answered."""
         try:
             async for block in self._read_blocks():
-                for lines in self._cut(block):
-                    yield await self._answer_part(lines)
+                for text, n_lines in self._cut(block):
+                    yield await self._answer_part(text, n_lines)
         except ClientLeft:
             raise
         except ServingError as error:
             if not self._n_lines:
                 raise
-            yield write_error(error)  # in place of the line that was not whole, and of all that follow
+            yield write_error(error) + b"\n"  # in place of the line that was not whole, and of all that follow
         finally:
             self.request.rows = self._n_lines
 
@@ -127,19 +128,25 @@ class Lines:
                 yield inflated
         inflater.end()
 
-    def _cut(self, block: bytes) -> Iterator[list[bytes]]:
-        """Yield the lines of a block in parts, without empty ones."""
-        lines = [line for line in block.replace(b"\r\n", b"\n").split(b"\n") if line and not line.isspace()]
+    def _cut(self, block: bytes) -> Iterator[tuple[bytes, int]]:
+        """Yield the lines of a block in parts, without empty ones, and how many each part has."""
+        text = block.replace(b"\r\n", b"\n").strip()
+        n_lines = text.count(b"\n") + 1
+        if text and n_lines <= self._max_lines and text.count(BETWEEN_ROWS) == n_lines - 1:
+            yield text, n_lines
+            return
+        lines = [line for line in text.split(b"\n") if line and not line.isspace()]
         for start in range(0, len(lines), self._max_lines):
-            yield lines[start : start + self._max_lines]
+            part = lines[start : start + self._max_lines]
+            yield b"\n".join(part), len(part)
 
-    async def _answer_part(self, lines: list[bytes]) -> bytes:
-        part = Part(self.service.model.arrays, lines, self._n_lines)
+    async def _answer_part(self, text: bytes, n_lines: int) -> bytes:
+        part = Part(self.service.model.arrays, text, n_lines, self._n_lines)
         if not part.read_quickly():
             await self.request.batcher.beside(functools.partial(part.read, self._hints))
         if part.n_rows:
             await self._predict(part, 0, part.n_rows)
-        self._n_lines += len(lines)
+        self._n_lines += n_lines
         return part.write()
 
     async def _predict(self, part: Part, start: int, stop: int) -> None:
@@ -187,10 +194,10 @@ class Lines:
 class Part:
     """Some lines, their rows, and the answers to both: the rows of X, or errors."""
 
-    def __init__(self, arrays: Arrays, lines: list[bytes], first: int) -> None:
-        self._arrays, self._lines, self._first = arrays, lines, first
-        self._answers: list[bytes] = [b""] * len(lines)
-        self._places: list[int] | range = range(len(lines))  # of the rows among the lines
+    def __init__(self, arrays: Arrays, text: bytes, n_lines: int, first: int) -> None:
+        self._arrays, self._text, self._n_lines, self._first = arrays, text, n_lines, first
+        self._answers: list[bytes] = [b""] * n_lines
+        self._places: list[int] | range = range(n_lines)  # of the rows among the lines
         self.X: Any = None  # (n_rows, n_features), or what else the estimator takes
 
     @property
@@ -203,9 +210,8 @@ class Part:
 
         As many braces as lines, one at the beginning of each, leave no line that is two rows, or a part of one.
         """
-        text = b"\n".join(self._lines)
-        n_lines = len(self._lines)
-        is_plain = text.startswith(b"{") and text.endswith(b"}") and text.count(b"}\n{") == n_lines - 1
+        text, n_lines = self._text, self._n_lines
+        is_plain = text.startswith(b"{") and text.endswith(b"}") and text.count(BETWEEN_ROWS) == n_lines - 1
         if not is_plain or count_byte(text, ord("{")) != n_lines:
             return False
         body = b"[%b]" % text.replace(b"\n", b",")
@@ -221,7 +227,7 @@ class Part:
             rows = self._arrays.contract.check(parse_json(body))
         except BadRequest:
             return None
-        return None if rows is None or len(rows) != len(self._lines) else self._arrays.of_rows(rows)
+        return None if rows is None or len(rows) != self._n_lines else self._arrays.of_rows(rows)
 
     def read(self, hints: Hints) -> None:
         """Read line by line, and note what is wrong."""
@@ -229,7 +235,7 @@ class Part:
         rows: list[dict[str, Any]] = []
         self._places = places = []
         with collector_off():
-            for place, line in enumerate(self._lines):
+            for place, line in enumerate(self._text.split(b"\n")):
                 try:
                     payload = _parse_line(line)
                     checked = None if isinstance(payload, list) else contract.check(payload)
@@ -252,8 +258,12 @@ class Part:
 
     def take(self, start: int, predictions: Predictions) -> None:
         """Take the answers to some rows of X."""
-        for place, answer in zip(self._places[start:], predictions.render(), strict=False):
-            self._answers[place] = answer + b"\n"
+        answers = predictions.render()
+        if len(answers) == self._n_lines:
+            self._answers = answers
+            return
+        for place, answer in zip(self._places[start:], answers, strict=False):
+            self._answers[place] = answer
 
     def refuse(self, start: int, stop: int, error: ServingError) -> None:
         """Answer some rows of X by an error."""
@@ -262,7 +272,7 @@ class Part:
 
     def write(self) -> bytes:
         """Return the answers, each with its newline."""
-        return b"".join(self._answers)
+        return b"\n".join(self._answers) + b"\n"
 
 
 def _parse_line(line: bytes) -> Any:
@@ -273,5 +283,5 @@ def _parse_line(line: bytes) -> Any:
 
 
 def write_error(error: ServingError) -> bytes:
-    """Return the line that answers one with an error."""
-    return to_json({"detail": error.detail}, inf_nan_mode="strings", fallback=str) + b"\n"
+    """Return the answer to a line that is an error."""
+    return to_json({"detail": error.detail}, inf_nan_mode="strings", fallback=str)
