@@ -8,8 +8,8 @@ The path of a request, the same under both frameworks:
 1. the framework's route, or a shortcut in front of its router, makes a `Request` of it; what a user has added is
    answered by the framework, if `AddedToFlask` or `AddedToFastAPI` has seen its key;
 2. `Service.respond` gives it an id, finds its `Operation`, and reads its body up to the limit;
-3. the operation's endpoint, such as `predict_body`, turns bytes into rows by the `Contract` (`read_rows`), and calls
-   `Service.predict` with them as a `Job`;
+3. the operation's endpoint, such as `predict_body` in `serving/web/endpoints.py`, turns bytes into rows by the
+   `Contract` (`read_rows`), and calls `Service.predict` with them as a `Job`;
 4. a batcher (`LoopBatcher` or `ThreadBatcher`) keeps it waiting, `BatchQueue.take` chooses the jobs that share a call,
    and `BatchQueue.call` calls `Model.predict_rows`: `Arrays.of_rows` makes X of them, and `Predictor.ask` calls the
    estimator's `predict_proba`, and `predict` where the probabilities do not decide, or a graph in its place. (A body
