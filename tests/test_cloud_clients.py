@@ -20,6 +20,15 @@ TOLD: dict[str, dict[str, Any]] = {  # what each client returns
         "unknown_model": 404,
         "bad_row": 422,
     },
+    "kserve_v2": {
+        "live": True,
+        "ready": True,
+        "model_ready": True,
+        "unknown_model_ready": False,
+        "json": ["7", ["setosa", "virginica"], [2, 3]],
+        "binary": ["7", ["setosa", "virginica"], [2, 3]],
+        "three_columns": 400,
+    },
     "mlflow": {
         "frame": {"0": ["setosa", "setosa"]},
         "array": ["setosa", "setosa"],

@@ -364,6 +364,10 @@ with http.InferenceServerClient(sys.argv[1]) as client:
     assert result.as_numpy("prediction").tolist() == ["setosa", "virginica"]
     handles = [client.async_infer("iris", columns) for _ in range(4)]
     assert all(handle.get_result().as_numpy("prediction")[1] == b"virginica" for handle in handles)
+    for algorithm in ("gzip", "deflate"):
+        for inputs in (columns, [matrix]):
+            result = client.infer("iris", inputs, request_compression_algorithm=algorithm)
+            assert result.as_numpy("prediction")[1] in ("virginica", b"virginica")
     try:
         client.infer("iris", columns[:3])
     except http.InferenceServerException as error:
