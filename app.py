@@ -344,6 +344,8 @@ def _has_hooks(app: flask.Flask) -> bool:
 
 def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
     """Return a FastAPI with a route for each path of the service, which also answers what no route matches."""
+    from starlette.routing import Route
+
     endpoint = ASGIEndpoint(service)
     app = _make_fastapi(endpoint)
     not_found = app.router.default
@@ -352,7 +354,9 @@ def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
         await (endpoint if scope["type"] == "http" else not_found)(scope, receive, send)
 
     for path, name in service.names.items():
-        app.add_route(path, cast(Any, endpoint), name=name)  # without methods: the service knows them
+        route = Route(path, endpoint, methods=[*service.routes[path]], name=name)
+        route.handle = endpoint.__call__  # type: ignore[method-assign]  # also for methods that no route has
+        app.router.routes.append(route)
     app.router.default = unmatched
     before = len(app.routes), len(app.exception_handlers)
 

@@ -18,7 +18,7 @@ import app
 from serving.errors import SettingsError
 from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
 from tests.lib.cases import FLOWER, JSON, PREFLIGHT, Case
-from tests.lib.clients import Answer, read_answer
+from tests.lib.clients import ROW, Answer, post_case, read_answer
 from tests.lib.servers import COMBINATIONS, Server, Starter, gunicorn_environment, gunicorn_with, wait_until
 
 MINE = """
@@ -505,3 +505,18 @@ def test_all_paths_of_a_user_can_be_open(framework: str) -> None:
     native.get("/added")(lambda: "mine")
     assert call(native, Case("added", "GET", "/added")).status == 200
     assert call(native, Case("predictions", "GET", "/predictions")).status == 401
+
+
+def test_other_method_of_our_path_is_the_users(framework: str) -> None:
+    """What a user adds for a path of the service answers the methods that the service does not, with a key."""
+    native = app.create_app(make_settings(framework=framework, auth={"api_keys": ["one"]}))
+    if framework == "flask":
+        native.add_url_rule("/predictions", "mine", lambda: {"mine": True}, methods=["DELETE", "POST"])
+    else:
+        native.add_api_route("/predictions", lambda: {"mine": True}, methods=["DELETE", "POST"])
+    key = ("X-API-Key", "one")
+    assert call(native, Case("mine", "DELETE", "/predictions", (key,))).json == {"mine": True}
+    assert call(native, Case("mine", "DELETE", "/predictions")).status == 401
+    assert call(native, post_case(ROW, X_API_Key="one")).json["prediction"] == "setosa"
+    refused = call(native, Case("other", "PUT", "/predictions", (key,)))
+    assert (refused.status, refused.headers["allow"]) == (405, "GET, HEAD, POST, OPTIONS")

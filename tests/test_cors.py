@@ -98,8 +98,9 @@ def test_every_answer_may_be_read(apps: dict[str, Any], framework: str, case: Ca
     for send in senders(apps[framework]):
         answer = send(with_origin(case, PAGE))
         check(case, Answer(answer.status, without_cors(answer), answer.body))
-        assert cors_of(answer) == READABLE
-        assert cors_of(send(with_origin(case, STRANGER))) == {"vary": "Origin"}
+        vary = {"vary": "Accept, Origin" if case.target == "/" else "Origin"}  # at `/` it differs by that too
+        assert cors_of(answer) == READABLE | vary
+        assert cors_of(send(with_origin(case, STRANGER))) == vary
 
 
 def without_cors(answer: Answer) -> dict[str, str]:
