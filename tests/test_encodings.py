@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from serving.errors import BadRequest, ContentTooLarge
-from serving.web.encodings import MAX_EMPTY, PIECE_BYTES, Inflater, inflate
+from serving.web.encodings import MAX_SMALL_MEMBERS, PIECE_BYTES, Inflater, inflate
 from tests.lib.cases import BOMB, FLOWER, compressed
 from tests.lib.proc import peak_mb
 from tests.lib.servers import Server
@@ -65,11 +65,16 @@ def test_body_that_is_cut_is_refused(encoding: str, compress: Compress) -> None:
         inflate(body + b"more of it", encoding, LIMIT)
 
 
-def test_empty_members_are_counted() -> None:
-    """A gzip of nothing, again and again, is no body."""
-    assert inflate(gzip.compress(b"") * MAX_EMPTY + gzip.compress(b"x"), "gzip", LIMIT) == b"x"
+@pytest.mark.parametrize("text", [b"", b"x"])
+def test_small_members_are_counted(text: bytes) -> None:
+    """A gzip of nothing, or of a byte, again and again, is no body; one in blocks, as of `bgzip`, is."""
+    member = gzip.compress(text)
+    few = MAX_SMALL_MEMBERS - 1
+    assert inflate(member * few + gzip.compress(b"y"), "gzip", LIMIT) == text * few + b"y"
     with pytest.raises(BadRequest, match="goes on behind the end of its gzip"):
-        inflate(gzip.compress(b"") * (MAX_EMPTY + 2), "gzip", LIMIT)
+        inflate(member * (MAX_SMALL_MEMBERS + 2), "gzip", LIMIT)
+    block = bytes(1024)
+    assert inflate(gzip.compress(block) * 600, "gzip", LIMIT) == block * 600
 
 
 def test_bomb_takes_no_memory() -> None:

@@ -1,5 +1,6 @@
 """JSON lines: an answer to each line, in its place, while later ones come in, in bounded memory."""
 
+import asyncio
 import gzip
 import json
 import socket
@@ -10,16 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import hypothesis
 import pytest
 import requests
-from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 
 import app
-from serving.predictor.bodies import MAX_CELLS, PART_BYTES
-from tests.lib.apps import call, make_service, make_settings
+from serving.logs import REQUEST_ID
+from serving.predictor.bodies import MAX_CELLS, PART_BYTES, parse_json
+from serving.web.lines import Part
+from serving.web.service import Exchange, Service
+from tests.lib.apps import call, call_asgi, environ_of, make_service, make_settings
 from tests.lib.cases import FLOWER, Case
 from tests.lib.clients import ROW, post_case
 from tests.lib.proc import peak_mb
@@ -72,7 +76,8 @@ def native() -> Any:
     return app.create_app(make_settings(logging={"access": False}))
 
 
-@given(lines=st.lists(st.sampled_from([LINE, LINE, LINE, *ODD_LINES]), min_size=1, max_size=6))
+@hypothesis.settings(deadline=None)
+@hypothesis.given(lines=st.lists(st.sampled_from([LINE, LINE, LINE, *ODD_LINES]), min_size=1, max_size=6))
 def test_line_is_answered_as_if_it_were_alone(native: Any, lines: list[bytes]) -> None:
     """Whatever stands before or behind it, a line gets the answer that it gets as a body, with its number."""
     answers = call(native, lines_case(b"\n".join(lines))).body.splitlines()
@@ -351,3 +356,107 @@ def test_what_a_user_puts_around_sees_streams(serve: Starter, tmp_path: Path) ->
         with urllib.request.urlopen(request) as answer:
             assert answer.headers["X-Seen"] == "yes"
             assert answer.read().count(b"\n") == 1000
+
+
+def test_inflated_lines_are_bounded(server: Server) -> None:
+    """A body with a length is inflated no further than the limit, a stream no further than some times its size."""
+    bomb = gzip.compress(b"\n" * 100_000_000)
+    encoded = ("Content-Encoding", "gzip")
+    whole = server.send(lines_case(bomb, encoded))
+    assert (whole.status, "longer once it is inflated" in whole.body.decode()) == (413, True)
+    streamed = server.send(lines_case(bomb, encoded, chunked=True))
+    assert (streamed.status, "times as long once it is inflated" in streamed.body.decode()) == (413, True)
+
+
+def test_line_of_many_values_is_not_decoded(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused by the number of its values, alone and among others."""
+    decoded: list[int] = []
+
+    def note(body: bytes, *more: Any) -> Any:
+        decoded.append(len(body))
+        return parse_json(body, *more)
+
+    monkeypatch.setattr("serving.web.lines.parse_json", note)
+    native = app.create_app(make_settings(framework=framework))
+    many = b'{"x": [' + b"[]," * 400_000 + b"0]}"
+    for body in (many, LINE + b"\n" + many + b"\n" + LINE):
+        answers = [*map(json.loads, call(native, lines_case(body)).body.splitlines())]
+        problem = answers[len(answers) // 2]["detail"][0]
+        assert (problem["type"], problem["loc"]) == ("too_long", ["body", len(answers) // 2])
+    assert max(decoded) < len(many)
+
+
+def test_rows_before_a_cut_are_answered(server: Server) -> None:
+    """Whole lines that come together with the end of the connection are answered, and then it is said."""
+    chunk = b"%x\r\n%b\r\n" % (len(LINE) + 1, LINE + b"\n")
+    head = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
+    for end in (b"", b"nonsense\r\n"):
+        answer = server.exchange(head + chunk + end, half_close=not end)
+        first, last = map(json.loads, answer.body.splitlines())
+        assert first["prediction"] == "setosa"
+        assert "ended early" in last["detail"]
+
+
+def test_long_answer_without_a_length_needs_chunks(server: Server) -> None:
+    """Over HTTP/1.0 an answer is held whole, so it is no longer than some times a body may be."""
+    body = gzip.compress(b"{}\n" * 200_000)
+    fields = f"Content-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    answer = server.exchange((HEAD.replace("1.1", "1.0") + fields).encode() + body)
+    assert (answer.status, "use HTTP/1.1" in answer.json["detail"]) == (413, True)
+
+
+class Sink:
+    """An observer that keeps what it is shown, with the request id of the moment."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, str | None]] = []
+
+    def __call__(self, exchange: Exchange) -> None:
+        self.seen.append((exchange.response.status, exchange.request.rows, REQUEST_ID.get(None)))
+
+
+def serve_seen(framework: str) -> tuple[Sink, Any]:
+    settings, sink = make_settings(framework=framework), Sink()
+    made = app.make_service(settings)
+    service = Service(settings, made.model, made.proof, app.operations(settings), [sink])
+    return sink, app.FRAMEWORKS[framework](service)
+
+
+def test_stream_that_nobody_takes_is_shown() -> None:
+    """An answer that is closed before its rest was asked for is shown once, and leaves no request id behind."""
+    case = lines_case((LINE + b"\n") * 5000)
+    sink, flask = serve_seen("flask")
+    environ = environ_of(case)
+    pieces = flask(environ, lambda *_: None)
+    next(iter(pieces))
+    pieces.close()
+    pieces.close()
+    assert [(status, request_id) for status, _, request_id in sink.seen] == [(499, "lines")]
+    assert REQUEST_ID.get(None) is None
+
+    async def send(message: Any) -> None:
+        raise ConnectionResetError
+
+    sink, fastapi = serve_seen("fastapi")
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(call_asgi(fastapi, case, send_instead=send))
+    assert [(status, request_id) for status, _, request_id in sink.seen] == [(499, "lines")]
+
+
+def test_failure_in_a_stream_is_the_services(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in the middle is the last line, an internal error, and no client that has left."""
+    sink, native = serve_seen(framework)
+    write, n_parts = Part.write, 0
+
+    def fail_later(part: Part) -> bytes:
+        nonlocal n_parts
+        n_parts += 1
+        if n_parts == 3:
+            raise MemoryError
+        return write(part)
+
+    monkeypatch.setattr(Part, "write", fail_later)
+    answer = call(native, lines_case((LINE + b"\n") * 10_000))
+    assert json.loads(answer.body.splitlines()[-1])["detail"].startswith("internal error")
+    ((status, n_rows, _),) = sink.seen
+    assert (status, n_rows) == (200, answer.body.count(b"\n") - 1)

@@ -19,7 +19,7 @@ from serving.predictor.inputs import Array
 from serving.predictor.predictions import Predictions
 
 PART_BYTES = 65_536  # size of a part, which ends with a whole row
-QUICK_BYTES = 2 * PART_BYTES  # longest part that is cut without a look at what is a string
+QUICK_BYTES = 2 * PART_BYTES  # longest part that is read without a look at what is a string
 LONG_BYTES = 262_144  # largest body that is decoded when it comes; longer ones are decoded beside the event loop
 MAX_CELLS = 65_536  # cells that are checked at once where `{}` is a row, which makes many of them out of few bytes
 MIN_PART_BYTES = 256  # each costs some time of its own
@@ -51,6 +51,13 @@ def is_long(contract: Contract, body: bytes) -> bool:
 def count_implied(contract: Contract, body: bytes) -> int:
     """Return how many cells a body may have that are not written: the more the more rows it has."""
     return len(contract.names) * count_byte(body, ord("{")) if contract.nullable else 0
+
+
+def refuse_too_large(contract: Contract, value: bytes, place: list[Any]) -> None:
+    """Raise `Unprocessable` for a row with so many values in it that it would take long to be decoded."""
+    for _, _, n_values in cut_array(value, 0):
+        if n_values > len(contract.names) + MAX_VALUES:
+            raise contract.refusal([contract.too_large(place, n_values)])
 
 
 def too_many_rows(n_rows: int, max_rows: int) -> ContentTooLarge:
@@ -147,9 +154,7 @@ class LongBody:
 
     def _decode_row(self, body: bytes) -> Any:
         contract = self._arrays.contract
-        for _, _, n_values in cut_array(body, 0):
-            if n_values > len(contract.names) + MAX_VALUES:
-                raise contract.refusal([contract.too_large(["body"], n_values)])
+        refuse_too_large(contract, body, ["body"])
         return self._arrays.of_rows(contract.parse_payload(parse_json(body)))
 
     def encode(self, predictions: Predictions | None) -> list[bytes]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import LoopBatcher
-from serving.web.messages import LINGER_S, Request
+from serving.web.messages import LINGER_S, Request, Response, Rest
 from serving.web.prefix import below
 from serving.web.service import VISIT, Service, Visit
 
 # In a scope: the error by which a body ended before its end, and what tells whether the client has left.
 CUT_SHORT, CLIENT_HAS_LEFT = "serving.cut_short", "serving.client_has_left"
+MUST_BE_WHOLE = "serving.must_be_whole"  # in a scope: what is behind it collects the answer
 TIME_PIECE = "serving.time_piece"  # in a scope: what is told whether the next piece of the body has to come in time
 
 
@@ -54,20 +55,27 @@ class ASGIEndpoint:
     ) -> None:
         response = await self.service.respond(request, refused, visit)
         *pieces, last = [b""] if request.method == "HEAD" else response.pieces
-        await send(response.start_message)
-        for piece in pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
         if response.rest is not None:
-            await send({"type": "http.response.body", "body": last, "more_body": True})
+            await self._send_all(response, response.rest, send)
             last = b""
-            async with contextlib.aclosing(response.rest) as rest:
-                async for piece in rest:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        else:
+            await send(response.start_message)
+            for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
         if response.lingers:
             await send({"type": "http.response.body", "body": last, "more_body": True})
             await linger(receive)
             last = b""
         await send({"type": "http.response.body", "body": last})
+
+    async def _send_all(self, response: Response, rest: Rest, send: Any) -> None:
+        """Send all of an answer that is made while it is sent, but its end."""
+        async with contextlib.aclosing(rest):
+            await send(response.start_message)
+            for piece in response.pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            async for piece in rest:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
@@ -83,23 +91,25 @@ def asgi_request(scope: Any, receive: Any, batcher: LoopBatcher) -> Request:
         value = headers.get(name.encode())
         return value.strip(b" \t").decode("latin-1") if value else None
 
-    more = True
+    more, is_cut = True, False
 
     async def read(size: int) -> bytes:
-        nonlocal more
+        nonlocal more, is_cut
         piece = b""
         while more and size and not piece:
-            message = await receive()
-            if CUT_SHORT in scope or message["type"] == "http.disconnect":
+            message: dict[str, Any] = {"type": "http.disconnect"} if is_cut else await receive()
+            piece = message.get("body", b"")
+            is_cut = CUT_SHORT in scope or message["type"] == "http.disconnect"
+            if is_cut and not piece:  # what came before the cut is read first
                 raise scope.get(CUT_SHORT, BodyCutShort)()
-            piece, more = message.get("body", b""), message.get("more_body", False)
+            more = is_cut or message.get("more_body", False)
         return piece
 
     path, root_path = scope["path"], scope.get("root_path", "")
     if root_path:
         path, root_path = below(path, root_path), root_path.rstrip("/")
     query = urllib.parse.quote(scope["query_string"], safe=string.punctuation) if scope["query_string"] else ""
-    may_stream = scope.get("http_version") != "1.0"
+    may_stream = scope.get("http_version") != "1.0" and not scope.get(MUST_BE_WHOLE)
     time_piece, client_has_left = scope.get(TIME_PIECE), scope.get(CLIENT_HAS_LEFT)
     method = scope["method"]
     return Request(method, path, query, header, read, batcher, client_has_left, time_piece, may_stream, root_path)

@@ -19,7 +19,7 @@ import structlog
 
 from serving.errors import InternalError, ServingError, Unauthorized
 from serving.web.added import AddedToFastAPI, AddedToFlask
-from serving.web.asgi import CLIENT_HAS_LEFT, ASGIEndpoint, asgi_request, linger
+from serving.web.asgi import CLIENT_HAS_LEFT, MUST_BE_WHOLE, ASGIEndpoint, asgi_request, linger
 from serving.web.messages import Request, make_request_id, write_detail
 from serving.web.prefix import below, put_environ_below, put_scope_below
 from serving.web.relay import Relay
@@ -220,7 +220,9 @@ class FastAPIOverWSGI:
 
         try:
             has_left = find_client_has_left(scope["wsgi_environ"])
-            await self.app({**scope, "state": dict(state), CLIENT_HAS_LEFT: has_left}, receive, note)
+            await self.app(
+                {**scope, "state": dict(state), CLIENT_HAS_LEFT: has_left, MUST_BE_WHOLE: True}, receive, note
+            )
         except BaseException:  # of a route that a user added; SystemExit would end the loop
             path = below(scope["path"], scope["root_path"])
             log.exception("request_failed", method=scope["method"], path=path, request_id=request_id)

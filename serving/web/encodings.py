@@ -12,8 +12,10 @@ RAW = -zlib.MAX_WBITS  # a deflate without the header of zlib, which some send
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 ENCODINGS = (IDENTITY, *WINDOW_BITS)
 PIECE_BYTES = 65_536  # most bytes that are inflated at once
-QUICK_BYTES = 1024  # longest body that is inflated at once: to 1 MB, for zlib's ratio is 1032 at most
-MAX_EMPTY = 100  # empty members of a gzip, one behind the other: more are an attack
+FED_BYTES = 4096  # most bytes that zlib gets at once: what follows a member in them is copied
+SMALL_BODY_BYTES = 1024  # longest body that is inflated in place: to 1 MB, for zlib's ratio is 1032 at most
+MAX_SMALL_MEMBERS = 100  # members of a gzip beyond one for each kilobyte inside: more are an attack
+MAX_RATIO = 128  # of what is inside a stream to the stream, beyond the limit of a body
 
 
 def encoding_of(field: str | None) -> str:
@@ -28,10 +30,14 @@ class Inflater:
         self._encoding = encoding
         self._inflating = zlib.decompressobj(WINDOW_BITS[encoding])
         self._is_first = True  # nothing has been inflated
-        self._n_empty = 0  # members without content since the last one with some
+        self._n_members, self.n_bytes = 1, 0  # so far, and what was inside
 
     def inflate(self, data: bytes) -> Iterator[bytes]:
         """Yield what is inside, in pieces of `PIECE_BYTES` at most. Raises `BadRequest`."""
+        for start in range(0, len(data), FED_BYTES):
+            yield from self._inflate(data[start : start + FED_BYTES])
+
+    def _inflate(self, data: bytes) -> Iterator[bytes]:
         piece = b""
         while data or len(piece) == PIECE_BYTES:
             if self._inflating.eof:
@@ -40,7 +46,7 @@ class Inflater:
             is_over = self._inflating.eof
             data = self._inflating.unused_data if is_over else self._inflating.unconsumed_tail
             if piece:
-                self._n_empty = 0
+                self.n_bytes += len(piece)
                 yield piece
             if is_over and len(piece) == PIECE_BYTES and not data:
                 return
@@ -57,8 +63,8 @@ class Inflater:
             raise BadRequest(f"the body is not {self._encoding}: {reason}") from None
 
     def _begin_member(self) -> None:
-        self._n_empty += 1
-        if self._encoding == "deflate" or self._n_empty > MAX_EMPTY:
+        self._n_members += 1
+        if self._encoding == "deflate" or self._n_members > MAX_SMALL_MEMBERS + self.n_bytes // 1024:
             raise BadRequest(f"the body goes on behind the end of its {self._encoding}")
         self._inflating = zlib.decompressobj(WINDOW_BITS[self._encoding])
 
@@ -72,10 +78,8 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     """Return what a whole body has inside. Raises `BadRequest`, and `ContentTooLarge` for more than `limit` bytes."""
     inflater = Inflater(encoding)
     pieces: list[bytes] = []
-    size = 0
     for piece in inflater.inflate(body):
-        size += len(piece)
-        if size > limit:
+        if inflater.n_bytes > limit:
             raise ContentTooLarge(f"the body is longer once it is inflated; send at most {limit} bytes")
         pieces.append(piece)
     inflater.end()

@@ -14,19 +14,28 @@ from typing import Any
 import structlog
 from pydantic_core import to_json
 
-from serving.errors import BadRequest, ClientLeft, InternalError, ServingError, TooManyRequests
+from serving.errors import BadRequest, ClientLeft, ContentTooLarge, InternalError, ServingError, TooManyRequests
 from serving.predictor.arrays import Arrays, count_byte
-from serving.predictor.bodies import MAX_CELLS, PART_BYTES, PLACE, collector_off, parse_json
+from serving.predictor.bodies import (
+    MAX_CELLS,
+    PART_BYTES,
+    PLACE,
+    QUICK_BYTES,
+    collector_off,
+    parse_json,
+    refuse_too_large,
+)
 from serving.predictor.calls import Job
 from serving.predictor.contract import Hints
 from serving.predictor.predictions import Predictions
-from serving.web.encodings import IDENTITY, Inflater, encoding_of
+from serving.web.encodings import IDENTITY, MAX_RATIO, Inflater, encoding_of
 from serving.web.messages import JSONL, Request, Response
 from serving.web.service import Service
 
 log = structlog.get_logger()
 
 BETWEEN_ROWS = b"}\n{"
+FAILED = "internal error; the log has it under this X-Request-ID"
 PAUSE_S = 0.25  # seconds until a part that found the queue full tries again
 CLOSE = {"Connection": "close"}  # of a stream, whose end nobody knows when its answer begins
 
@@ -35,20 +44,21 @@ async def predict_lines(service: Service[Any], request: Request) -> Response:
     """Answer each line of a body. One that is announced with a length within the limit is read before it is answered:
     some clients send all of a body before they read."""
     is_read = request.body is not None or not request.may_stream or request.is_within(limit_of(service))
+    lines = Lines(service, request, is_read)
     if is_read:
         body = await request.read_body(limit_of(service))
         if isinstance(body, ServingError):
             raise body
-        if body and encoding_of(request.header("content-encoding")) == IDENTITY:
-            request.body = body.rstrip() + b"\n"  # so that the last line is in the same part as those before it
-    answers = Lines(service, request).answer()
-    first = await anext(answers, b"")
+        await service.inflate(request)
+        request.body = request.take_body().rstrip() + b"\n"  # so that the last line is in a part with those before it
+    answers = lines.answer()
+    response = lines.response = Response([await anext(answers, b"")], media_type=JSONL)
     if not is_read:
-        return Response([first], more_headers=CLOSE, media_type=JSONL, rest=answers)
-    second = await anext(answers, None)
-    if second is None:
-        return Response([first], media_type=JSONL)
-    return Response([first, second], media_type=JSONL, rest=answers)
+        response.more_headers, response.rest = CLOSE, answers
+    elif (second := await anext(answers, None)) is not None:
+        response.pieces.append(second)
+        response.rest = answers
+    return response
 
 
 def describe_lines(service: Service[Any]) -> dict[str, Any]:
@@ -74,8 +84,11 @@ def limit_of(service: Service[Any]) -> int:
 class Lines:
     """The lines of one request."""
 
-    def __init__(self, service: Service[Any], request: Request) -> None:
+    response: Response | None = None  # once it has begun
+
+    def __init__(self, service: Service[Any], request: Request, is_read: bool) -> None:
         self.service, self.request = service, request
+        self._encoding = IDENTITY if is_read else encoding_of(request.header("content-encoding"))
         self._timeout_s = service.settings.limits.request_timeout_s
         self._max_line_bytes = limit_of(service)
         contract = service.model.contract
@@ -90,14 +103,24 @@ class Lines:
             async for block in self._read_blocks():
                 for text, n_lines in self._cut(block):
                     yield await self._answer_part(text, n_lines)
+                await self.request.batcher.pause(0)  # others have their turn, also where nothing was waited for
         except ClientLeft:
             raise
-        except ServingError as error:
+        except Exception as error:  # whatever it is, the stream ends with it
             if not self._n_lines:
                 raise
-            yield write_error(error) + b"\n"  # in place of the line that was not whole, and of all that follow
+            yield self._end_early(error)
         finally:
             self.request.rows = self._n_lines
+
+    def _end_early(self, error: Exception) -> bytes:
+        """Return what stands in place of the line that was not whole, and of all that follow."""
+        if not isinstance(error, ServingError):
+            self._note_failure()
+            error = InternalError(FAILED)
+        if self.response is not None:
+            self.response.lingers = True  # the client may still send
+        return write_error(error) + b"\n"
 
     async def _read_blocks(self) -> AsyncIterator[bytes]:
         """Yield what comes, in blocks of whole lines."""
@@ -117,14 +140,16 @@ class Lines:
 
     async def _read_pieces(self) -> AsyncIterator[bytes]:
         """Yield the body in pieces, inflated if it is compressed."""
-        encoding = encoding_of(self.request.header("content-encoding"))
-        if encoding == IDENTITY:
-            async for piece in self.request.pieces(2 * PART_BYTES):
+        if self._encoding == IDENTITY:
+            async for piece in self.request.pieces(QUICK_BYTES):
                 yield piece
             return
-        inflater = Inflater(encoding)
-        async for piece in self.request.pieces(2 * PART_BYTES):
+        inflater, n_bytes = Inflater(self._encoding), self._max_line_bytes
+        async for piece in self.request.pieces(QUICK_BYTES):
+            n_bytes += MAX_RATIO * len(piece)
             for inflated in inflater.inflate(piece):
+                if inflater.n_bytes > n_bytes:
+                    raise ContentTooLarge(f"the body is more than {MAX_RATIO} times as long once it is inflated")
                 yield inflated
         inflater.end()
 
@@ -141,13 +166,16 @@ class Lines:
             yield b"\n".join(part), len(part)
 
     async def _answer_part(self, text: bytes, n_lines: int) -> bytes:
+        if self.request.client_has_left is not None and self.request.client_has_left():
+            raise ClientLeft
         part = Part(self.service.model.arrays, text, n_lines, self._n_lines)
-        if not part.read_quickly():
+        if len(text) > QUICK_BYTES or not part.read_quickly():
             await self.request.batcher.beside(functools.partial(part.read, self._hints))
         if part.n_rows:
             await self._predict(part, 0, part.n_rows)
+        written = part.write()
         self._n_lines += n_lines
-        return part.write()
+        return written
 
     async def _predict(self, part: Part, start: int, stop: int) -> None:
         """Predict some rows of a part. If that fails, its halves are tried, until the row that fails is alone."""
@@ -165,7 +193,7 @@ class Lines:
         except Exception:  # what an estimator raises has no bounds
             if stop - start == 1:
                 self._note_failure()
-                part.refuse(start, stop, InternalError("internal error; the log has it under this X-Request-ID"))
+                part.refuse(start, stop, InternalError(FAILED))
                 return
         else:
             return
@@ -237,6 +265,8 @@ class Part:
         with collector_off():
             for place, line in enumerate(self._text.split(b"\n")):
                 try:
+                    if len(line) > PART_BYTES:
+                        refuse_too_large(contract, line, ["body", self._first + place])
                     payload = _parse_line(line)
                     checked = None if isinstance(payload, list) else contract.check(payload)
                     if checked is None:

@@ -6,10 +6,10 @@ import os
 import random
 import re
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic_core import to_json
 
@@ -143,6 +143,14 @@ class Request:
         return None if given is None else int(given[-18:])
 
 
+class Rest(Protocol):
+    """What follows the first pieces of an answer. Whoever sends it closes it, whether it was sent or not."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    def __anext__(self) -> Awaitable[bytes]: ...
+    def aclose(self) -> Awaitable[None]: ...
+
+
 @dataclass(slots=True)
 class Response:
     """One answer, whichever framework sends it. Its body is in pieces, so that a long one is never copied."""
@@ -153,7 +161,7 @@ class Response:
     media_type: str = JSON  # none of a 204, which has no body
     request_id: str = ""
     lingers: bool = False  # the client may still be sending
-    rest: AsyncGenerator[bytes] | None = None  # what follows the pieces, of a length that is not known
+    rest: Rest | None = None  # what follows the pieces, of a length that is not known
 
     @classmethod
     def of(cls, payload: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

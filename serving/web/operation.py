@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from serving.errors import ServingError, UnsupportedMediaType, listed, shorten
-from serving.web.encodings import ENCODINGS, IDENTITY, encoding_of
+from serving.web.encodings import ENCODINGS, WINDOW_BITS, encoding_of
 from serving.web.messages import JSON, JSONL, Request, Response, write_detail
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def is_lines(request: Request) -> bool:
 class Operation:
     """A row of the table from which routes, answers and the OpenAPI document are made.
 
-    A body may have one of `media_types`, and be encoded by one of `encodings`; without media types it takes none.
+    A body may have one of `media_types`; without media types it takes none.
     `write_error` writes its errors, and those of unknown paths below `scope`. One that is `only_for` some requests gets
     them where no route of a user's does, and is not there for others.
     """
@@ -42,7 +42,6 @@ class Operation:
     endpoint: Endpoint
     media_types: Sequence[str] = ()
     stream: Endpoint | None = None  # what answers JSON lines, and reads the body itself
-    encodings: Sequence[str] = ENCODINGS
     takes_query: bool = False  # one row, given as query parameters
     answer_schema: str = "Status"  # of JSON
     answer_media_type: str = JSON
@@ -65,11 +64,10 @@ class Operation:
     def check_media_type(self, request: Request) -> None:
         """Raise `UnsupportedMediaType` for a body that it does not take."""
         encoding = request.header("content-encoding")
-        if encoding is not None and encoding_of(encoding) not in self.encodings:
+        if encoding is not None and encoding_of(encoding) not in ENCODINGS:
             problem = f"Content-Encoding is {shorten(encoding)!r}"
-            others = [name for name in self.encodings if name != IDENTITY]
-            rule = f"use one of {listed(others)}, or send" if others else "send"
-            raise UnsupportedMediaType(f"{problem}; {rule} the body as it is")
+            rule = f"use one of {listed([*WINDOW_BITS])}, or send the body as it is"
+            raise UnsupportedMediaType(f"{problem}; {rule}")
         given = request.header("content-type")
         if given in self.media_types or not given:  # nobody else's type is meant where none is sent
             return

@@ -75,11 +75,12 @@ class Relay:
         try:
             self._request.batcher = self._endpoint.batcher
             response = await self._endpoint.service.respond(self._request)
-            await self._wish(response)
-            for piece in response.pieces:
-                await self._wish(piece)
-            if response.rest is not None:
-                async with contextlib.aclosing(response.rest) as rest:
+            rest = response.rest
+            async with contextlib.nullcontext() if rest is None else contextlib.aclosing(rest):
+                await self._wish(response)
+                for piece in response.pieces:
+                    await self._wish(piece)
+                if rest is not None:
                     async for piece in rest:
                         await self._wish(piece)
         finally:

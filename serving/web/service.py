@@ -8,7 +8,7 @@ import hmac
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, PositiveInt, SecretStr
 
 from serving.errors import (
     ClientLeft,
+    ContentTooLarge,
     InternalError,
     MethodNotAllowed,
     NotFound,
@@ -33,12 +34,13 @@ from serving.predictor.proof import Proof
 from serving.server import ServerSettings
 from serving.settings import OtherNames, SettingsTable, check_each_once
 from serving.web.cors import CORS
-from serving.web.encodings import IDENTITY, QUICK_BYTES, encoding_of, inflate
-from serving.web.messages import SANE_REQUEST_ID, Request, Response, make_request_id, write_detail
-from serving.web.operation import Operation, is_lines
+from serving.web.encodings import IDENTITY, SMALL_BODY_BYTES, encoding_of, inflate
+from serving.web.messages import SANE_REQUEST_ID, Request, Response, Rest, make_request_id, write_detail
+from serving.web.operation import Endpoint, Operation, is_lines
 
 log = structlog.get_logger()
 VARIABLE = re.compile(r"[<>{}]")  # in a path that a framework would take for a pattern: it gets no route of its own
+WHOLE_ANSWER = 2  # times the limit of a body that an answer may have which is not streamed
 VISIT = "serving.visit"  # in a scope or an environ: the `Visit` that a request is
 STOPPING = threading.Event()  # set once this process ends, and no other takes over from it
 
@@ -168,6 +170,45 @@ class Visit:
         return True
 
 
+class ShownAtEnd:
+    """The rest of an answer, whose exchange is shown to the observers when it ends, or is closed before."""
+
+    def __init__(self, service: Service[Any], exchange: Exchange, rest: Rest) -> None:
+        self._service, self._exchange, self._rest = service, exchange, rest
+        self._has_ended = False
+
+    def __aiter__(self) -> ShownAtEnd:
+        return self
+
+    async def __anext__(self) -> bytes:
+        token = REQUEST_ID.set(self._exchange.response.request_id)
+        try:
+            return await anext(self._rest)
+        except StopAsyncIteration:
+            self._end()
+            raise
+        except ClientLeft:
+            self._end(ClientLeft.status)
+            raise StopAsyncIteration from None
+        finally:
+            REQUEST_ID.reset(token)
+
+    async def aclose(self) -> None:
+        """End it, if it has not ended: nobody takes the rest."""
+        await self._rest.aclose()
+        token = REQUEST_ID.set(self._exchange.response.request_id)
+        self._end(ClientLeft.status)
+        REQUEST_ID.reset(token)
+
+    def _end(self, status: int | None = None) -> None:
+        if not self._has_ended:
+            self._has_ended = True
+            exchange = self._exchange
+            exchange.response.status = status or exchange.response.status
+            exchange.took_s = time.perf_counter() - exchange.began
+            self._service.show(exchange)
+
+
 def request_id_of(request: Request) -> str:
     """Return the id that the caller has given, if it is sane, or else a new one."""
     given = request.header("x-request-id")
@@ -254,7 +295,7 @@ class Service(Generic[S]):
                 if response.rest is None:
                     self.show(exchange)
                 else:
-                    response.rest = self._show_at_end(exchange, response.rest)
+                    response.rest = ShownAtEnd(self, exchange, response.rest)
             return response
         finally:
             REQUEST_ID.reset(token)
@@ -282,23 +323,6 @@ class Service(Generic[S]):
             except Exception:  # of whatever kind: an answer is not lost for it
                 log.exception("observer_failed")
 
-    async def _show_at_end(self, exchange: Exchange, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-        """Yield the rest of an answer, and show its exchange to the observers once all is sent, or the client gone."""
-        response = exchange.response
-        REQUEST_ID.set(response.request_id)
-        status, response.status = response.status, ClientLeft.status
-        try:
-            async with contextlib.aclosing(rest):
-                async for piece in rest:
-                    yield piece
-            response.status = status
-        except ClientLeft:
-            pass
-        finally:
-            REQUEST_ID.set(response.request_id)  # again, for it may be closed from elsewhere
-            exchange.took_s = time.perf_counter() - exchange.began
-            self.show(exchange)
-
     async def _answer(self, request: Request, found: Operation | ServingError | str) -> Response:
         write = found.write_error if isinstance(found, Operation) else self._error_writer(request)
         try:
@@ -306,7 +330,7 @@ class Service(Generic[S]):
                 raise found
             if isinstance(found, Operation) and found.stream is not None and is_lines(request):
                 found.check_media_type(request)
-                return await _whole_unless_streamed(request, await found.stream(self, request))
+                return await self._stream(request, found.stream)
             takes_body = isinstance(found, Operation) and bool(found.media_types)
             await request.read_body(self.settings.limits.max_body_bytes, takes_body)
             if isinstance(request.body, ServingError):
@@ -317,7 +341,7 @@ class Service(Generic[S]):
                 return Response([b""], 204, {"Allow": found} if found else {}, media_type="")
             if takes_body:
                 found.check_media_type(request)
-                await self._inflate(request)
+                await self.inflate(request)
             return await found.endpoint(self, request)
         except ServingError as error:
             return write(error)
@@ -325,14 +349,31 @@ class Service(Generic[S]):
             log.exception("request_failed", method=request.method, path=request.path)
             return write(InternalError("internal error; the log has it under this X-Request-ID"))
 
-    async def _inflate(self, request: Request) -> None:
+    async def _stream(self, request: Request, stream: Endpoint) -> Response:
+        """Return an answer, with all its pieces if its length has to be known when it begins. It is bounded then.
+
+        Raises `ContentTooLarge`.
+        """
+        response = await stream(self, request)
+        if response.rest is None or request.may_stream:
+            return response
+        limit = WHOLE_ANSWER * self.settings.limits.max_body_bytes
+        async with contextlib.aclosing(response.rest) as rest:
+            async for piece in rest:
+                response.pieces.append(piece)
+                if response.length > limit:
+                    raise ContentTooLarge("the answer is too long to be sent whole; send fewer lines, or use HTTP/1.1")
+        response.rest = None
+        return response
+
+    async def inflate(self, request: Request) -> None:
         """Put what a compressed body has inside in its place. Raises `BadRequest`, `ContentTooLarge`."""
         encoding = encoding_of(request.header("content-encoding"))
         if encoding == IDENTITY or not request.body:
             return
         body = request.take_body()
         work = functools.partial(inflate, body, encoding, self.settings.limits.max_body_bytes)
-        request.body = work() if len(body) <= QUICK_BYTES else await request.batcher.beside(work)
+        request.body = work() if len(body) <= SMALL_BODY_BYTES else await request.batcher.beside(work)
 
     def _error_writer(self, request: Request) -> Callable[[ServingError], Response]:
         """Return the `write_error` for a request without an operation: that of its path, or of its scope."""
@@ -399,7 +440,7 @@ class Service(Generic[S]):
 
     def _allowed(self, path: str) -> str:
         """Return the methods of a path, or those of all for `*` (RFC 9110, section 9.3.7). Raises `NotFound`."""
-        methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*") and not one.only_for)
+        methods = dict.fromkeys(one.method for one in self.operations if path in (one.path, "*"))
         if not methods:
             open_paths = [added for added in self.added_paths() if not self._is_closed(added)]
             raise NotFound(f"there is no {shorten(path)!r}; {nearest(path, self._beside(path, open_paths))}")
@@ -441,11 +482,3 @@ class Service(Generic[S]):
         request.rows = job.n_rows
         job.client_has_left = request.client_has_left
         return request.batcher.predict(job)
-
-
-async def _whole_unless_streamed(request: Request, response: Response) -> Response:
-    """Return an answer with all its pieces, if its length has to be known when it begins."""
-    if response.rest is not None and not request.may_stream:
-        response.pieces += [piece async for piece in response.rest]
-        response.rest = None
-    return response

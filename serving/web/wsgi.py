@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from serving.errors import BodyCutShort, Unauthorized
 from serving.predictor.batcher import ThreadBatcher
-from serving.web.messages import Request, Response
+from serving.web.messages import Request, Response, Rest
 from serving.web.service import Service, Visit
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def pieces_of(response: Response) -> Iterable[bytes]:
 class Pieces:
     """The pieces of an answer, of which the last ones are made when they are asked for. The server closes it."""
 
-    def __init__(self, pieces: Iterable[bytes], rest: AsyncGenerator[bytes]) -> None:
+    def __init__(self, pieces: Iterable[bytes], rest: Rest) -> None:
         self._pieces, self._rest = iter(pieces), rest
 
     def __iter__(self) -> Pieces:

@@ -51,7 +51,7 @@ def call(native: Any, case: Case) -> Answer:
     return call_wsgi(native, case) if hasattr(native, "wsgi_app") else asyncio.run(call_asgi(native, case))
 
 
-async def call_asgi(asgi: Any, case: Case, root_path: str = "") -> Answer:
+async def call_asgi(asgi: Any, case: Case, root_path: str = "", send_instead: Any = None) -> Answer:
     path, _, query = case.target.partition("?")
     messages: list[dict[str, Any]] = [
         {"type": "http.request", "body": case.body, "more_body": case.cut},
@@ -79,12 +79,13 @@ async def call_asgi(asgi: Any, case: Case, root_path: str = "") -> Answer:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await asgi(scope, receive, send)
+    await asgi(scope, receive, send_instead or send)
     headers = [(name.decode(), value.decode()) for name, value in sent[0]["headers"]]
     return Answer.of(sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:]))
 
 
-def call_wsgi(wsgi: Any, case: Case) -> Answer:
+def environ_of(case: Case) -> dict[str, Any]:
+    """Return the WSGI environ of a case."""
     path, _, query = case.target.partition("?")
     names = {"content-type": "CONTENT_TYPE", "content-length": "CONTENT_LENGTH"}
     environ: dict[str, Any] = {
@@ -108,8 +109,12 @@ def call_wsgi(wsgi: Any, case: Case) -> Answer:
         key = names.get(name.lower(), f"HTTP_{name.upper().replace('-', '_')}")
         value = value.strip(" \t").encode().decode("latin-1")
         environ[key] = f"{environ[key]},{value}" if key in environ else value
+    return environ
+
+
+def call_wsgi(wsgi: Any, case: Case) -> Answer:
     started: list[Any] = []
-    chunks = wsgi(environ, lambda status, headers, exc_info=None: started.append((status, headers)))
+    chunks = wsgi(environ_of(case), lambda status, headers, exc_info=None: started.append((status, headers)))
     status, headers = started[0]
     return Answer.of(int(status[:3]), headers, b"".join(chunks))
 
