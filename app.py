@@ -174,13 +174,13 @@ def load_settings(
             rule = f"it should be a number of workers, {MAX_WORKERS} at most"
             raise SettingsError(f"environment: {CONCURRENCY} is {number!r}; {rule}")
         settings = settings.with_value(("server", "workers"), int(number), f"environment: {CONCURRENCY}")
-    settings = with_platform(settings)
     for name in ServerSettings.model_fields.keys() & options.keys() - {"worker_class"}:
         # A path of an option starts from the working directory, one of the settings from their file.
         value = str(Path(options[name]).absolute()) if name in ("certfile", "keyfile") else options[name]
         settings = settings.with_value(("server", name), value, GUNICORN_OPTIONS)
     if "loglevel" in options:
         settings = settings.with_value(("logging", "level"), options["loglevel"], GUNICORN_OPTIONS)
+    settings = with_platform(settings)
     _refuse_own_paths(settings)
     _refuse_root_path(settings)
     return settings

@@ -45,19 +45,19 @@ class RoutesSettings(SettingsTable):
 
 def with_platform(settings: S) -> S:
     """Return the settings with what a platform's variables say. Raises `SettingsError` for one that says nothing."""
-    set_ports = [name for name in PORTS if os.environ.get(name)]
-    if len({os.environ[name] for name in set_ports}) > 1:
-        raise two_values(*set_ports)
-    given: dict[str, tuple[Key, str]] = {name: (BIND, f"0.0.0.0:{_read_port(name)}") for name in set_ports[:1]}
-    given |= {name: (key, os.environ[name]) for name, key in ROUTES.items() if os.environ.get(name)}
-    for variable, (key, value) in given.items():
-        if not _is_chosen(settings, key):
+    for variable, key in {**dict.fromkeys(PORTS, BIND), **ROUTES}.items():
+        if os.environ.get(variable) and not _is_chosen(settings, key):
+            value = f"0.0.0.0:{_read_port()}" if key == BIND else os.environ[variable]
             settings = settings.with_value(key, value, f"environment: {variable}")
     return settings
 
 
-def _read_port(variable: str) -> int:
+def _read_port() -> int:
+    """Return the port that the platform's variables say. Raises `SettingsError` if they say several, or none."""
+    variable, *others = [name for name in PORTS if os.environ.get(name)]
     text = os.environ[variable]
+    if others and os.environ[others[0]] != text:
+        raise two_values(variable, *others)
     if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65_535:
         raise SettingsError(f"environment: {variable} is {shorten(text)!r}; it should be a port, 1 to 65535")
     return int(text)

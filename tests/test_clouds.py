@@ -220,6 +220,7 @@ def test_document_has_the_envelopes(apps: dict[str, Any], path: str) -> None:
         Draft202012Validator(answers["application/json"]["schema"] | components).validate(answer)
         if name != "whole_answers":
             assert answer == answers["application/json"]["example"]
+    assert content["text/csv"]["example"] == f"{HEADER}\n{LINE}\n"
     lines = call(apps["fastapi"], csv_case("example", content["text/csv"]["example"]))
     assert lines.json == answers["application/json"]["example"]
 

@@ -31,7 +31,14 @@ DEPLOYED = "/v1/endpoints/123/deployedModels/456"  # as Vertex AI names routes t
         ({PORT: "8080", BIND_TO: "8080"}, 'bind = "0.0.0.0:8080"  # environment: AIP_HTTP_PORT'),
         ({PORT: "8080", OWN: "127.0.0.1:9"}, 'bind = "127.0.0.1:9"  # environment: SERVING_SERVER__BIND'),
         ({PORT: "8080", OWN: "127.0.0.1:8000"}, 'bind = "127.0.0.1:8000"  # environment: SERVING_SERVER__BIND'),
+        ({PORT: "1", BIND_TO: "2", OWN: "127.0.0.1:9"}, 'bind = "127.0.0.1:9"  # environment: SERVING_SERVER__BIND'),
+        ({PORT: "http", OWN: "127.0.0.1:9"}, 'bind = "127.0.0.1:9"  # environment: SERVING_SERVER__BIND'),
         ({PORT: "8080", "GUNICORN_CMD_ARGS": "-b :9"}, 'bind = [":9"]  # gunicorn\'s options'),
+        ({PORT: "http", "GUNICORN_CMD_ARGS": "-b :9"}, 'bind = [":9"]  # gunicorn\'s options'),
+        (
+            {PORT: "http", "GUNICORN_CMD_ARGS": "-b 127.0.0.1:8000"},
+            'bind = ["127.0.0.1:8000"]  # gunicorn\'s options',
+        ),
         ({PREDICT: "/predict"}, 'predict = "/predict"  # environment: AIP_PREDICT_ROUTE'),
         (
             {PREDICT: "/predict", "SERVING_ROUTES__PREDICT": "/p"},

@@ -126,14 +126,6 @@ class Arrays:
             return None
         return self.of_matrix(X[:, positions]) if X.ndim == 2 and X.shape[1] == len(self.order) else None
 
-    def of_lines(self, lines: Sequence[str], positions: Sequence[int]) -> Array | None:
-        """Return X for lines of numbers between commas, without white space inside; None if one may not fit."""
-        try:
-            X = np.loadtxt(lines, np.float64, delimiter=",", ndmin=2, comments=None)
-        except ValueError:
-            return None
-        return self.of_matrix(X[:, positions]) if X.shape[1] == len(self.order) else None
-
     def of_lists(self, columns: Mapping[str, list[Any]]) -> Array | None:
         """Return X for lists of one length by the names of columns; None if one may not fit."""
         if self._bounds is None or any({*map(type, cells)} - {int, float} for cells in columns.values()):

@@ -14,7 +14,6 @@ from pydantic_core import to_json
 from serving.platforms import RoutesSettings
 from serving.predictor.calls import Job
 from serving.predictor.features import describe_cell
-from serving.predictor.inputs import Array
 from serving.predictor.predictions import PIECE_ROWS, Predictions
 from serving.web.decoding import predict_decoded
 from serving.web.endpoints import ready, refuse_if_stopping
@@ -45,14 +44,15 @@ class LabelledEnvelope(Envelope):
         """Return the pieces of the answer in CSV."""
         columns = [] if predictions is None else predictions.only("prediction").columns
         starts = range(0, self.n_rows, PIECE_ROWS)
-        return [_write_lines([column[start : start + PIECE_ROWS] for column in columns]) for start in starts] or [b""]
+        pieces = ([column[start : start + PIECE_ROWS].tolist() for column in columns] for start in starts)
+        return [_write_csv(zip(*piece, strict=True)).encode() for piece in pieces] or [b""]
 
 
-def _write_lines(columns: list[Array]) -> bytes:
+def _write_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Return lines of labels and numbers, which end with "\\n", at which SageMaker's batch transform joins answers."""
     lines = io.StringIO()
-    rows = zip(*(map(_as_text, column.tolist()) for column in columns), strict=True)
-    csv.writer(lines, lineterminator="\n").writerows(rows)
-    return lines.getvalue().encode()
+    csv.writer(lines, lineterminator="\n").writerows(map(_as_text, row) for row in rows)
+    return lines.getvalue()
 
 
 def _as_text(value: Any) -> str:
@@ -176,7 +176,7 @@ def describe_request(service: Service[Any]) -> Mapping[str, Any]:
     example = contract.example
     examples = {name: {"value": value} for name, value in _examples(example).items()}
     described: dict[str, Any] = {"schema": {"anyOf": [*envelopes, row, rows]}, "examples": examples}
-    written = _write_csv([[*example], [*map(_as_text, example.values())]])
+    written = _write_csv([example, example.values()])
     lines: dict[str, Any] = {"schema": {"type": "string"}, "example": written}
     return {JSON: described, CSV: lines, **describe_lines(service)}
 
@@ -184,12 +184,6 @@ def describe_request(service: Service[Any]) -> Mapping[str, Any]:
 def _object(properties: Mapping[str, Any], required: list[str]) -> dict[str, Any]:
     described = {"type": "object", "properties": properties, "additionalProperties": False}
     return described | ({"required": required} if required else {})
-
-
-def _write_csv(rows: list[list[str]]) -> str:
-    lines = io.StringIO()
-    csv.writer(lines).writerows(rows)
-    return lines.getvalue()
 
 
 def _examples(example: Mapping[str, Any]) -> dict[str, Any]:

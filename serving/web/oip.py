@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from serving.errors import BadRequest, ServingError, Unavailable, listed, shorten
+from serving.errors import BadRequest, ServingError, listed, shorten
 from serving.predictor.bodies import LONG_BYTES, collector_off, too_many_rows
 from serving.predictor.calls import Job
 from serving.predictor.columns import Columns
 from serving.predictor.predictions import Predictions
 from serving.web import oip_schema
 from serving.web.decoding import predict_decoded
-from serving.web.endpoints import RESTART_S
+from serving.web.endpoints import refuse_if_stopping
 from serving.web.messages import JSON, Request, Response
 from serving.web.oip_schema import OCTETS, SERVER
 from serving.web.operation import Operation
@@ -69,22 +69,17 @@ async def server_live(service: Service[Any], request: Request) -> Response:
 
 
 async def server_ready(service: Service[Any], request: Request) -> Response:
-    _refuse_stopping()
+    refuse_if_stopping()
     return Response.of({"live": True, "ready": True})
 
 
 async def model_ready(service: Service[Any], request: Request) -> Response:
-    _refuse_stopping()
+    refuse_if_stopping()
     return Response.of({"name": service.settings.model.name, "ready": True})
 
 
 async def model_metadata(service: Service[Any], request: Request) -> Response:
     return Response.of(oip_schema.describe_model(service))
-
-
-def _refuse_stopping() -> None:
-    if STOPPING.is_set():
-        raise Unavailable("the service is ending", RESTART_S)
 
 
 async def infer(head: bytes, service: Service[Any], request: Request) -> Response:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from serving.errors import BadRequest, listed, shorten
 from serving.predictor.arrays import Arrays
 from serving.predictor.bodies import MAX_VALUES, too_many_rows
@@ -294,11 +296,19 @@ class CSVTable:
         lines, parts = io.TextIOWrapper(io.BytesIO(rest), "ascii"), list[Array]()
         while piece := [*itertools.islice(lines, rows_at_once(self.contract))]:
             if filled := [line for line in piece if line != "\n"]:
-                X = self.arrays.of_lines(filled, positions)
+                X = self._read_numbers(filled, positions)
                 if X is None:
                     return None
                 parts.append(X)
         return parts
+
+    def _read_numbers(self, lines: Sequence[str], positions: Sequence[int]) -> Array | None:
+        """Return X for lines of numbers between commas, without white space inside; None if one may not fit."""
+        try:
+            X = np.loadtxt(lines, np.float64, delimiter=",", ndmin=2, comments=None)
+        except ValueError:
+            return None
+        return self.arrays.of_matrix(X[:, positions]) if X.shape[1] == len(positions) else None
 
     def _lines(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the cells of each line that is not empty, with its number. Raises `BadRequest`."""
