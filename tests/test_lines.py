@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 
 import app
+from serving.errors import BadRequest
 from serving.logs import REQUEST_ID
+from serving.predictor.batcher import ThreadBatcher
 from serving.predictor.bodies import MAX_CELLS, PART_BYTES, parse_json
-from serving.web.lines import Part
+from serving.web.lines import Part, predict_lines
+from serving.web.messages import Request
 from serving.web.service import Exchange, Service
+from serving.web.wsgi import run_now
 from tests.lib.apps import call, call_asgi, environ_of, make_service, make_settings
 from tests.lib.cases import FLOWER, Case
 from tests.lib.clients import ROW, post_case
@@ -460,3 +465,22 @@ def test_failure_in_a_stream_is_the_services(framework: str, monkeypatch: pytest
     assert json.loads(answer.body.splitlines()[-1])["detail"].startswith("internal error")
     ((status, n_rows, _),) = sink.seen
     assert (status, n_rows) == (200, answer.body.count(b"\n") - 1)
+
+
+def test_line_in_small_pieces_takes_no_memory() -> None:
+    """A client that sends a byte at a time, and never ends its line, costs no more than these bytes."""
+    service, left = app.make_service(make_settings(limits={"max_body_bytes": 200_000})), 300_000
+
+    async def read(size: int) -> bytes:
+        nonlocal left
+        left -= 1
+        return b"x" if left else b""
+
+    fields = {"content-type": "application/jsonl", "transfer-encoding": "chunked"}
+    request = Request("POST", "/predictions", "", fields.get, read, ThreadBatcher(service.queue))
+    tracemalloc.start()
+    with pytest.raises(BadRequest, match="a line is longer than 200000 bytes; send a row in each"):
+        run_now(predict_lines(service, request))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1_000_000

@@ -124,19 +124,17 @@ class Lines:
 
     async def _read_blocks(self) -> AsyncIterator[bytes]:
         """Yield what comes, in blocks of whole lines."""
-        rest: list[bytes] = []  # of a line
-        size = 0
+        rest = bytearray()  # of a line
         async for piece in self._read_pieces():
             head, newline, tail = piece.rpartition(b"\n")
             if newline:
-                yield b"".join([*rest, head])
-                rest, size = [], 0
-            rest.append(tail)
-            size += len(tail)
-            if size > self._max_line_bytes:
+                yield bytes(rest + head)
+                rest.clear()
+            rest += tail
+            if len(rest) > self._max_line_bytes:
                 raise BadRequest(f"a line is longer than {self._max_line_bytes} bytes; send a row in each")
-        if size:
-            yield b"".join(rest)
+        if rest:
+            yield bytes(rest)
 
     async def _read_pieces(self) -> AsyncIterator[bytes]:
         """Yield the body in pieces, inflated if it is compressed."""
