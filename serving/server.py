@@ -37,7 +37,8 @@ Address = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_addres
 
 def _check_root_path(path: str) -> str:
     if not ROOT_PATH.fullmatch(path):
-        raise ValueError("a path should begin with '/', not end with it, and have no '?', '#', '%' or '//' in it")
+        rule = "begin with '/', not end with it, and have no '?', '#', '%', '//', '..' or blank"
+        raise ValueError(f"a path should {rule}")
     return path
 
 

@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 
 import app
-from serving.errors import BadRequest
+from serving.errors import ContentTooLarge
 from serving.logs import REQUEST_ID
 from serving.predictor.batcher import ThreadBatcher
 from serving.predictor.bodies import MAX_CELLS, PART_BYTES, parse_json
@@ -479,7 +479,7 @@ def test_line_in_small_pieces_takes_no_memory() -> None:
     fields = {"content-type": "application/jsonl", "transfer-encoding": "chunked"}
     request = Request("POST", "/predictions", "", fields.get, read, ThreadBatcher(service.queue))
     tracemalloc.start()
-    with pytest.raises(BadRequest, match="a line is longer than 200000 bytes; send a row in each"):
+    with pytest.raises(ContentTooLarge, match="a line is longer than 200000 bytes; send a row in each"):
         run_now(predict_lines(service, request))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

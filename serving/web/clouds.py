@@ -15,6 +15,7 @@ from serving.platforms import RoutesSettings
 from serving.predictor.calls import Job
 from serving.predictor.features import describe_cell
 from serving.predictor.predictions import PIECE_ROWS, Predictions
+from serving.web.accept import prefers
 from serving.web.decoding import predict_decoded
 from serving.web.endpoints import ready, refuse_if_stopping
 from serving.web.envelopes import Envelope
@@ -62,8 +63,7 @@ def _as_text(value: Any) -> str:
 
 
 async def predict_envelope(service: Service[Any], request: Request) -> Response:
-    accepted = request.header("accept") or ""
-    answers_csv = CSV in accepted and JSON not in accepted
+    answers_csv = prefers(request, CSV, JSON)
     is_csv = (request.header("content-type") or "").lower().partition(";")[0].strip() == CSV
     kind, media_type = (LabelledEnvelope, CSV) if answers_csv else (Envelope, JSON)
     max_rows = service.settings.limits.max_rows

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ from pydantic_core import to_json
 
 from serving.errors import StartupError
 from serving.settings import OtherNames, SettingsTable
-from serving.web.messages import Request, Response
+from serving.web.accept import prefers
+from serving.web.messages import JSON, Request, Response
 from serving.web.openapi import describe_api
 from serving.web.operation import Operation
 from serving.web.service import Service, ServiceSettings
@@ -49,7 +49,6 @@ HEADERS = MappingProxyType({"X-Content-Type-Options": "nosniff", "Referrer-Polic
 PAGE_HEADERS = MappingProxyType(
     {"Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()), **HEADERS}
 )
-WEIGHT = re.compile(r"q=([01](?:\.[0-9]{0,3})?)")  # RFC 9110, section 12.4.2
 
 
 class DocsSettings(SettingsTable):
@@ -118,15 +117,8 @@ async def to_page(service: Service[Any], request: Request) -> Response:
 
 
 def prefers_html(request: Request) -> bool:
-    """Return whether a client would rather have HTML than JSON, as a browser does (RFC 9110, section 12.5.1)."""
-    weights: dict[str, float] = {}
-    for offer in (request.header("accept") or "").lower().split(","):
-        name, *parameters = (part.strip() for part in offer.split(";"))
-        weight = next((match for text in parameters if (match := WEIGHT.fullmatch(text))), None)
-        weights[name] = float(weight[1]) if weight else 1.0
-    anything = weights.get("*/*", 0.0)
-    of_html, of_json = weights.get("text/*", anything), weights.get("application/*", anything)
-    return weights.get(HTML, of_html) > weights.get("application/json", of_json)
+    """Return whether a client would rather have HTML than JSON, as a browser does."""
+    return prefers(request, HTML, JSON)
 
 
 def operations(settings: DocumentedSettings) -> Iterator[Operation]:

@@ -52,7 +52,13 @@ async def predict_lines(service: Service[Any], request: Request) -> Response:
         await service.inflate(request)
         request.body = request.take_body().rstrip() + b"\n"  # so that the last line is in a part with those before it
     answers = lines.answer()
-    response = lines.response = Response([await anext(answers, b"")], media_type=JSONL)
+    try:
+        first = await anext(answers, b"")
+    except ServingError as error:
+        if not is_read:  # more of it may be on its way: the connection ends here
+            error.headers, error.lingers = error.headers | CLOSE, True
+        raise
+    response = lines.response = Response([first], media_type=JSONL)
     if not is_read:
         response.more_headers, response.rest = CLOSE, answers
     elif (second := await anext(answers, None)) is not None:
@@ -132,7 +138,7 @@ class Lines:
                 rest.clear()
             rest += tail
             if len(rest) > self._max_line_bytes:
-                raise BadRequest(f"a line is longer than {self._max_line_bytes} bytes; send a row in each")
+                raise ContentTooLarge(f"a line is longer than {self._max_line_bytes} bytes; send a row in each")
         if rest:
             yield bytes(rest)
 
