@@ -18,6 +18,7 @@ from serving.predictor.arrays import Arrays, count_byte
 from serving.predictor.bodies import (
     ARRAY,
     LONG_BYTES,
+    MAX_CELLS,
     MAX_VALUES,
     PART_BYTES,
     Layout,
@@ -43,7 +44,8 @@ from serving.web.tables import (
 KEYS = ("instances", "dataframe_records", "dataframe_split", "inputs", "input_data")
 PARAMETERS = ("parameters", "params")  # Vertex AI's word and MLflow's
 OPTIONS = (*PARAMETERS, "signature_name")  # which TensorFlow Serving's clients send, and KServe's after them
-SHORT_BYTES = 4096  # size of a body that is decoded in no time, whatever it is
+SHORT_BYTES = 4096  # size of a body whose written values are decoded in no time
+IN_COLUMNS = (b'"input', b"\\")  # one of these is in a body of columns: its key, or an escape in that
 CELL_BYTES = 20  # of a value in JSON, with its name
 OBJECT = re.compile(rb"[ \t\r\n]*\{")
 KEY = re.compile(rb'[ \t\r\n]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
@@ -113,19 +115,23 @@ class Envelope:
         self.is_full = False  # whole answers, not predictions alone
         self._arrays, self._contract = arrays, arrays.contract
         self._body, self._max_rows, self._is_csv = body, max_rows, is_csv
+        n_cells = len(arrays.contract.names) * self.max_rows_in_it
         size = len(body)  # in bytes, or about those of its rows as objects: they tell how long decoding takes
         if len(body) > SHORT_BYTES:
-            size = max(len(body), CELL_BYTES * len(arrays.contract.names) * self.max_rows_in_it)
-        self.is_long, self.takes_long = size > PART_BYTES, size > LONG_BYTES
+            size = max(len(body), CELL_BYTES * n_cells)
+        has_many = n_cells > MAX_CELLS and bool(arrays.contract.nullable)  # which need not be written
+        self.is_long, self.takes_long = size > PART_BYTES or has_many, size > LONG_BYTES or has_many
 
     @property
     def max_rows_in_it(self) -> int:
         """The number of rows before they are decoded; more would be refused."""
         if self._is_csv:
             return min(self._max_rows, max(1, count_byte(self._body, ord("\n"))))
-        n_needed = max(1, len(self._contract.names) - len(self._contract.nullable))
-        n_objects, n_lists, n_commas = (count_byte(self._body, mark) for mark in b"{[,")
-        return min(self._max_rows, max(1, n_objects, n_lists, n_commas // n_needed + 1))
+        n_rows = max(1, *(count_byte(self._body, mark) for mark in b"{["))
+        if len(self._contract.names) == 1 or any(mark in self._body for mark in IN_COLUMNS):
+            n_needed = max(1, len(self._contract.names) - len(self._contract.nullable))
+            n_rows = max(n_rows, count_byte(self._body, ord(",")) // n_needed + 1)
+        return min(self._max_rows, n_rows)
 
     def read_rows(self) -> Rows:
         """Return the rows of a short body. Raises `ServingError`."""
@@ -157,7 +163,7 @@ class Envelope:
     def _open(self, body: bytes) -> Table | LongRows:
         if self._is_csv:
             return CSVTable(self._arrays, body)
-        if len(body) > PART_BYTES and ARRAY.match(body):
+        if self.is_long and ARRAY.match(body):
             return LongRows(body, None)
         payload = open_object(body, partial(self._check_keys, ["body"]))
         if not isinstance(payload, dict):
