@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import jiter
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
@@ -12,6 +13,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 
 import app
+from serving.predictor.bodies import MAX_VALUES, count_values
 from serving.web.service import Exchange, Service
 from tests.lib.apps import call, call_asgi, call_wsgi, make_settings, serve_estimator
 from tests.lib.cases import JSON, Case
@@ -243,3 +245,41 @@ def test_name_of_the_model_is_in_its_paths(framework: str) -> None:
 def test_line_is_the_flower() -> None:
     """The line of CSV in the table is the same row as its objects."""
     assert [*map(float, LINE.split(","))] == VALUES
+
+
+NOTHINGS = ",".join(["{}"] * 20_000)
+COLUMNS = ",".join(f'"c{number}":[{NOTHINGS}]' for number in range(20))
+SHORT_COLUMNS = ",".join(f'"c{number}":[{",".join(["{}"] * 300)}]' for number in range(1000))
+HEAVY = {
+    "columns-of-objects": (f'{{"inputs":{{{COLUMNS}}}}}', 422, "Unknown feature"),
+    "short-columns-of-objects": (f'{{"inputs":{{{SHORT_COLUMNS}}}}}', 422, "it has"),
+    "keys-beside": (f'{{"instances":[],{COLUMNS}}}', 422, "Unknown key"),
+    "no-end": (f'{{"instances":[{NOTHINGS},{NOTHINGS},{NOTHINGS},', 400, "an object in it does not end with '}'"),
+    "columns-without-end": (f'{{"inputs":{{{COLUMNS}', 400, "an object in it does not end with '}'"),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_many_values_are_not_decoded_at_once(apps: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What a call of the decoder gets has no more values than a part or a row may have."""
+    counts: list[int] = []
+    decode = jiter.from_json
+
+    def note(body: bytes, **options: Any) -> Any:
+        counts.append(count_values(body))
+        return decode(body, **options)
+
+    monkeypatch.setattr(jiter, "from_json", note)
+    body, status, says = HEAVY[name]
+    answer = call(apps["fastapi"], Case(name, "POST", "/invocations", JSON, body.encode()))
+    assert (answer.status, says in answer.body.decode()) == (status, True), answer.body
+    assert max(counts, default=0) <= MAX_VALUES + 4
+
+
+def test_short_columns_of_many_features_are_read(tmp_path: Any) -> None:
+    """As many columns as a model has may come, each of them short, however many cells that makes."""
+    X = np.random.default_rng(0).normal(size=(30, 1000))
+    native = serve_estimator(tmp_path / "m.joblib", LogisticRegression().fit(X, [0, 1] * 15))
+    columns = {f"x{number}": [0.5] * 200 for number in range(1000)}
+    answer = call(native, body_case("wide", {"inputs": columns}))
+    assert (answer.status, len(answer.json["predictions"])) == (200, 200)

@@ -6,12 +6,13 @@ import json
 import tracemalloc
 from typing import Any
 
+import jiter
 import numpy as np
 import pytest
 
 import app
 from serving.errors import BadRequest
-from serving.predictor.bodies import PART_BYTES, parse_json
+from serving.predictor.bodies import MAX_VALUES, PART_BYTES, QUICK_BYTES, count_values, parse_json
 from serving.web.long_numbers import MARK, parse_long
 from tests.lib.apps import call, call_asgi, make_settings
 from tests.lib.cases import Case
@@ -62,22 +63,57 @@ IRREGULAR = {
     "no-shape": body_of(FLAT, shape={}),
     "no-datatype": body_of(FLAT, "FP16"),
     "half-nested": body_of([*FLOATS, 1], shape=[N, 4]),
-    "nested-too-deep": body_of([FLOATS], shape=[N, 4]),
-    "elsewhere": body_of([1.0], outputs=[{"data": FLAT}]),
-    "in-no-list": json.dumps({"inputs": {"data": FLAT}}).encode(),
     "in-a-number": json.dumps({"inputs": [1, {"data": FLAT}]}).encode(),
     "mark": body_of(FLAT, id=f"{MARK}0"),
-    "key-that-ends-so": json.dumps({'x"data': FLAT, "inputs": []}).encode(),
     "trailing-comma": edit(b"]}", b",]}"),
     "two-commas": edit(b", ", b", , "),
     "two-numbers": edit(b", ", b" "),
-    "open": edit(b"]}]}", b""),
-    "bracket-too-many": edit(b"]}", b"]]}"),
     "bracket-in-between": edit(b", ", b"],["),
     "nan": body_of([*FLAT, float("nan")]),
     "half-a-null": edit(b", ", b", nul, "),
     "elements-left-out": edit(b"], [", b"],, [", body_of(FLOATS, shape=[N, 4])),
     "comma-left-out": edit(b"], [", b"] [", body_of(FLOATS, shape=[N, 4])),
+}
+
+DATA = "data should have texts, numbers, truths and null, or arrays of them, and no empty array"
+REFUSED = {
+    "nested-too-deep": (
+        body_of([FLOATS], shape=[N, 4]),
+        "data should have texts, numbers, truths and null, or arrays of them, and no empty array",
+    ),
+    "elsewhere": (
+        body_of([1.0], outputs=[{"data": FLAT}]),
+        "outputs has 262146 values; send at most 65536 besides the data of inputs",
+    ),
+    "in-no-list": (
+        json.dumps({"inputs": {"data": FLAT}}).encode(),
+        "inputs has 262145 values; send at most 65536 besides the data of inputs",
+    ),
+    "key-that-ends-so": (
+        json.dumps({'x"data': FLAT, "inputs": []}).encode(),
+        'x"data has 262145 values; send at most 65536 besides the data of inputs',
+    ),
+    "open": (edit(b"]}]}", b""), "the body is not JSON: an object in it does not end with '}'"),
+    "bracket-too-many": (edit(b"]}", b"]]}"), "the body is not JSON: an object in it does not end with '}'"),
+    "objects": (body_of([{}] * N), DATA),
+    "objects-in-rows": (body_of([[{}] * 4] * N), DATA),
+    "empty-rows": (body_of([[]] * N), DATA),
+    "inputs-of-nothing": (b'{"inputs":[' + b"{}," * N + b"{}]}", "inputs has 65537 values; send at most 65536"),
+    "array": (b"[" + b"{}," * N * 2 + b"{}]", "the body has 262146 values; send at most 65536"),
+    "object-in-data": (body_of([{"": [0] * 2 * N}]), "an element of data has 131073 values; send at most 65536"),
+    "array-in-inputs": (json.dumps({"inputs": [[{}] * 2 * N]}).encode(), "the body has 262144 values"),
+    "many-keys": (json.dumps(dict.fromkeys(map(str, range(2 * N)))).encode(), "the body has 131072 values"),
+}
+LONG = {
+    "texts": body_of(['a,b[{\\"'] * N, "BYTES"),
+    "rows-of-texts": body_of([["a", None]] * N, "BYTES", [N, 2]),
+    "one-row-of-texts": body_of([["a,"] * 2 * N], "BYTES", [1, 2 * N]),
+    "long-texts": body_of(["," * 2 * N, "x" * 2 * N, ""], "BYTES"),
+    "truths": body_of([True, False, None] * N, "BOOL"),
+    "many-inputs": json.dumps(
+        {"inputs": [tensor(name=str(at), shape=[99], data=[0.5] * 99) for at in range(2000)]}
+    ).encode(),
+    "parameters": body_of(["a"] * N, "BYTES", parameters=dict.fromkeys(map(str, range(9999)), "long")),
 }
 
 
@@ -113,6 +149,34 @@ def test_numbers_become_arrays(name: str) -> None:
 def test_all_else_is_decoded_as_ever(name: str) -> None:
     """Whatever is no such array, or not as it should be, comes out, or is refused, as by `parse_json`."""
     assert outcome(parse_long, IRREGULAR[name]) == outcome(parse_json, IRREGULAR[name])
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_all_that_data_may_have_is_read_in_parts(decoded: list[bytes], name: str) -> None:
+    """Texts, truths and short tensors come out as by `parse_json`, of which a part is decoded at once."""
+    expected = parse_json(LONG[name])
+    decoded.clear()
+    assert outcome(parse_long, LONG[name]) == outcome(lambda body: expected, b"")
+    assert max(len(b"".join(part.split())) for part in decoded) <= 2 * QUICK_BYTES  # but for white space
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_many_values_that_are_no_data_are_refused(decoded: list[bytes], name: str) -> None:
+    """What would take long to decode is not decoded at once, and its message says what is allowed."""
+    body, message = REFUSED[name]
+    with pytest.raises(BadRequest) as refused:
+        parse_long(body)
+    assert str(refused.value.detail).startswith(message)
+    assert all(len(part) <= QUICK_BYTES or count_values(part) <= MAX_VALUES for part in decoded)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Each text that is decoded."""
+    texts: list[bytes] = []
+    decode = jiter.from_json
+    monkeypatch.setattr(jiter, "from_json", lambda body, **options: texts.append(body) or decode(body, **options))
+    return texts
 
 
 def serve(framework: str) -> Any:
@@ -178,5 +242,6 @@ def test_binary_request_needs_no_object_for_each_number() -> None:
 
 def test_json_is_refused_as_a_short_one_is() -> None:
     """A mistake in a long body has the message of `parse_json`, with its place."""
-    answer = call(serve("flask"), infer("open", IRREGULAR["open"], path=INFER))
-    assert answer.json["error"].startswith("the body is not JSON: EOF while parsing a list at line 1 column")
+    answer = call(serve("flask"), infer("nan", IRREGULAR["nan"], path=INFER))
+    assert answer.json["error"].startswith("the body is not JSON: expected value at line 1 column")
+    assert answer.json["error"].endswith("; a value that is missing is null")

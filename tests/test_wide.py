@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic_core import to_json
 from sklearn.feature_selection import SelectKBest
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -15,12 +16,14 @@ from sklearn.pipeline import make_pipeline
 
 import app
 from serving.errors import ModelError, Unprocessable
+from serving.predictor.arrays import Arrays
 from serving.predictor.bodies import MAX_CELLS, MIN_PART_BYTES, LongBody, is_long, parse_json
 from serving.predictor.calls import MANY_ROWS
 from serving.predictor.contract import Contract
 from serving.predictor.model import Model, make_model
 from serving.predictor.proof import Proof, prove
 from serving.web import openapi
+from serving.web.envelopes import SHORT_BYTES, Envelope
 from tests.lib.apps import make_settings
 
 FEW, MANY = 1000, 4000
@@ -171,3 +174,39 @@ def test_rows_that_say_nothing_are_read_in_parts(monkeypatch: pytest.MonkeyPatch
         assert [problem["loc"] for problem in refused.value.detail] == [["body", n_rows, *parse_json(last)]]
     assert len(parts) > 10
     assert max(parts) < 2 * max(MAX_CELLS // MANY, MIN_PART_BYTES // len(b"{},"))
+
+
+FEW_BYTES = {
+    "rows": b'{"instances":[' + b"{}," * 1200 + b"{}]}",
+    "bare-rows": b"[" + b"{}," * 1200 + b"{}]",
+    "columns": b'{"inputs":{"x0":[' + b"1," * 1200 + b"1]}}",
+    "columns-under-an-escaped-key": b'{"\\u0069nputs":{"x0":[' + b"1," * 1200 + b"1]}}",
+    "split": b'{"dataframe_split":{"columns":[],"data":[' + b"[]," * 1200 + b"[]]}}",
+    "csv": b"x0\n" + b"1\n" * 1201,
+}
+
+
+@pytest.mark.parametrize("form", FEW_BYTES)
+def test_envelopes_of_few_bytes_are_read_in_parts(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """However rows that say little are written, those of few bytes are checked beside the loop, some at a time."""
+    model = wide_model(FEW)
+    parts: list[int] = []
+    of_rows = Arrays.of_rows
+
+    def note(arrays: Arrays, rows: Any) -> Any:
+        parts.append(len(rows))
+        return of_rows(arrays, rows)
+
+    monkeypatch.setattr(Arrays, "of_rows", note)
+    assert len(FEW_BYTES[form]) < SHORT_BYTES
+    envelope = Envelope(model.arrays, FEW_BYTES[form], 10_000, is_csv=form == "csv")
+    assert (envelope.is_long, envelope.takes_long) == (True, True)
+    assert len(envelope.decode()) == 1201
+    assert max(parts) < 2 * MAX_CELLS // FEW
+
+
+@pytest.mark.parametrize("row", [row_of(300), {}, [0.5] * 300], ids=["object", "empty", "list"])
+def test_envelope_of_one_wide_row_shares_calls(row: Any) -> None:
+    """One row, however many features may be missing, is no long body."""
+    body = to_json({"instances": [row]})
+    assert not Envelope(wide_model(300).arrays, body, 10_000).is_long

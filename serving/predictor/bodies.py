@@ -7,6 +7,7 @@ import gc
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import jiter
@@ -55,9 +56,8 @@ def count_implied(contract: Contract, body: bytes) -> int:
 
 def refuse_too_large(contract: Contract, value: bytes, place: list[Any]) -> None:
     """Raise `Unprocessable` for a row with so many values in it that it would take long to be decoded."""
-    for _, _, n_values in cut_array(value, 0):
-        if n_values > len(contract.names) + MAX_VALUES:
-            raise contract.refusal([contract.too_large(place, n_values)])
+    if (n_values := count_values(value)) > len(contract.names) + MAX_VALUES:
+        raise contract.refusal([contract.too_large(place, n_values)])
 
 
 def too_many_rows(n_rows: int, max_rows: int) -> ContentTooLarge:
@@ -266,7 +266,7 @@ class LongArray:
         is_first, is_last = begin == self._begin, end == len(self._body)
         before, after = b"[" if is_first else b"[0,", b"" if is_last else b",0]"
         part = before + self._body[begin:end] + after
-        rows = parse_json(part, lambda text: self._relocate(text, begin, len(before)))
+        rows = parse_json(part, partial(relocate, self._body, begin, len(before)))
         rows = rows[0 if is_first else 1 : None if is_last else -1]
         if rows and is_first:
             self._misshapen = self._layout.find_shape(rows, is_whole=is_last)
@@ -278,16 +278,22 @@ class LongArray:
         self._problems += itertools.islice(problems, MAX_PROBLEMS - len(self._problems))
         self._inputs.clear()
 
-    def _relocate(self, text: str, begin: int, added: int) -> str:
-        """Return jiter's error about a part, to which some bytes were added, with its place in the whole."""
-        n_lines = self._body.count(b"\n", 0, begin)
-        line_begin = self._body.rfind(b"\n", 0, begin) + 1
 
-        def place(match: re.Match[str]) -> str:
-            line, column = int(match[1]), int(match[2])
-            return f"at line {line + n_lines} column {column + (begin - added - line_begin if line == 1 else 0)}"
+def relocate(body: bytes, begin: int, added: int, text: str) -> str:
+    """Return jiter's error about a part of a body, in front of which some bytes were added, with its place there."""
+    n_lines = body.count(b"\n", 0, begin)
+    line_begin = body.rfind(b"\n", 0, begin) + 1
 
-        return PLACE.sub(place, text)
+    def place(match: re.Match[str]) -> str:
+        line, column = int(match[1]), int(match[2])
+        return f"at line {line + n_lines} column {column + (begin - added - line_begin if line == 1 else 0)}"
+
+    return PLACE.sub(place, text)
+
+
+def count_values(body: bytes) -> int:
+    """Return how many values a JSON value has inside, at whatever depth: its commas and opening brackets."""
+    return max(n_values for _, _, n_values in cut_array(body, 0))
 
 
 def cut_array(body: bytes, begin: int, size: int = PART_BYTES) -> Iterator[tuple[int, int, int]]:

@@ -1,7 +1,8 @@
 """The envelopes of the clouds: what is around the rows of a body, and around the answers to them.
 
 A body has its rows under one of `KEYS`, or is rows alone, as `/predictions` takes them, or CSV. One over `PART_BYTES`
-is opened without decoding what is long in it, which goes through the same parts as an array of `/predictions`.
+is opened without decoding what is long in it, which goes through the same parts as an array of `/predictions`, or
+column by column. What has too many values inside to be decoded at once, and no rows, is refused.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serving.errors import ServingError, listed
+from serving.errors import BadRequest, ServingError, listed
 from serving.predictor.arrays import Arrays, count_byte
 from serving.predictor.bodies import (
     ARRAY,
     LONG_BYTES,
+    MAX_CELLS,
     MAX_VALUES,
     PART_BYTES,
     Layout,
     LongArray,
     collector_off,
+    count_values,
     cut_array,
     parse_json,
 )
@@ -43,7 +46,9 @@ from serving.web.tables import (
 KEYS = ("instances", "dataframe_records", "dataframe_split", "inputs", "input_data")
 PARAMETERS = ("parameters", "params")  # Vertex AI's word and MLflow's
 OPTIONS = (*PARAMETERS, "signature_name")  # which TensorFlow Serving's clients send, and KServe's after them
-SHORT_BYTES = 4096  # size of a body that is decoded in no time, whatever it is
+SHORT_BYTES = 4096  # size of a body whose written values are decoded in no time
+IN_COLUMNS = (b'"input', b"\\")  # one of these is in a body of columns: its key, or an escape in that
+COLUMN_BYTES = 1024  # longest value that is decoded with others where these are many
 CELL_BYTES = 20  # of a value in JSON, with its name
 OBJECT = re.compile(rb"[ \t\r\n]*\{")
 KEY = re.compile(rb'[ \t\r\n]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
@@ -52,15 +57,29 @@ BLANKS = bytes(ord("\n" if byte == ord("\n") else " ") for byte in range(256))  
 
 @dataclass(frozen=True)
 class Long:
-    """A value that is not decoded yet: a body that ends with it, and has blanks in place of what is before it."""
+    """A value that is not decoded yet: a part of a body."""
 
-    body: bytes
+    whole: bytes
+    begin: int
+    end: int
     n_values: int  # at whatever depth
+
+    @property
+    def body(self) -> bytes:
+        """A body that ends with the value, and has blanks in place of what is before it."""
+        return self.whole[: self.begin].translate(BLANKS) + self.whole[self.begin : self.end]
+
+    def decode(self) -> Any:
+        """Return it decoded. Raises `BadRequest`."""
+        try:
+            return parse_json(self.whole[self.begin : self.end])
+        except BadRequest:
+            return parse_json(self.body)  # which says where it is no JSON
 
     @property
     def is_array(self) -> bool:
         """Whether it is an array."""
-        return ARRAY.match(self.body) is not None
+        return ARRAY.match(self.whole, self.begin) is not None
 
 
 @dataclass(frozen=True)
@@ -74,29 +93,39 @@ class LongRows:
 def open_object(body: bytes, check: Callable[[bytes], None]) -> Any:
     """Decode JSON, but of a long object no long values, each of which is `Long`. Raises `BadRequest`.
 
-    What is to be decoded of a long object is shown to `check`, which raises if that would take long.
+    Where many values would be left, shorter ones are no longer decoded either. What is to be decoded of a long object
+    is shown to `check`, which raises if that would take long. A long object that does not end is not decoded.
     """
     start = OBJECT.match(body)
     if len(body) <= PART_BYTES or start is None:
         return parse_json(body)
     last = len(body.rstrip(b" \t\r\n")) - 1
     if body[last : last + 1] != b"}":
+        if count_values(body) > MAX_VALUES:
+            raise BadRequest("the body is not JSON: an object in it does not end with '}'")
         return parse_json(body)  # which says where it is no JSON
-    pieces, long = [body[: start.end()]], {}
-    for begin, end, n_values in cut_array(body, start.end()):
+    rest, long = _set_aside(body, start.end(), last, PART_BYTES)
+    if count_values(rest) > MAX_VALUES:
+        rest, long = _set_aside(body, start.end(), last, COLUMN_BYTES)
+    check(rest)
+    return parse_json(rest) | long
+
+
+def _set_aside(body: bytes, start: int, last: int, size: int) -> tuple[bytes, dict[str, Long]]:
+    """Return an object with a digit in place of each value of more bytes than `size`, and these by their keys."""
+    pieces, long = [body[:start]], {}
+    for begin, end, n_values in cut_array(body, start, size):
         stop = last if end == len(body) else end
-        key = KEY.match(body, begin) if n_values and stop - begin > PART_BYTES else None
+        key = KEY.match(body, begin) if n_values and stop - begin > size else None
         if key is None:
             pieces.append(body[begin:end])
         else:
             value = body[key.end() : stop]
-            long[parse_json(key[1])] = Long(body[: key.end()].translate(BLANKS) + value, n_values)
+            long[parse_json(key[1])] = Long(body, key.end(), stop, n_values)
             pieces += [key[0], b"0", _filler(value), body[stop:end]]
         if end < len(body):
             pieces.append(b",")
-    rest = b"".join(pieces)
-    check(rest)
-    return parse_json(rest) | long
+    return b"".join(pieces), long
 
 
 def _filler(value: bytes) -> bytes:
@@ -113,19 +142,23 @@ class Envelope:
         self.is_full = False  # whole answers, not predictions alone
         self._arrays, self._contract = arrays, arrays.contract
         self._body, self._max_rows, self._is_csv = body, max_rows, is_csv
+        n_cells = len(arrays.contract.names) * self.max_rows_in_it
         size = len(body)  # in bytes, or about those of its rows as objects: they tell how long decoding takes
         if len(body) > SHORT_BYTES:
-            size = max(len(body), CELL_BYTES * len(arrays.contract.names) * self.max_rows_in_it)
-        self.is_long, self.takes_long = size > PART_BYTES, size > LONG_BYTES
+            size = max(len(body), CELL_BYTES * n_cells)
+        has_many = n_cells > MAX_CELLS and bool(arrays.contract.nullable)  # which need not be written
+        self.is_long, self.takes_long = size > PART_BYTES or has_many, size > LONG_BYTES or has_many
 
     @property
     def max_rows_in_it(self) -> int:
         """The number of rows before they are decoded; more would be refused."""
         if self._is_csv:
             return min(self._max_rows, max(1, count_byte(self._body, ord("\n"))))
-        n_needed = max(1, len(self._contract.names) - len(self._contract.nullable))
-        n_objects, n_lists, n_commas = (count_byte(self._body, mark) for mark in b"{[,")
-        return min(self._max_rows, max(1, n_objects, n_lists, n_commas // n_needed + 1))
+        n_rows = max(1, *(count_byte(self._body, mark) for mark in b"{["))
+        if len(self._contract.names) == 1 or any(mark in self._body for mark in IN_COLUMNS):
+            n_needed = max(1, len(self._contract.names) - len(self._contract.nullable))
+            n_rows = max(n_rows, count_byte(self._body, ord(",")) // n_needed + 1)
+        return min(self._max_rows, n_rows)
 
     def read_rows(self) -> Rows:
         """Return the rows of a short body. Raises `ServingError`."""
@@ -157,9 +190,9 @@ class Envelope:
     def _open(self, body: bytes) -> Table | LongRows:
         if self._is_csv:
             return CSVTable(self._arrays, body)
-        if len(body) > PART_BYTES and ARRAY.match(body):
+        if self.is_long and ARRAY.match(body):
             return LongRows(body, None)
-        payload = open_object(body, partial(self._check_keys, ["body"]))
+        payload = open_object(body, partial(self._check_rest, ["body"]))
         if not isinstance(payload, dict):
             return BareRows(self._arrays, payload)
         keys = [key for key in KEYS if key in payload and self._is_meant(key, payload[key])]
@@ -199,7 +232,7 @@ class Envelope:
         key, is_long_array = place[-1], isinstance(value, Long) and value.is_array
         is_object = isinstance(value, dict) or (isinstance(value, Long) and not is_long_array)
         if key in ("inputs", "input_data", "dataframe_split") and is_object:
-            columns = value if isinstance(value, dict) else open_object(value.body, partial(self._check_keys, place))
+            columns = value if isinstance(value, dict) else open_object(value.body, partial(self._check_rest, place))
             if isinstance(columns, dict):
                 return self._open_columns(place, columns)
         if key == "dataframe_split" or not (isinstance(value, list) or is_long_array):
@@ -253,14 +286,19 @@ class Envelope:
         if not isinstance(value, Long):
             return value
         self._refuse_large(place, value.n_values)
-        return parse_json(value.body)
+        return value.decode()
 
-    def _check_keys(self, place: Place, rest: bytes) -> None:
-        """Raise `Unprocessable` for an object with too many keys to be decoded at once.
+    def _check_rest(self, place: Place, rest: bytes) -> None:
+        """Raise `Unprocessable` for an object with too many keys or values to be decoded at once.
 
-        A column may have many commas in it. There are no more keys than colons, of which there are more in texts alone.
+        There are no more keys than colons, of which there are more in texts alone. Of each column only some values are
+        left, and no brackets in it.
         """
         self._refuse_large(place, count_byte(rest, ord(":")))
+        self._refuse_large(place, sum(count_byte(rest, mark) for mark in b"{["))
+        n_values = count_values(rest)
+        if n_values > COLUMN_BYTES // 2 * len(self._contract.names) + MAX_VALUES:
+            raise self._contract.refusal([self._contract.too_large(place, n_values)])
 
     def _refuse_large(self, place: Place, n_values: int) -> None:
         """Raise `Unprocessable` for what has too many values in it to be decoded at once."""

@@ -1,7 +1,8 @@
-"""Long JSON with long arrays of numbers in it, of which these are decoded in parts, straight to arrays of numpy.
+"""Long JSON of /v2, which is decoded in parts: long arrays of numbers straight to arrays of numpy.
 
-Python's lock is held for no longer than a part takes, so other threads go on meanwhile. What is not as it should be is
-left to the decoder of all other JSON, which says what is wrong.
+Python's lock is held for no longer than a part takes, so other threads go on meanwhile. All other data, and what is not
+as it should be, is cut into parts too, of which each says what is wrong. What has too many values inside where no data
+belongs is refused without decoding it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jiter
 import numpy as np
 
-from serving.errors import BadRequest
-from serving.predictor.bodies import PART_BYTES, parse_json
+from serving.errors import BadRequest, shorten
+from serving.predictor.bodies import ARRAY, MAX_VALUES, PART_BYTES, count_values, cut_array, parse_json, relocate
 from serving.predictor.inputs import Array
+from serving.web.envelopes import BLANKS, COLUMN_BYTES, OBJECT, Long, open_object
 
 KEY = b'"data"'
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
@@ -32,6 +35,7 @@ DTYPES: dict[str, tuple[Any, set[type]]] = {  # and the types of elements that i
     "INT64": (np.int64, {int}),
 }
 INT32_LIMIT = 2**31
+SCALARS = {str, int, float, bool, type(None)}  # of which elements are
 
 
 class IrregularError(Exception):
@@ -42,20 +46,22 @@ def parse_long(body: bytes) -> Any:
     """Return what `parse_json` returns, but arrays of numpy as the long `data` of inputs. Raises `BadRequest`."""
     places = [*_find(body)]
     if not places or MARK.encode() in body:
-        return parse_json(body)
+        return _parse_in_parts(body)
     begins, ends = [0, *(end for _, end in places)], [*(begin for begin, _ in places), len(body)]
     between = [body[begin:end] for begin, end in zip(begins, ends, strict=True)]
     marks = [b'["%b%d"]' % (MARK.encode(), number) for number in range(len(places))]
     try:
-        payload = parse_json(b"".join(itertools.chain(*zip(between, [*marks, b""], strict=True))))
+        rest = b"".join(itertools.chain(*zip(between, [*marks, b""], strict=True)))
+        _check_rest(rest)
+        payload = parse_json(rest)
         left = {f"{MARK}{number}": place for number, place in enumerate(places)}
         for given in payload["inputs"]:
             data = given.get("data")
             if data and data[0] in left:
                 given["data"] = _read(body, *left.pop(data[0]), given["shape"], given["datatype"])
     except (BadRequest, IrregularError, LookupError, TypeError, AttributeError, ValueError, OverflowError):
-        return parse_json(body)
-    return parse_json(body) if left else payload
+        return _parse_in_parts(body)
+    return _parse_in_parts(body) if left else payload
 
 
 def _find(body: bytes) -> Iterator[tuple[int, int]]:
@@ -66,7 +72,7 @@ def _find(body: bytes) -> Iterator[tuple[int, int]]:
         if (colon := COLON.match(body, begin)) is not None:
             begin = colon.end()
             end = begin + len(body[begin : _end_of_numbers(body, begin)].rstrip(b", \t\r\n"))
-            if end - begin > PART_BYTES and body[end - 1 : end] == b"]":
+            if end - begin > COLUMN_BYTES and body[end - 1 : end] == b"]":
                 yield begin, end
             begin = end
         begin = body.find(KEY, begin)
@@ -119,3 +125,126 @@ def _cut(body: bytes, begin: int, end: int, mark: bytes) -> int:
     if cut < 0:
         raise IrregularError
     return cut if mark == b"," else cut + 1
+
+
+def _check_rest(rest: bytes) -> None:
+    """Raise `BadRequest` for what has too many values in it to be decoded at once."""
+    _refuse_large("the body", count_values(rest))
+
+
+def _refuse_large(what: str, n_values: int) -> None:
+    if n_values > MAX_VALUES:
+        raise BadRequest(f"{what} has {n_values} values; send at most {MAX_VALUES} besides the data of inputs")
+
+
+def _parse_in_parts(body: bytes) -> Any:
+    """Return what `parse_json` returns. Raises `BadRequest`, also for what would take long to decode and is no data."""
+    payload = _open(body)
+    if isinstance(payload, dict):
+        for name, value in payload.items():
+            if isinstance(value, Long):
+                payload[name] = (
+                    _read_inputs(value.body) if name == "inputs" and value.is_array else _settle(name, value)
+                )
+    return payload
+
+
+def _open(body: bytes) -> Any:
+    if OBJECT.match(body) is None:
+        _check_rest(body)
+    return open_object(body, _check_rest)
+
+
+def _settle(name: str, value: Long) -> Any:
+    _refuse_large(shorten(name), value.n_values)
+    return value.decode()
+
+
+def _read_inputs(body: bytes) -> list[Any]:
+    inputs: list[Any] = []
+    for items in _read_array(body, lambda _, text: _read_input(text)):
+        inputs += items
+        _refuse_large("inputs", len(inputs))
+    return inputs
+
+
+def _read_input(body: bytes) -> Any:
+    given = _open(body)
+    if isinstance(given, dict):
+        for name, value in given.items():
+            if isinstance(value, Long):
+                is_data = name == "data" and value.is_array
+                given[name] = _read_data(value.body, given) if is_data else _settle(name, value)
+    return given
+
+
+def _read_data(body: bytes, given: dict[str, Any]) -> Any:
+    """Return the elements of an input: an array of numbers, or a list, in the nesting that it has."""
+    begin, end = ARRAY.match(body).end() - 1, len(body.rstrip(b" \t\r\n"))  # type: ignore[union-attr]
+    try:
+        if body[end - 1 : end] == b"]":
+            return _read(body, begin, end, given["shape"], given["datatype"])
+    except (IrregularError, LookupError, TypeError, ValueError, OverflowError):
+        pass
+    data: list[Any] = []
+    for items in _read_array(body, _read_row):
+        _check_elements(items)
+        data += items
+    return data
+
+
+def _read_row(n_values: int, body: bytes) -> Any:
+    """Return an element that is long: a text, or a row of elements."""
+    if n_values <= MAX_VALUES or ARRAY.match(body) is None:
+        _refuse_large("an element of data", n_values)
+        return parse_json(body)
+    row: list[Any] = []
+    for items in _read_array(body, _read_text):
+        _check_elements([items])
+        row += items
+    return row
+
+
+def _read_text(n_values: int, body: bytes) -> Any:
+    _refuse_large("an element of data", n_values)
+    return parse_json(body)
+
+
+def _check_elements(items: list[Any]) -> None:
+    """Raise `BadRequest` for elements that no data has, before there are many of them."""
+    rows = [item for item in items if type(item) is list]
+    if (
+        not (({*map(type, items)} - {list}) | {*map(type, itertools.chain.from_iterable(rows))} <= SCALARS)
+        or [] in rows
+    ):
+        raise BadRequest("data should have texts, numbers, truths and null, or arrays of them, and no empty array")
+
+
+def _read_array(body: bytes, read_long: Callable[[int, bytes], Any]) -> Iterator[list[Any]]:
+    """Yield the items of an array, some at a time; long ones are read by `read_long`. Raises `BadRequest`.
+
+    A number in front of a comma that comes before a part, and one behind a comma that follows, make nothing between two
+    commas the mistake that it is.
+    """
+    first = ARRAY.match(body).end()  # type: ignore[union-attr]
+    for begin, end, n_values in cut_array(body, first):
+        is_last = end == len(body)
+        stop = len(body.rstrip(b" \t\r\n")) - 1 if is_last else end
+        if n_values and stop - begin > PART_BYTES and (not is_last or body[stop : stop + 1] == b"]"):
+            yield [_read_placed(body, begin, stop, partial(read_long, n_values))]
+            continue
+        _refuse_large("an array that does not end", n_values)
+        before, after = b"[" if begin == first else b"[0,", b"" if is_last else b",0]"
+        part = before + body[begin:end] + after
+        items = parse_json(part, partial(relocate, body, begin, len(before)))
+        yield items[0 if begin == first else 1 : None if is_last else -1]
+
+
+def _read_placed(body: bytes, begin: int, end: int, read: Callable[[bytes], Any]) -> Any:
+    """Return what is read of a part of a body; errors name its place in the whole."""
+    try:
+        return read(body[begin:end])
+    except BadRequest as error:
+        if " at line " not in str(error.detail):
+            raise
+    return read(body[:begin].translate(BLANKS) + body[begin:end])
