@@ -46,6 +46,7 @@ class Request:
     time_piece: Callable[[bool], None] | None = None  # told when the next piece has to come in time, where it may not
     may_stream: bool = True  # the answer may begin before its length is known, which HTTP/1.0 cannot say
     root_path: str = ""  # what stood in front of the path, where the client sees it
+    read_some: Callable[[int], Awaitable[bytes]] | None = None  # as `read`, where that waits for all of its bytes
     body: bytes | ServingError | None = None  # the bytes, or the error that reading ended with
     rows: int = 0
     job: Job | None = None  # its prediction
@@ -106,10 +107,11 @@ class Request:
             raise BodyCutShort
 
     async def _read_in_time(self, size: int) -> bytes:
+        read = self.read_some or self.read
         if self.time_piece is None:
-            return await self.read(size)
+            return await read(size)
         self.time_piece(True)
-        piece = await self.read(size)
+        piece = await read(size)
         self.time_piece(False)
         return piece
 

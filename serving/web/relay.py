@@ -21,7 +21,8 @@ class Relay:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: ASGIEndpoint, request: Request) -> None:
         self._loop, self._endpoint, self._request = loop, endpoint, request
-        self._read, request.read = request.read, self._ask_for_piece
+        self._read, request.read_some = request.read_some or request.read, self._ask_for_piece
+        request.read = self._ask_for_piece
         # What the loop wants of this thread: to read bytes, to begin the answer, to send a piece, or None to end.
         self._wishes: queue.SimpleQueue[tuple[Any, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._sending: asyncio.Future[Any] | None = None  # done as soon as the last piece is sent

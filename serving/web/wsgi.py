@@ -68,14 +68,13 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
         return environ.get(key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}") or None
 
     stream = environ["wsgi.input"]
-    take = getattr(stream, "read1", stream.read)
     has_end = environ.get("wsgi.input_terminated") or "CONTENT_LENGTH" in environ
 
     async def read(size: int) -> bytes:
-        try:
-            return take(size) if has_end else b""
-        except _stream_errors():
-            raise BodyCutShort from None
+        return _read(stream.read, size) if has_end else b""
+
+    async def read_some(size: int) -> bytes:
+        return _read(getattr(stream, "read1", stream.read), size) if has_end else b""
 
     path, root_path = environ["PATH_INFO"] or "/", environ.get("SCRIPT_NAME", "")
     if root_path:
@@ -84,7 +83,16 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
     method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
     may_stream = environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
     time_piece, client_has_left = getattr(stream, "time_piece", None), find_client_has_left(environ)
-    return Request(method, path, query, header, read, batcher, client_has_left, time_piece, may_stream, root_path)
+    return Request(
+        method, path, query, header, read, batcher, client_has_left, time_piece, may_stream, root_path, read_some
+    )
+
+
+def _read(read: Callable[[int], bytes], size: int) -> bytes:
+    try:
+        return read(size)
+    except _stream_errors():
+        raise BodyCutShort from None
 
 
 def find_client_has_left(environ: dict[str, Any]) -> Callable[[], bool] | None:

@@ -388,7 +388,7 @@ DIFFERENT = [
     (
         "length-of-5000-digits",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"0" * 5000 + b"2\r\n\r\n[]",
-        {"uvicorn": 404, "gevent": 400},
+        {"uvicorn": 405, "gevent": 400},
     ),
     ("unknown-method", b"FOO /ping HTTP/1.1\r\nHost: x\r\n\r\n", {"uvicorn": 400, "gevent": 405}),
     ("two-empty-lines-in-front", b"\r\n\r\n" + head("GET /ping"), {"uvicorn": 200, "gevent": 400}),
