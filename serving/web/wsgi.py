@@ -82,10 +82,8 @@ def wsgi_request(environ: dict[str, Any], batcher: ThreadBatcher) -> Request:
     path = path.encode("latin-1").decode(errors="replace")
     method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
     may_stream = environ.get("SERVER_PROTOCOL") != "HTTP/1.0"
-    time_piece, client_has_left = getattr(stream, "time_piece", None), find_client_has_left(environ)
-    return Request(
-        method, path, query, header, read, batcher, client_has_left, time_piece, may_stream, root_path, read_some
-    )
+    time_piece, has_left = getattr(stream, "time_piece", None), find_client_has_left(environ)
+    return Request(method, path, query, header, read, batcher, has_left, time_piece, may_stream, root_path, read_some)
 
 
 def _read(read: Callable[[int], bytes], size: int) -> bytes:
