@@ -26,7 +26,7 @@ from serving.output import MAX_PENDING_BYTES, LossyOutput
 from tests.lib.artifacts import edit, lay_out
 from tests.lib.clients import ROW, post_case
 from tests.lib.load import Load, pause_s
-from tests.lib.servers import BIN, GUNICORN, PROJECT, Server, find_free_port, wait_for_model
+from tests.lib.servers import BIN, GUNICORN, PROJECT, Server, find_free_port, wait_for_model, wait_until
 from tests.lib.sizes import TWINS, scale
 
 F_SETPIPE_SZ = 1031  # fcntl(2)
@@ -132,20 +132,29 @@ def check_combination(folder: Path, combination: tuple[str, str], break_log: Any
             server.stop(signal.SIGKILL)
 
 
+def reload_unseen(server: Server, name: str) -> None:
+    """Send HUP, and wait until all workers have the model of that name and those before have ended: no log tells.
+
+    Before that another HUP would give the reload up, although new workers answer already.
+    """
+    before = {*server.worker_pids}
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_for_model(server, name)
+    wait_until(lambda: before.isdisjoint(server.worker_pids), "the workers from before to end")
+
+
 def check_all_works(server: Server, file: Path) -> None:
     requests = scale(200, 500)
     with Load(server, post_case(ROW), clients=2, pause_s=pause_s()) as load:
         load.wait_for(requests)
         edit(file, ('"iris"', '"second"'))
-        os.kill(server.process.pid, signal.SIGHUP)
-        wait_for_model(server, "second")
+        reload_unseen(server, "second")
         edit(file, ("name", "nmae"))
         os.kill(server.process.pid, signal.SIGHUP)
         load.wait_for(requests)
         wait_for_model(server, "second")
         edit(file, ("nmae", "name"), ('"second"', '"third"'))
-        os.kill(server.process.pid, signal.SIGHUP)
-        wait_for_model(server, "third")
+        reload_unseen(server, "third")
         load.wait_for(requests)
     assert (load.failures, [*load.answers]) == ([], [200])
     assert server.exchange(b"nonsense\r\n\r\n").status == 400
