@@ -109,8 +109,7 @@ class Arrays:
             return None
         if any(count_byte(body, mark) != len(X) * number for mark, number in self._marks.items()):
             return None
-        low, high = self._bounds
-        return X if ((low <= X) & (high >= X)).all() else None
+        return self._within_bounds(X)
 
     def of_lists_in(self, body: bytes, positions: Sequence[int]) -> Array | None:
         """Return X for a JSON array of arrays of floats; None if one may not fit.
@@ -124,7 +123,7 @@ class Arrays:
             X = np.array(jiter.from_json(body, allow_inf_nan=False), np.float64)
         except (ValueError, TypeError, OverflowError):
             return None
-        return self.of_matrix(X[:, positions]) if X.ndim == 2 and X.shape[1] == len(self.order) else None
+        return self._within_bounds(X[:, positions]) if X.ndim == 2 and X.shape[1] == len(self.order) else None
 
     def of_lists(self, columns: Mapping[str, list[Any]]) -> Array | None:
         """Return X for lists of one length by the names of columns; None if one may not fit."""
@@ -134,7 +133,7 @@ class Arrays:
             X = np.array([columns[name] for name in self.order], np.float64).T
         except OverflowError:
             return None
-        return self.of_matrix(X)
+        return self._within_bounds(X)
 
     @property
     def has_bounds(self) -> bool:
@@ -143,9 +142,12 @@ class Arrays:
 
     def of_matrix(self, matrix: Array) -> Array | None:
         """Return X for numbers of shape (n_samples, n_features), as a copy; None if one may not fit."""
-        if self._bounds is None or matrix.dtype.kind == "b":
+        return None if matrix.dtype.kind == "b" else self._within_bounds(matrix.astype(np.float64))
+
+    def _within_bounds(self, X: Array) -> Array | None:
+        """Return X as it is, or None if a value is out of its feature's bounds."""
+        if self._bounds is None:
             return None
-        X = matrix.astype(np.float64)
         low, high = self._bounds
         return X if ((low <= X) & (high >= X)).all() else None
 
