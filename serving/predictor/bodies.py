@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jiter
 import numpy as np
@@ -18,6 +18,8 @@ from serving.predictor.arrays import Arrays, count_byte
 from serving.predictor.contract import MAX_PROBLEMS, Contract, Hints, Rows
 from serving.predictor.inputs import Array
 from serving.predictor.predictions import Predictions
+
+T = TypeVar("T")
 
 PART_BYTES = 65_536  # size of a part, which ends with a whole row
 QUICK_BYTES = 2 * PART_BYTES  # longest part that is read without a look at what is a string
@@ -118,6 +120,17 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
+def decode_apart(decode: Callable[[], T]) -> T:
+    """Return what `decode` makes of a long body, without the garbage collector. An error lets go of what was decoded,
+    which should end before the collector sees it."""
+    with collector_off():
+        try:
+            return decode()
+        except ServingError as error:
+            error.__traceback__ = error.__context__ = None
+            raise
+
+
 class LongBody:
     """A body over `PART_BYTES`, which is decoded in parts, and whose answers are written in parts.
 
@@ -138,13 +151,7 @@ class LongBody:
     def decode(self) -> Any:
         """Return X, or None for an empty array. Raises `ServingError`."""
         body, self._body = self._body, b""
-        with collector_off():
-            try:
-                X = self._decode_array(body) if self._is_array else self._decode_row(body)
-            except ServingError as error:
-                # They hold what was decoded, which should end before the collector sees it.
-                error.__traceback__ = error.__context__ = None
-                raise
+        X = decode_apart(partial(self._decode_array if self._is_array else self._decode_row, body))
         self.n_rows = 0 if X is None else len(X)
         return X
 

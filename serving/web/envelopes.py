@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from serving.errors import BadRequest, ServingError, listed
+from serving.errors import BadRequest, listed
 from serving.predictor.arrays import Arrays, count_byte
 from serving.predictor.bodies import (
     ARRAY,
@@ -24,9 +24,9 @@ from serving.predictor.bodies import (
     PART_BYTES,
     Layout,
     LongArray,
-    collector_off,
     count_values,
     cut_array,
+    decode_apart,
     parse_json,
 )
 from serving.predictor.contract import Hints, Rows
@@ -170,13 +170,7 @@ class Envelope:
     def decode(self) -> Any:
         """Return X, or None where there are no rows. Raises `ServingError`."""
         body, self._body = self._body, b""
-        with collector_off():
-            try:
-                parts = self._read_parts(body)
-            except ServingError as error:
-                # They hold what was decoded, which should end before the collector sees it.
-                error.__traceback__ = error.__context__ = None
-                raise
+        parts = decode_apart(partial(self._read_parts, body))
         X = self._arrays.join(parts) if parts else None
         self.n_rows = 0 if X is None else len(X)
         return X

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from serving.errors import BadRequest, ServingError, listed, shorten
-from serving.predictor.bodies import LONG_BYTES, collector_off, too_many_rows
+from serving.predictor.bodies import LONG_BYTES, decode_apart, too_many_rows
 from serving.predictor.calls import Job
 from serving.predictor.columns import Columns
 from serving.predictor.predictions import Predictions
@@ -149,15 +149,14 @@ class Asked:
     def decode(self) -> Any:
         """Return X. Raises `ServingError`."""
         try:
-            with collector_off():
-                if self._body:
-                    self.read(read_header(self._body, self.length))
-                return self.columns.read(self._service.model.arrays)
-        except ServingError as error:
-            error.__traceback__ = error.__context__ = None  # which hold what was decoded
-            raise
+            return decode_apart(self._decode)
         finally:
             self.__dict__.pop("columns", None)
+
+    def _decode(self) -> Any:
+        if self._body:
+            self.read(read_header(self._body, self.length))
+        return self.columns.read(self._service.model.arrays)
 
     def encode(self, predictions: Predictions | None) -> list[bytes]:
         """Return the pieces of the answer."""
