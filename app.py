@@ -364,13 +364,10 @@ def build_fastapi(service: Service[Any]) -> fastapi.FastAPI:
         is_more = _has_middleware(app) or app.router.default is not unmatched
         return not is_more and (len(app.routes), len(app.exception_handlers)) == before
 
-    def answers_alone(path: str, method: str) -> bool:
-        return method in service.hot.get(path, ()) and not _has_middleware(app)
-
     added = AddedToFastAPI(app, endpoint)
     app.router.middleware_stack = added.guard
     service.added_paths = added.paths
-    app.state.serving = Binding(service, is_bare, added, answers_alone)
+    app.state.serving = Binding(service, is_bare, added, functools.partial(_answers_alone, app, service))
     app.openapi = lambda: document_of(service)  # type: ignore[method-assign]
     return app
 
@@ -389,8 +386,7 @@ def _make_fastapi(endpoint: ASGIEndpoint) -> fastapi.FastAPI:
                 await super().__call__(scope, receive, send)
                 return
             request = asgi_request(scope, receive, endpoint.batcher)
-            is_hot = scope["method"] in service.hot.get(request.path, ()) and not _has_middleware(self)
-            if is_hot or service.is_preflight(request):
+            if _answers_alone(self, service, request.path, request.method) or service.is_preflight(request):
                 await endpoint.respond(request, receive, send)
             else:
                 receive = functools.partial(receive_unless_cut, scope, receive)
@@ -399,6 +395,11 @@ def _make_fastapi(endpoint: ASGIEndpoint) -> fastapi.FastAPI:
     app = App(title=service.settings.model.name, openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
     return app
+
+
+def _answers_alone(app: fastapi.FastAPI, service: Service[Any], path: str, method: str) -> bool:
+    """Return whether the service answers in front of a FastAPI's router, which has nothing to do for it."""
+    return method in service.hot.get(path, ()) and not _has_middleware(app)
 
 
 def _has_middleware(app: fastapi.FastAPI) -> bool:

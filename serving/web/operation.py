@@ -61,6 +61,10 @@ class Operation:
         is_closed = self.access == "key" or (self.access == "docs" and not auth.open_docs)
         return is_closed and bool(auth.api_keys)
 
+    def streams(self, request: Request) -> bool:
+        """Return whether it takes a body as a stream."""
+        return self.stream is not None and is_lines(request)
+
     def check_media_type(self, request: Request) -> None:
         """Raise `UnsupportedMediaType` for a body that it does not take."""
         encoding = request.header("content-encoding")

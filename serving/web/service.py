@@ -36,7 +36,7 @@ from serving.settings import OtherNames, SettingsTable, check_each_once
 from serving.web.cors import CORS
 from serving.web.encodings import IDENTITY, SMALL_BODY_BYTES, encoding_of, inflate
 from serving.web.messages import SANE_REQUEST_ID, Request, Response, Rest, make_request_id, write_detail
-from serving.web.operation import Endpoint, Operation, is_lines
+from serving.web.operation import Endpoint, Operation
 
 log = structlog.get_logger()
 VARIABLE = re.compile(r"[<>{}]")  # in a path that a framework would take for a pattern: it gets no route of its own
@@ -328,7 +328,7 @@ class Service(Generic[S]):
         try:
             if isinstance(found, Unauthorized):
                 raise found
-            if isinstance(found, Operation) and found.stream is not None and is_lines(request):
+            if isinstance(found, Operation) and found.stream is not None and found.streams(request):
                 found.check_media_type(request)
                 return await self._stream(request, found.stream)
             takes_body = isinstance(found, Operation) and bool(found.media_types)
@@ -368,8 +368,8 @@ class Service(Generic[S]):
 
     async def inflate(self, request: Request) -> None:
         """Put what a compressed body has inside in its place. Raises `BadRequest`, `ContentTooLarge`."""
-        encoding = encoding_of(request.header("content-encoding"))
-        if encoding == IDENTITY or not request.body:
+        field = request.header("content-encoding")
+        if field is None or not request.body or (encoding := encoding_of(field)) == IDENTITY:
             return
         body = request.take_body()
         work = functools.partial(inflate, body, encoding, self.settings.limits.max_body_bytes)
@@ -401,8 +401,8 @@ class Service(Generic[S]):
 
     def streams(self, request: Request) -> bool:
         """Return whether a body is JSON lines for an operation that takes them."""
-        operation = self._operation_of(request) if is_lines(request) else None
-        return operation is not None and operation.stream is not None
+        operation = self._operation_of(request)
+        return operation is not None and operation.streams(request)
 
     def takes_body(self, request: Request) -> bool:
         """Return whether a request is for an operation that takes its body."""
