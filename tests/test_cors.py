@@ -21,7 +21,7 @@ import app
 from serving.errors import SettingsError
 from serving.web import cors
 from serving.web.cors import EXPOSED
-from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
+from tests.lib.apps import call, call_asgi, call_wsgi, forbid_router, make_settings
 from tests.lib.cases import BAD, FLOWER, GOOD, JSON, Case, Fields
 from tests.lib.clients import ROW, Answer, check
 from tests.lib.servers import COMBINATIONS, Server, Starter, gunicorn_environment, gunicorn_with
@@ -298,15 +298,7 @@ def test_middleware_beside_it_doubles_nothing(framework: str, theirs: str) -> No
 def test_cors_leaves_the_shortcut(framework: str) -> None:
     """A prediction and a preflight are answered in front of the router."""
     native = make_app(framework, LISTED)
-
-    def fail(*args: Any) -> None:
-        raise AssertionError("the router was asked")
-
-    if framework == "flask":
-        native.full_dispatch_request = fail
-        native.config.update(PROPAGATE_EXCEPTIONS=True)
-    else:
-        native.router.middleware_stack = fail
+    forbid_router(native)
     prediction = Case("one", "POST", "/predictions", (*JSON, ("Origin", PAGE)), FLOWER.encode())
     assert call(native, prediction).json["prediction"] == "setosa"
     assert call(native, preflight("/mine")).status == 204

@@ -14,7 +14,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import app
 from serving.errors import SettingsError
-from tests.lib.apps import call, call_asgi, call_wsgi, make_settings
+from tests.lib.apps import call, call_asgi, call_wsgi, forbid_router, make_settings
 from tests.lib.cases import BAD, FLOWER, GOOD, JSON, Case
 from tests.lib.clients import Answer, post_case
 from tests.lib.servers import (
@@ -200,15 +200,7 @@ def test_socket_is_found_below_the_prefix() -> None:
 def test_prefix_leaves_the_shortcut(framework: str) -> None:
     """A prediction is answered in front of the router, with the prefix too."""
     native = make_app(framework)
-
-    def fail(*args: Any) -> None:
-        raise AssertionError("the router was asked")
-
-    if framework == "flask":
-        native.full_dispatch_request = fail
-        native.config.update(PROPAGATE_EXCEPTIONS=True)
-    else:
-        native.router.middleware_stack = fail
+    forbid_router(native)
     for case in (post_case(json.loads(FLOWER)), below(post_case(json.loads(FLOWER)))):
         assert call(native, case).json["prediction"] == "setosa"
     with pytest.raises(AssertionError, match="router"):

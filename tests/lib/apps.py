@@ -129,3 +129,16 @@ class CutStream(io.BytesIO):
 
     def _ended(self) -> bytes:
         raise OSError("the connection ended inside a chunk")
+
+
+def forbid_router(native: Any) -> None:
+    """Make an app fail where it asks its framework's router."""
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("the router was asked")
+
+    if hasattr(native, "wsgi_app"):
+        native.full_dispatch_request = fail
+        native.config.update(PROPAGATE_EXCEPTIONS=True)
+    else:
+        native.router.middleware_stack = fail
