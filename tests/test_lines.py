@@ -22,9 +22,9 @@ from sklearn.linear_model import LogisticRegression
 import app
 from serving.errors import ContentTooLarge
 from serving.logs import REQUEST_ID
-from serving.predictor.batcher import ThreadBatcher
+from serving.predictor.batcher import LoopBatcher, ThreadBatcher
 from serving.predictor.bodies import MAX_CELLS, PART_BYTES, parse_json
-from serving.web.lines import Part, predict_lines
+from serving.web.lines import Part, cut_between_lines, predict_lines
 from serving.web.messages import Request
 from serving.web.service import Exchange, Service
 from serving.web.wsgi import run_now
@@ -484,3 +484,40 @@ def test_line_in_small_pieces_takes_no_memory() -> None:
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 1_000_000
+
+
+@pytest.mark.parametrize("size", [50_000, 131_072, 262_144, 1_000_000])
+def test_lines_are_read_together_however_they_come(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn hands on up to 256 KiB at once, which is more than what is read at once: no line is read by itself."""
+    service = app.make_service(make_settings())
+    body = (LINE + b"\n") * 20_000
+    read_alone: list[Part] = []
+    monkeypatch.setattr(Part, "read", lambda part, hints: read_alone.append(part))
+
+    async def ask() -> int:
+        batcher = LoopBatcher(service.queue, asyncio.get_running_loop())
+        pieces = iter([body[start : start + size] for start in range(0, len(body), size)])
+
+        async def read(_: int) -> bytes:
+            return next(pieces, b"")
+
+        fields = {"content-type": "application/jsonl", "transfer-encoding": "chunked"}
+        request = Request("POST", "/predictions", "", fields.get, read, batcher)
+        response = await predict_lines(service, request)
+        assert response.rest is not None
+        return sum(
+            [piece.count(b'{"prediction":"setosa"') async for piece in response.rest],
+            response.pieces[0].count(b'{"prediction":"setosa"'),
+        )
+
+    assert asyncio.run(ask()) == 20_000
+    assert read_alone == []
+
+
+@hypothesis.given(text=st.lists(st.binary(max_size=30)).map(b"\n".join), size=st.integers(1, 50))
+def test_blocks_are_cut_between_lines(text: bytes, size: int) -> None:
+    """No byte is lost but the newlines between parts, and only a line that is longer makes a part long."""
+    parts = [*cut_between_lines(text, size)]
+    assert b"\n".join(parts) == text
+    longest = max(map(len, text.split(b"\n")))
+    assert all(len(part) <= 1.5 * size + 2 * longest + 2 for part in parts)

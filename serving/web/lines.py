@@ -35,6 +35,7 @@ from serving.web.service import Service
 log = structlog.get_logger()
 
 BETWEEN_ROWS = b"}\n{"
+NEWLINE, OPEN = b"\n{"
 FAILED = "internal error; the log has it under this X-Request-ID"
 PAUSE_S = 0.25  # seconds until a part that found the queue full tries again
 CLOSE = {"Connection": "close"}  # of a stream, whose end nobody knows when its answer begins
@@ -107,8 +108,8 @@ class Lines:
         """Yield the answers of part after part. Raises what ends the stream before any of it is answered."""
         try:
             async for block in self._read_blocks():
-                for text, n_lines in self._cut(block):
-                    yield await self._answer_part(text, n_lines)
+                for part in self._cut(block):
+                    yield await self._answer_part(part)
                 await self.request.batcher.pause(0)  # others have their turn, also where nothing was waited for
         except ClientLeft:
             raise
@@ -157,28 +158,31 @@ class Lines:
                 yield inflated
         inflater.end()
 
-    def _cut(self, block: bytes) -> Iterator[tuple[bytes, int]]:
-        """Yield the lines of a block in parts, without empty ones, and how many each part has."""
-        text = block.replace(b"\r\n", b"\n").strip()
-        n_lines = text.count(b"\n") + 1
-        if text and n_lines <= self._max_lines and text.count(BETWEEN_ROWS) == n_lines - 1:
-            yield text, n_lines
-            return
-        lines = [line for line in text.split(b"\n") if line and not line.isspace()]
-        for start in range(0, len(lines), self._max_lines):
-            part = lines[start : start + self._max_lines]
-            yield b"\n".join(part), len(part)
+    def _cut(self, block: bytes) -> Iterator[Part]:
+        """Yield the lines of a block in parts, without empty ones."""
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n")
+        arrays = self.service.model.arrays
+        for text in cut_between_lines(block.strip(), QUICK_BYTES):
+            n_lines = count_byte(text, NEWLINE) + 1
+            if n_lines <= self._max_lines and is_plain(text, n_lines):
+                yield Part(arrays, text, n_lines, self._n_lines, is_plain=True)
+                continue
+            lines = [line for line in text.split(b"\n") if line and not line.isspace()]
+            for start in range(0, len(lines), self._max_lines):
+                some = lines[start : start + self._max_lines]
+                joined = b"\n".join(some)
+                yield Part(arrays, joined, len(some), self._n_lines, is_plain(joined, len(some)))
 
-    async def _answer_part(self, text: bytes, n_lines: int) -> bytes:
+    async def _answer_part(self, part: Part) -> bytes:
         if self.request.client_has_left is not None and self.request.client_has_left():
             raise ClientLeft
-        part = Part(self.service.model.arrays, text, n_lines, self._n_lines)
-        if len(text) > QUICK_BYTES or not part.read_quickly():
+        if not part.read_quickly():
             await self.request.batcher.beside(functools.partial(part.read, self._hints))
         if part.n_rows:
             await self._predict(part, 0, part.n_rows)
         written = part.write()
-        self._n_lines += n_lines
+        self._n_lines += part.n_lines
         return written
 
     async def _predict(self, part: Part, start: int, stop: int) -> None:
@@ -226,8 +230,9 @@ class Lines:
 class Part:
     """Some lines, their rows, and the answers to both: the rows of X, or errors."""
 
-    def __init__(self, arrays: Arrays, text: bytes, n_lines: int, first: int) -> None:
-        self._arrays, self._text, self._n_lines, self._first = arrays, text, n_lines, first
+    def __init__(self, arrays: Arrays, text: bytes, n_lines: int, first: int, is_plain: bool) -> None:
+        self._arrays, self._text, self.n_lines, self._first = arrays, text, n_lines, first
+        self._is_quick = is_plain and len(text) <= 2 * QUICK_BYTES
         self._answers: list[bytes] = [b""] * n_lines
         self._places: list[int] | range = range(n_lines)  # of the rows among the lines
         self.X: Any = None  # (n_rows, n_features), or what else the estimator takes
@@ -238,15 +243,10 @@ class Part:
         return len(self._places)
 
     def read_quickly(self) -> bool:
-        """Read all lines at once, and return whether that could be done: each is a row, and fits.
-
-        As many braces as lines, one at the beginning of each, leave no line that is two rows, or a part of one.
-        """
-        text, n_lines = self._text, self._n_lines
-        is_plain = text.startswith(b"{") and text.endswith(b"}") and text.count(BETWEEN_ROWS) == n_lines - 1
-        if not is_plain or count_byte(text, ord("{")) != n_lines:
+        """Read all lines at once, and return whether that could be done: each is a row, and fits."""
+        if not self._is_quick:
             return False
-        body = b"[%b]" % text.replace(b"\n", b",")
+        body = b"[%b]" % self._text.replace(b"\n", b",")
         with collector_off():
             X = self._arrays.of_numbers_in(body)
             if X is None:
@@ -259,7 +259,7 @@ class Part:
             rows = self._arrays.contract.check(parse_json(body))
         except BadRequest:
             return None
-        return None if rows is None or len(rows) != self._n_lines else self._arrays.of_rows(rows)
+        return None if rows is None or len(rows) != self.n_lines else self._arrays.of_rows(rows)
 
     def read(self, hints: Hints) -> None:
         """Read line by line, and note what is wrong."""
@@ -293,7 +293,7 @@ class Part:
     def take(self, start: int, predictions: Predictions) -> None:
         """Take the answers to some rows of X."""
         answers = predictions.render()
-        if len(answers) == self._n_lines:
+        if len(answers) == self.n_lines:
             self._answers = answers
             return
         for place, answer in zip(self._places[start:], answers, strict=False):
@@ -307,6 +307,28 @@ class Part:
     def write(self) -> bytes:
         """Return the answers, each with its newline."""
         return b"\n".join(self._answers) + b"\n"
+
+
+def is_plain(text: bytes, n_lines: int) -> bool:
+    """Return whether each line begins and ends with a brace, and as many of them open one as there are lines.
+
+    That leaves no line that is two rows, a part of one, or empty.
+    """
+    is_framed = text.startswith(b"{") and text.endswith(b"}") and text.count(BETWEEN_ROWS) == n_lines - 1
+    return is_framed and count_byte(text, OPEN) == n_lines
+
+
+def cut_between_lines(text: bytes, size: int) -> Iterator[bytes]:
+    """Yield parts of whole lines, of about so many bytes each; one with a line that is longer has more."""
+    n_parts = max(1, round(len(text) / size))
+    start = seen = 0
+    for number in range(1, n_parts):
+        before, seen = seen, len(text) * number // n_parts
+        end = text.rfind(b"\n", max(start, before), seen)
+        if end >= 0:
+            yield text[start:end]
+            start = end + 1
+    yield text[start:]
 
 
 def _parse_line(line: bytes) -> Any:
