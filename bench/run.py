@@ -29,6 +29,7 @@ from bench.comparisons import SLOW_S, Panel, make_comparisons, make_panels
 from bench.judge import Comparison, Outcome, Result, Workload, judge, make_table, without_failures
 from bench.plot import plot
 from bench.servers import BenchError, Deployment, DidNotStartError, MeasuredServer, Models, service
+from bench.stream import STREAM_ROWS, Stream, stream_results
 from bench.wrk import INSTALL, Sample, run_wrk, write_script
 from tests.lib.proc import private_mb
 from tests.lib.servers import PROJECT
@@ -37,6 +38,7 @@ FOLDER = Path(__file__).parent
 LIBRARIES = ["gunicorn", "uvicorn", "gevent", "fastapi", "flask", "scikit-learn", "onnxruntime", "numpy"]
 MEMORY_TITLE, MEMORY_CHECKS = "private memory of a further worker, 104 MB model", 5
 START_TITLE, START_S = "start to first answer / its imports", 4
+STREAM_TITLE, STREAM_S = "a stream of JSON lines", 6
 IMPORTS = "import sklearn.linear_model, fastapi"
 PREDICT_US = """
 import statistics, sys, time, joblib, numpy
@@ -70,7 +72,9 @@ class Bench:
         starts, curve_rounds = min(self.rounds, 7) * (only in START_TITLE), min(self.rounds, 3)
         seconds = [self.seconds(workloads_of(group), self.rounds) for group in groups]
         seconds += [self.seconds(panel.workloads, curve_rounds) for panel in panels]
-        self.bar.reset(sum(seconds) + START_S * (starts + (only in MEMORY_TITLE)))
+        streams = min(self.rounds, 5) * (only in STREAM_TITLE)
+        once_s = START_S * (starts + (only in MEMORY_TITLE)) + 2 * STREAM_S * streams
+        self.bar.reset(sum(seconds) + once_s)
 
         results: list[Result] = []
         curves: dict[Workload, Outcome] = {}
@@ -79,6 +83,7 @@ class Bench:
             results += [judge(comparison, outcomes) for comparison in group]
         results += [self.measure_memory()] if only in MEMORY_TITLE else []
         results += [self.measure_start(starts)] if starts else []
+        results += self.measure_streams(streams) if streams else []
         for panel in panels:
             curves |= self.measure(panel.workloads, curve_rounds, list(panel.cores) or self.core)
         return results, panels, curves
@@ -171,6 +176,21 @@ class Bench:
             figure = statistics.median(a / b for a, b in zip(starts_s, imports_s, strict=True))
         against = f"`python -c '{IMPORTS}'`: {statistics.median(imports_s):.2f} s"
         return Result(START_TITLE, told, against, figure, 2.5, at_most=True)
+
+    def measure_streams(self, rounds: int) -> list[Result]:
+        """Return how fast a long stream is under either framework, and what it adds to the memory of a worker."""
+        results: list[Result] = []
+        stream = Stream(STREAM_ROWS // 10 if self.is_short else STREAM_ROWS, self.folder)
+        for framework in ("fastapi", "flask"):
+            with ExitStack() as stack:
+                deployment = service(framework)
+                servers = self.start_all([deployment], self.core, stack)
+                self.bar.set_description(f"{deployment.label}; {STREAM_TITLE}")
+                results += stream_results(
+                    stream, framework, servers.get(deployment), rounds, self.problems.get(deployment, "")
+                )
+            self.bar.update(STREAM_S * rounds)
+        return results
 
     def measure_predict_us(self, times: int) -> float:
         """Return the time that the estimator takes for a row by itself."""

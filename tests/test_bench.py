@@ -20,6 +20,7 @@ from bench.judge import (
     without_failures,
 )
 from bench.servers import GEVENT, BenchError, DidNotStartError, MeasuredServer, reference, service
+from bench.stream import Stream, stream_results
 from bench.wrk import Sample, run_wrk, write_script
 from tests.lib.servers import BIN, run
 from tests.lib.sizes import scale
@@ -64,6 +65,29 @@ def test_wrong_answers_end_the_bench(hello_server: MeasuredServer, monkeypatch: 
     monkeypatch.setattr(hello_server, "deployment", dataclasses.replace(FLASK_HELLO, is_hello=False))
     with pytest.raises(BenchError, match="Flask hello answered"):
         hello_server.verify(rows=1)
+
+
+def test_stream_is_measured_beside_arrays(tmp_path: Path) -> None:
+    """Every row is answered either way; without a server the results say why."""
+    server = MeasuredServer(service("fastapi"), CORES, tmp_path / "log")
+    try:
+        speed, memory = stream_results(Stream(20_001, tmp_path), "fastapi", server.wait(), 1, "")
+    finally:
+        server.stop(signal.SIGKILL)
+    assert speed.title == "20,001 rows as a stream of JSON lines / as arrays of 10,000, fastapi"
+    assert speed.figure is not None
+    assert memory.figure is not None
+    assert speed.figure > 0 <= memory.figure
+    told = [result.measured for result in stream_results(Stream(1, tmp_path), "fastapi", None, 1, "did not start")]
+    assert told == ["did not start"] * 2
+
+
+def test_stream_without_its_answers_ends_the_bench(hello_server: MeasuredServer, tmp_path: Path) -> None:
+    """A server that says hello to the rows is not measured."""
+    stream = Stream(3, tmp_path)
+    for send in (stream.send, stream.send_arrays):
+        with pytest.raises(BenchError, match=r"answered [01] of 3 rows"):
+            send(hello_server)
 
 
 def test_service_that_does_not_start_says_why(tmp_path: Path) -> None:
