@@ -433,6 +433,18 @@ def test_query_example_is_as_ever(apps: dict[tuple[str, str], Any], framework: s
     ]
 
 
+@pytest.mark.parametrize("text", ["1_0", "_1", "1_0.5"])
+def test_underscores_are_no_part_of_a_number(apps: dict[tuple[str, str], Any], framework: str, text: str) -> None:
+    """They are to Python and pydantic, which would make ten of `1_0`, and in no format that a client writes."""
+    query = call(apps[framework, "iris"], get("query", QUERY.replace("0.2", text), 422))
+    (problem,) = query.json["detail"]
+    assert (problem["type"], problem["loc"], problem["input"]) == ("float_parsing", ["query", "petal_width"], text)
+    lines = f"{','.join(json.loads(FLOWER))}\n5.1,3.5,1.4,{text}\n".encode()
+    csv = call(apps[framework, "iris"], Case("csv", "POST", "/invocations", (("Content-Type", "text/csv"),), lines))
+    (problem,) = csv.json["detail"]
+    assert (problem["type"], problem["loc"], problem["input"]) == ("float_parsing", ["body", 2, "petal_width"], text)
+
+
 def test_document_is_rendered_once(
     apps: dict[tuple[str, str], Any], framework: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

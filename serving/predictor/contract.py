@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,7 +23,7 @@ from serving.errors import (
     nearest,
     shorten,
 )
-from serving.predictor.features import FeatureSettings, cell_schema, complete_feature, some_value
+from serving.predictor.features import FeatureSettings, cell_schema, complete_feature, some_value, text_schema
 from serving.predictor.inputs import Column, Inputs
 
 Rows = list[dict[str, Any]]  # of checked cells by the names of features
@@ -54,6 +54,7 @@ class Contract:
         self.nullable = [name for name, feature in self.features.items() if feature.missing]
         row_schema = _row_schema(self.features)
         self.row = SchemaValidator(row_schema)
+        self.row_of_texts = SchemaValidator(_row_schema(self.features, text_schema))
         self.rows = SchemaValidator(core_schema.list_schema(row_schema, fail_fast=True))
 
     @functools.cached_property
@@ -88,7 +89,7 @@ class Contract:
     def _parse_texts(self, cells: dict[str, Any]) -> Any:
         missing = [name for name in self.nullable if cells.get(name) == ""]
         given = {name: text for name, text in cells.items() if name not in missing} if missing else cells
-        return self.row.validate_strings(given, strict=False)
+        return self.row_of_texts.validate_strings(given, strict=False)
 
     def find_problems_of_texts(self, cells: dict[str, Any], place: list[Any], hints: Hints) -> Iterator[dict[str, Any]]:
         """Yield what is wrong with a row of texts; `place` goes in front of each `loc`."""
@@ -302,11 +303,13 @@ def _problem(kind: str, loc: list[Any], message: str, given: Any) -> dict[str, A
     return {"type": kind, "loc": loc, "msg": message, "input": shorten(given)}
 
 
-def _row_schema(features: Mapping[str, FeatureSettings]) -> CoreSchema:
+def _row_schema(
+    features: Mapping[str, FeatureSettings], schema_of: Callable[[FeatureSettings], CoreSchema] = cell_schema
+) -> CoreSchema:
     """Return pydantic's schema of a row, in which a value that may be missing is None where it is left out."""
     fields: dict[str, core_schema.TypedDictField] = {}
     for name, feature in features.items():
-        cell = cell_schema(feature)
+        cell = schema_of(feature)
         cell = core_schema.with_default_schema(cell, default=None) if feature.missing else cell
         fields[name] = core_schema.typed_dict_field(cell, required=not feature.missing)
     return core_schema.typed_dict_schema(fields, extra_behavior="forbid")

@@ -144,6 +144,21 @@ def cell_schema(feature: FeatureSettings) -> CoreSchema:
     return core_schema.nullable_schema(cell) if feature.missing else cell
 
 
+def text_schema(feature: FeatureSettings) -> CoreSchema:
+    """Return the schema of one feature's value where it is written as a text."""
+    cell = cell_schema(feature)
+    if feature.type not in ("int", "float"):
+        return cell
+
+    def refuse_underscores(text: Any) -> Any:
+        """Refuse what would be a number to pydantic, and to Python, but is none in JSON or CSV: `1_000`."""
+        if "_" in text:
+            raise PydanticKnownError("int_parsing" if feature.type == "int" else "float_parsing")
+        return text
+
+    return core_schema.no_info_before_validator_function(refuse_underscores, cell)
+
+
 def _kind_schema(feature: FeatureSettings) -> CoreSchema:
     if feature.type == "str":
         return core_schema.str_schema()
