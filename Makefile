@@ -51,7 +51,7 @@ lint: $(VENV)/test ## check style and types
 soak: $(VENV)/test ## look for lost requests and for growth, in 4 minutes
 	$(BIN)/python -m tests.soak
 
-bench: $(VENV)/bench ## measure, and write bench/results.md and its plot, in 12 minutes
+bench: $(VENV)/bench ## measure, and write bench/results.md and its plot, in 15 minutes
 	$(BIN)/python -m bench.run
 
 bench-short: $(VENV)/bench ## take a look at the figures, in a minute

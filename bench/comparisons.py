@@ -101,6 +101,7 @@ def make_panels(models: Models, cores: Sequence[int]) -> list[Panel]:
     wsgi = reference("bare WSGI hello", "wsgi_hello", GEVENT)
     flask_hello = reference("Flask hello", "flask_hello", GEVENT)
     served, served_flask = service("fastapi"), service("flask")
+    patient = service("fastapi", f"{LR}, a longer queue", SERVING_LIMITS__MAX_QUEUED_ROWS="40000")
     textbook_lr = textbook(models, "fastapi", "iris")
 
     connections = {
@@ -111,7 +112,7 @@ def make_panels(models: Models, cores: Sequence[int]) -> list[Panel]:
         "service, flask + gevent": lambda x: Workload(served_flask, x),
     }
     rows = {
-        "service, fastapi + uvicorn": lambda x: Workload(served, 4, x),
+        "service, fastapi + uvicorn": lambda x: Workload(patient, 4, x),
         "textbook FastAPI": lambda x: Workload(textbook_lr, 4, x),
     }
     processes = {

@@ -96,7 +96,7 @@ def judge(comparison: Comparison, outcomes: Mapping[Workload, Outcome]) -> Resul
     measured, others = outcomes[comparison.workload], outcomes[comparison.against] if comparison.against else []
     if not isinstance(measured, str) and not isinstance(others, str):
         figure = comparison.judge(measured, others)
-    if comparison.against:
+    if comparison.against and " / " not in title:
         title += f" / {comparison.against.deployment.label}"
     told, others_told = tell(comparison.workload, measured), tell(comparison.against, others)
     return Result(title, told, others_told, figure, comparison.goal, comparison.unit, comparison.at_most)

@@ -29,7 +29,8 @@ STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.titles
 def plot(file: Path, results: Sequence[Result], panels: Sequence[Panel], outcomes: Mapping[Workload, Outcome]) -> None:
     """Write a PNG with the comparisons on the left, and on the right a panel for each kind of growth."""
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(16 if panels else 8, 8.5), layout="constrained")
+        size = (16 if panels else 8, max(8.5, 0.45 * len(results)))
+        figure = plt.figure(figsize=size, layout="constrained")
         grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1)) if panels else figure.add_gridspec(1, 1)
         _draw_results(figure.add_subplot(grid[:, 0]), results)
         for number, panel in enumerate(panels):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
@@ -221,6 +221,18 @@ Two workers have two cores, one of which they share with wrk if there are no mor
 Command: `{" ".join(["python -m bench.run", *sys.argv[1:]])}`"""
 
 
+def tell_missing(panels: Sequence[Panel], outcomes: Mapping[Workload, Outcome]) -> str:
+    """Return the points that curves lack, each with its reason, or nothing."""
+    missing = [
+        f"- {panel.title}: {label} at {x:,}: {outcome}"
+        for panel in panels
+        for label, points in panel.curves.items()
+        for x, workload in points
+        if isinstance(outcome := outcomes[workload], str)
+    ]
+    return "\n".join(["\n\nCurves lack:\n", *missing]) if missing else ""
+
+
 def workloads_of(comparisons: Sequence[Comparison]) -> list[Workload]:
     """Return each workload of some comparisons once."""
     return list(
@@ -249,7 +261,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    report = f"{make_table(results)}\n\n{bench.describe()}\n"
+    report = f"{make_table(results)}{tell_missing(panels, curves)}\n\n{bench.describe()}\n"
     print(report)
     if not options.only:
         name = FOLDER / ("results-short" if options.short else "results")

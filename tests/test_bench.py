@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.comparisons import Panel
 from bench.judge import (
     Comparison,
     Outcome,
@@ -19,6 +20,7 @@ from bench.judge import (
     tail_ratio,
     without_failures,
 )
+from bench.run import tell_missing
 from bench.servers import GEVENT, BenchError, DidNotStartError, MeasuredServer, reference, service
 from bench.stream import Stream, stream_results
 from bench.wrk import Sample, run_wrk, write_script
@@ -125,6 +127,14 @@ def test_table_says_what_falls_short() -> None:
     table = make_table([judge(each, {OURS: samples(1234), THEIRS: samples(1000)}) for each in comparisons])
     assert "| slow / Flask hello | 1,234 requests/s; p50 0.100 ms, p99 0.200 ms |" in table
     assert table.endswith("1 of 2 goals are met. Short of theirs:\n\n- slow / Flask hello")
+
+
+def test_points_that_curves_lack_are_told() -> None:
+    """A curve without a point at an end says so below the table, for the plot does not."""
+    panel = Panel("rows", "rows in a request", {"service": [(1, OURS), (10_000, THEIRS)]})
+    told = tell_missing([panel], {OURS: samples(1), THEIRS: "40 requests failed"})
+    assert told.endswith("Curves lack:\n\n- rows: service at 10,000: 40 requests failed")
+    assert tell_missing([panel], {OURS: samples(1), THEIRS: samples(2)}) == ""
 
 
 def test_missing_wrk_is_named() -> None:
