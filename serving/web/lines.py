@@ -164,15 +164,13 @@ class Lines:
             block = block.replace(b"\r\n", b"\n")
         arrays = self.service.model.arrays
         for text in cut_between_lines(block.strip(), QUICK_BYTES):
-            n_lines = count_byte(text, NEWLINE) + 1
-            if n_lines <= self._max_lines and is_plain(text, n_lines):
-                yield Part(arrays, text, n_lines, self._n_lines, is_plain=True)
+            part = Part(arrays, text, self._n_lines)
+            if part.is_plain and part.n_lines <= self._max_lines:
+                yield part
                 continue
             lines = [line for line in text.split(b"\n") if line and not line.isspace()]
             for start in range(0, len(lines), self._max_lines):
-                some = lines[start : start + self._max_lines]
-                joined = b"\n".join(some)
-                yield Part(arrays, joined, len(some), self._n_lines, is_plain(joined, len(some)))
+                yield Part(arrays, b"\n".join(lines[start : start + self._max_lines]), self._n_lines)
 
     async def _answer_part(self, part: Part) -> bytes:
         if self.request.client_has_left is not None and self.request.client_has_left():
@@ -230,11 +228,15 @@ class Lines:
 class Part:
     """Some lines, their rows, and the answers to both: the rows of X, or errors."""
 
-    def __init__(self, arrays: Arrays, text: bytes, n_lines: int, first: int, is_plain: bool) -> None:
-        self._arrays, self._text, self.n_lines, self._first = arrays, text, n_lines, first
-        self._is_quick = is_plain and len(text) <= 2 * QUICK_BYTES
-        self._answers: list[bytes] = [b""] * n_lines
-        self._places: list[int] | range = range(n_lines)  # of the rows among the lines
+    def __init__(self, arrays: Arrays, text: bytes, first: int) -> None:
+        self._arrays, self._text, self._first = arrays, text, first
+        self.n_lines = count_byte(text, NEWLINE) + 1
+        # Each line begins and ends with a brace, and as many of them open one as there are lines: none is two rows, a
+        # part of one, or empty.
+        is_framed = text.startswith(b"{") and text.endswith(b"}") and text.count(BETWEEN_ROWS) == self.n_lines - 1
+        self.is_plain = is_framed and count_byte(text, OPEN) == self.n_lines
+        self._answers: list[bytes] = [b""] * self.n_lines
+        self._places: list[int] | range = range(self.n_lines)  # of the rows among the lines
         self.X: Any = None  # (n_rows, n_features), or what else the estimator takes
 
     @property
@@ -244,7 +246,7 @@ class Part:
 
     def read_quickly(self) -> bool:
         """Read all lines at once, and return whether that could be done: each is a row, and fits."""
-        if not self._is_quick:
+        if not self.is_plain or len(self._text) > 2 * QUICK_BYTES:  # more than parts have, but for a line that is long
             return False
         body = b"[%b]" % self._text.replace(b"\n", b",")
         with collector_off():
@@ -307,15 +309,6 @@ class Part:
     def write(self) -> bytes:
         """Return the answers, each with its newline."""
         return b"\n".join(self._answers) + b"\n"
-
-
-def is_plain(text: bytes, n_lines: int) -> bool:
-    """Return whether each line begins and ends with a brace, and as many of them open one as there are lines.
-
-    That leaves no line that is two rows, a part of one, or empty.
-    """
-    is_framed = text.startswith(b"{") and text.endswith(b"}") and text.count(BETWEEN_ROWS) == n_lines - 1
-    return is_framed and count_byte(text, OPEN) == n_lines
 
 
 def cut_between_lines(text: bytes, size: int) -> Iterator[bytes]:
